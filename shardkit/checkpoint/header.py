@@ -1,0 +1,140 @@
+"""The safetensors header, read strictly.
+
+The format: 8 bytes of little-endian length, that many bytes of JSON, then the data
+(https://github.com/huggingface/safetensors#format).  What is refused here includes everything the
+safetensors library refuses, and duplicate names, which it accepts.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardkit import strict_json
+from shardkit.errors import CheckpointError, LayoutError, ShardkitError
+from shardkit.files import open_regular
+from shardkit.tensor import DTYPE_BITS, TensorSpec
+
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_TENSORS = 1_000_000
+MAX_NAME = 65_536
+MAX_RANK = 64
+MAX_DIM = 1 << 48
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a file; its bytes are `[start, stop)` of the file."""
+
+    spec: TensorSpec
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says it holds: tensors in the order of their bytes, and free-form metadata."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
+    """Read and check a safetensors file's header.  Raises `error`, naming the file and the fault."""
+    fd = open_regular(path, error)
+    with os.fdopen(fd, "rb") as file:
+        size = os.fstat(fd).st_size
+        start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise error(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+        if size < 8:
+            raise error(f"{path}: {size} bytes is too short for a safetensors file")
+        length = struct.unpack("<Q", start[:8])[0]
+        if length > MAX_HEADER:
+            raise error(f"{path}: header of {length} bytes, more than the {MAX_HEADER} allowed")
+        if length > size - 8:
+            raise error(f"{path}: header of {length} bytes in a file of {size}: truncated?")
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        return parse_header(raw, size)
+    except (strict_json.JsonError, LayoutError) as fault:
+        raise error(f"{path}: {fault}") from None
+
+
+def parse_header(raw: bytes, file_size: int) -> Header:
+    """The header's tensors, their bytes proven to cover the file exactly.  Raises JsonError."""
+    if not raw.startswith(b"{"):
+        raise strict_json.JsonError("header does not start with '{'")
+    table = strict_json.parse(raw)
+    if not isinstance(table, dict):
+        raise strict_json.JsonError("header is no object")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise strict_json.JsonError("__metadata__ is no table of strings")
+    if len(table) > MAX_TENSORS:
+        raise strict_json.JsonError(f"{len(table)} tensors, more than the {MAX_TENSORS} allowed")
+    base = 8 + len(raw)
+    entries = sorted(
+        (_entry(name, value, base) for name, value in table.items()),
+        key=lambda e: (e.start, e.stop, e.spec.name),
+    )
+    covered = base
+    for entry in entries:
+        if entry.start != covered:
+            fault = "overlaps the one before" if entry.start < covered else "leaves a hole before it"
+            raise strict_json.JsonError(f"tensor {entry.spec.name!r} {fault}")
+        covered = entry.stop
+    if covered != file_size:
+        raise strict_json.JsonError(
+            f"tensors end at byte {covered} of a file of {file_size}: truncated or extended"
+        )
+    return Header(tuple(entries), metadata, raw)
+
+
+def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+    """A file's first bytes: length and header for tensors stored one after another, in order.
+
+    Padded with spaces so that the data starts at a multiple of 8, as the library writes it.
+    """
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for spec in specs:
+        stop = at + spec.nbytes
+        table[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (at, stop)}
+        at = stop
+    text = strict_json.compact(table)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _entry(name: str, value: Any, base: int) -> Entry:
+    _check_name(name)
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise strict_json.JsonError(f"tensor {name!r}: entry is not dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise strict_json.JsonError(f"tensor {name!r}: unknown dtype {dtype!r}")
+    if not _sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
+        raise strict_json.JsonError(f"tensor {name!r}: shape is no list of sizes")
+    if not _sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise strict_json.JsonError(f"tensor {name!r}: data_offsets are no range")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if spec.nbytes != offsets[1] - offsets[0]:
+        raise strict_json.JsonError(
+            f"tensor {name!r}: {offsets[1] - offsets[0]} bytes, but its shape needs {spec.nbytes}"
+        )
+    return Entry(spec, base + offsets[0], base + offsets[1])
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise strict_json.JsonError(f"tensor name {name[:80]!r} is empty, too long or unprintable")
+
+
+def _sizes(value: Any, limit: int) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)

@@ -1,0 +1,64 @@
+"""Every error a user can meet, and the exit code each one ends the command with.
+
+    ShardkitError          1
+    ├── RecipeError        1   a recipe is malformed, missing, or does not fit the checkpoint
+    ├── LayoutError        1   an axis cannot be divided as asked
+    ├── CheckpointError    3   a source is missing, damaged or not to be trusted
+    ├── ManifestError      3   a shard folder is missing, unfinished or damaged
+    ├── VerifyError        4   shards differ from what they should be
+    ├── OutputError        5   the output exists, cannot be written, or has no room
+    ├── SourceChanged      6   a source file changed while it was read
+    └── RanksError         7   ranks disagree, died, or did not answer in time
+
+Exit code 2 is click's own, for wrong usage.  The numbers are stable.
+"""
+
+
+class ShardkitError(Exception):
+    """What went wrong, in one line: the thing, the number found, the number allowed, the way out."""
+
+    exit_code = 1
+
+
+class RecipeError(ShardkitError):
+    """A recipe is malformed, missing, or does not fit the checkpoint."""
+
+
+class LayoutError(ShardkitError):
+    """An axis cannot be divided as asked."""
+
+
+class CheckpointError(ShardkitError):
+    """A source is missing, damaged or not to be trusted."""
+
+    exit_code = 3
+
+
+class ManifestError(ShardkitError):
+    """A shard folder is missing, unfinished or damaged."""
+
+    exit_code = 3
+
+
+class VerifyError(ShardkitError):
+    """Shards differ from what they should be."""
+
+    exit_code = 4
+
+
+class OutputError(ShardkitError):
+    """The output exists, cannot be written, or has no room."""
+
+    exit_code = 5
+
+
+class SourceChanged(ShardkitError):
+    """A source file changed while it was read."""
+
+    exit_code = 6
+
+
+class RanksError(ShardkitError):
+    """Ranks disagree, died, or did not answer in time."""
+
+    exit_code = 7

@@ -1,0 +1,52 @@
+"""Opens files without being led astray: no links out of the folder, no devices, no surprises."""
+
+import os
+import stat
+from pathlib import Path
+
+from shardkit.errors import ShardkitError
+
+
+def open_regular(path: Path, error: type[ShardkitError]) -> int:
+    """A read-only descriptor of a regular file that is no link.  Raises `error`."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as failure:
+        raise error(f"{path}: {failure.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise error(f"{path}: not a regular file")
+    return fd
+
+
+def read_small(path: Path, limit: int, error: type[ShardkitError]) -> bytes:
+    """The bytes of a file of at most `limit` bytes.  Raises `error`."""
+    fd = open_regular(path, error)
+    with os.fdopen(fd, "rb") as file:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise error(f"{path}: {size} bytes, more than the {limit} allowed for such a file")
+        return file.read(limit)
+
+
+def real_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
+    """The file `name` of `folder`, a link followed only where it cannot leave what was named.
+
+    A Hub cache keeps `snapshots/<revision>/name` as a link into `blobs/` beside it; that, and links
+    inside the folder, are followed once.  Raises `error` for any other link, or a name that is no
+    base name.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise error(f"{folder}: {name!r} is not a file name in this folder")
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    base = folder.resolve()
+    allowed = [base]
+    if base.parent.name == "snapshots":
+        allowed.append(base.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise error(f"{path}: links to {target}, outside the folder")
+    return target

@@ -1,0 +1,164 @@
+"""Where a rank's part of an axis lies: integers only.
+
+A shard is a list of spans of one axis.  An axis is read as sections, one after another, and each
+section as an array `[repeat, units, size]` whose middle dimension is divided over the ranks:
+
+    llama q_proj         [q0 q1 … q31]                    Section(units=32, size=128)
+    gpt2 c_attn          [Q | K | V]                      Section(units=12, size=64, repeat=3)
+    gpt_neox qkv         [q0 k0 v0 | q1 k1 v1 | …]        Section(units=32, size=3 * 128)
+    phi3 qkv             [Q | K | V], fewer K and V       three sections
+    llama k_proj         [k0 … k7], shared by 32 heads    Section(units=8, size=128, sharers=32)
+
+Units are dealt out evenly, the first ranks holding one more where they do not divide: 9 heads over
+2 ranks are 5 + 4.  Units that others share (kv heads, shared by query heads) follow their sharers:
+
+    split       each rank holds its own units              8 kv heads of 32 over 4: 2 each
+    replicate   ranks hold the units their sharers use     2 kv heads of 8 over 4: k0 k0 k1 k1
+    expand      one copy per local sharer, where ranks     2 kv heads of 14 over 4:
+                would hold unequal ratios otherwise        k0×4, k0×3 k1, k1×3, k1×3
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from shardkit.errors import LayoutError
+
+Sharing = Literal["split", "replicate", "expand"]
+
+
+class Span(NamedTuple):
+    """A half-open range [start, stop) of indices along one axis."""
+
+    start: int
+    stop: int
+
+
+class Tile(NamedTuple):
+    """A stretch [start, stop) of an axis, and where one rank keeps it: from `local` of its shard."""
+
+    start: int
+    stop: int
+    tp_rank: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A stretch of an axis read as `[repeat, units, size]`; the units are divided over the ranks.
+
+    `sharers` is the number of units of another kind that share these (query heads sharing kv
+    heads); 0 where nothing does.  `whole` keeps the section on every rank.
+    """
+
+    units: int
+    size: int
+    repeat: int = 1
+    sharers: int = 0
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return self.repeat * self.units * self.size
+
+
+def deal(units: int, tp_rank: int, tp_size: int) -> range:
+    """The units `tp_rank` holds when they are dealt out evenly, the first ranks one more.
+
+    Raises LayoutError where a rank would be left without a unit.
+    """
+    if units < tp_size:
+        raise LayoutError(
+            f"{units} units cannot be divided over tp_size {tp_size}; possible: 1 to {units}"
+        )
+    each, over = divmod(units, tp_size)
+    start = tp_rank * each + min(tp_rank, over)
+    return range(start, start + each + (tp_rank < over))
+
+
+def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
+    """How `units` follow the units that share them over `tp_size` ranks."""
+    if sharers % units:
+        raise LayoutError(f"{sharers} units cannot share {units}: not a multiple")
+    if units % tp_size == 0:
+        return "split"
+    for tp_rank in range(tp_size):
+        used = _used(units, sharers, tp_rank, tp_size)
+        if len({used.count(unit) for unit in used}) != 1:
+            return "expand"
+    return "replicate"
+
+
+def held(section: Section, tp_rank: int, tp_size: int) -> tuple[int, ...]:
+    """The units of a section that `tp_rank` holds, in order; repeated where it holds copies."""
+    if section.whole:
+        return tuple(range(section.units))
+    if not section.sharers:
+        return tuple(deal(section.units, tp_rank, tp_size))
+    used = _used(section.units, section.sharers, tp_rank, tp_size)
+    if sharing(section.units, section.sharers, tp_size) == "expand":
+        return tuple(used)
+    return tuple(sorted(set(used)))
+
+
+def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
+    """The spans of the axis that `tp_rank` holds, in the order it stores them."""
+    found: list[Span] = []
+    offset = 0
+    for section in sections:
+        units = held(section, tp_rank, tp_size)
+        for block in range(section.repeat):
+            base = offset + block * section.units * section.size
+            found += (
+                Span(base + u * section.size, base + (u + 1) * section.size) for u in units
+            )
+        offset += len(section)
+    return joined(found)
+
+
+def joined(parts: Iterable[Span]) -> tuple[Span, ...]:
+    """The same indices in the same order, neighbours joined and empty spans dropped."""
+    result: list[Span] = []
+    for part in parts:
+        if part.start == part.stop:
+            continue
+        if result and result[-1].stop == part.start:
+            result[-1] = Span(result[-1].start, part.stop)
+        else:
+            result.append(part)
+    return tuple(result)
+
+
+def length(parts: Iterable[Span]) -> int:
+    """How many indices the spans hold."""
+    return sum(stop - start for start, stop in parts)
+
+
+def tile(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...]:
+    """The axis in order, each stretch from the first rank that holds it.
+
+    Raises LayoutError where an index is held by no rank.
+    """
+    pieces: list[Tile] = []
+    for tp_rank, parts in enumerate(by_rank):
+        local = 0
+        for start, stop in parts:
+            pieces.append(Tile(start, stop, tp_rank, local))
+            local += stop - start
+    covered, tiles = 0, []
+    for piece in sorted(pieces, key=lambda p: (p.start, p.tp_rank, p.local)):
+        if piece.start > covered:
+            break
+        if piece.stop > covered:
+            tiles.append(
+                Tile(covered, piece.stop, piece.tp_rank, piece.local + covered - piece.start)
+            )
+            covered = piece.stop
+    if covered != axis_length:
+        raise LayoutError(f"the ranks hold indices up to {covered} of an axis of {axis_length}")
+    return tuple(tiles)
+
+
+def _used(units: int, sharers: int, tp_rank: int, tp_size: int) -> list[int]:
+    """For each local sharer, the unit it uses."""
+    ratio = sharers // units
+    return [sharer // ratio for sharer in deal(sharers, tp_rank, tp_size)]

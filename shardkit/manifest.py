@@ -1,0 +1,209 @@
+"""The manifest: a finished split in one JSON file, format 1.  README.md documents it.
+
+It holds resolved layouts, not rules: merge, reshard, verify and the runtime need neither the recipe
+nor the config again.  `split_id` is also in every shard's metadata, so a mixed, renamed or stale
+shard fails even without the manifest.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shardkit import strict_json
+from shardkit.checkpoint.folder import SourceFile
+from shardkit.checkpoint.index import Index
+from shardkit.layout import Section
+from shardkit.plan import Placement, Plan
+from shardkit.tensor import DTYPE_BITS, TensorSpec
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A file's size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor in a rank's file: the byte it starts at, and the crc32 that locates damage to it."""
+
+    offset: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """One rank's file: its digest, and the pieces in it by tensor name."""
+
+    name: str
+    digest: Digest
+    pieces: Mapping[str, Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """Where the weights came from, and the file layout a merge gives back."""
+
+    id: str
+    revision: str
+    model_type: str
+    sample: str
+    files: tuple[SourceFile, ...]
+    index: Index | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished split.  `tensors` is each whole tensor's sha256, `copied` the companion files."""
+
+    split_id: str
+    plan: Plan
+    source: SourceRecord
+    recipe: str
+    recipe_sha256: str
+    tensors: Mapping[str, str]
+    ranks: tuple[RankFile, ...]
+    copied: Mapping[str, Digest]
+    shardkit: str
+
+    @property
+    def tp_size(self) -> int:
+        """The number of ranks."""
+        return self.plan.tp_size
+
+    @cached_property
+    def placements(self) -> dict[str, Placement]:
+        """Every tensor's placement, by name."""
+        return {placement.spec.name: placement for placement in self.plan.placements}
+
+    @cached_property
+    def data(self) -> bytes:
+        """The canonical bytes: what is on disk, and what the digest is of."""
+        return strict_json.canonical(to_json(self)) + b"\n"
+
+    @property
+    def sha256(self) -> str:
+        """The digest that ranks compare before their first collective."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def rank_name(tp_rank: int, tp_size: int) -> str:
+    """A rank's file name."""
+    return f"rank-{tp_rank:05d}-of-{tp_size:05d}.safetensors"
+
+
+def shard_metadata(split_id: str, tp_rank: int, tp_size: int) -> dict[str, str]:
+    """The safetensors metadata of a rank's file."""
+    return {
+        "format": "pt",
+        "shardkit_format": str(FORMAT),
+        "split_id": split_id,
+        "tp_rank": str(tp_rank),
+        "tp_size": str(tp_size),
+    }
+
+
+def stored_order(placements: Sequence[Placement]) -> list[Placement]:
+    """The order of tensors in a rank's file: wide dtypes first, so that every tensor is aligned.
+
+    Within a width, the source's own order, so that a split reads the source front to back.
+    """
+    return sorted(placements, key=lambda p: -DTYPE_BITS[p.spec.dtype])
+
+
+def stored_specs(plan: Plan, tp_rank: int) -> list[TensorSpec]:
+    """What a rank's file holds, in order."""
+    shards = (p.shard(tp_rank, plan.tp_size) for p in stored_order(plan.placements))
+    return [shard for shard in shards if shard is not None]
+
+
+def make_split_id(plan: Plan, sample: str, recipe_sha256: str) -> str:
+    """A name for a split that any other layout, size, recipe or source changes.
+
+    Known before the first byte is copied, so it rests on a sample of the source; the digests in
+    the manifest are the proof.
+    """
+    layout = {p.spec.name: placement_json(p) for p in plan.placements}
+    value = [FORMAT, plan.tp_size, sample, recipe_sha256, layout]
+    return hashlib.sha256(strict_json.canonical(value)).hexdigest()
+
+
+def to_json(manifest: Manifest) -> dict[str, object]:
+    """The manifest as JSON values: tables, lists, strings and integers."""
+    return {
+        "format": FORMAT,
+        "shardkit": manifest.shardkit,
+        "split_id": manifest.split_id,
+        "tp_size": manifest.tp_size,
+        "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
+        "source": _source_json(manifest.source),
+        "units": {
+            name: {"count": unit.count or 0, "sharers": unit.sharers}
+            for name, unit in manifest.plan.units.items()
+        },
+        "local": {
+            "attributes": [
+                {"module": a.module, "attribute": a.attribute, "times": a.times, "per": a.per}
+                for a in manifest.plan.attributes
+            ],
+            "arguments": [
+                {"module": a.module, "argument": a.argument, "dim": a.dim, "unit": a.unit,
+                 "outer": a.outer}
+                for a in manifest.plan.arguments
+            ],
+        },
+        "tensors": {
+            name: {**placement_json(placement), "sha256": manifest.tensors[name]}
+            for name, placement in manifest.placements.items()
+        },
+        "ranks": [
+            {"file": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256,
+             "pieces": {name: [p.offset, p.crc32] for name, p in rank.pieces.items()}}
+            for rank in manifest.ranks
+        ],
+        "copied": {
+            name: {"size": d.size, "sha256": d.sha256} for name, d in manifest.copied.items()
+        },
+    }  # fmt: skip
+
+
+def placement_json(placement: Placement) -> dict[str, object]:
+    """One tensor's layout as JSON values; `dim` -1 where it is not divided."""
+    return {
+        "dtype": placement.spec.dtype,
+        "shape": list(placement.spec.shape),
+        "style": placement.style,
+        "dim": -1 if placement.dim is None else placement.dim,
+        "sections": [_section_json(section) for section in placement.sections],
+    }
+
+
+def _section_json(section: Section) -> dict[str, object]:
+    return {
+        "repeat": section.repeat,
+        "units": section.units,
+        "size": section.size,
+        "sharers": section.sharers,
+        "whole": section.whole,
+    }
+
+
+def _source_json(source: SourceRecord) -> dict[str, object]:
+    index = source.index
+    return {
+        "id": source.id,
+        "revision": source.revision,
+        "model_type": source.model_type,
+        "sample": source.sample,
+        "files": [
+            {"name": f.name, "size": f.size, "metadata": f.metadata, "tensors": list(f.tensors)}
+            for f in source.files
+        ],
+        "index": {"name": index.name, "metadata": index.metadata} if index else None,
+    }

@@ -1,0 +1,138 @@
+"""A shard folder read as a checkpoint: the whole tensors again, from every rank's file."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardkit.checkpoint.header import read_header
+from shardkit.errors import ManifestError
+from shardkit.files import open_regular
+from shardkit.layout import Tile
+from shardkit.manifest import Manifest, RankFile
+from shardkit.manifest_file import read_manifest, shard_header
+from shardkit.plan import Placement
+from shardkit.tensor import TensorSpec, byte_view
+
+IOV_MAX = 1024
+
+
+class ShardedCheckpoint:
+    """An open shard folder, every rank's file checked against the manifest but for its data."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder.  Raises ManifestError."""
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._fds: list[int] = []
+        self._tiles: dict[str, tuple[Tile, ...]] = {}
+        try:
+            for tp_rank in range(self.manifest.tp_size):
+                self._fds.append(open_shard(folder, self.manifest, tp_rank))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ShardedCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def specs(self) -> Sequence[TensorSpec]:
+        """Every whole tensor, in the source's own order."""
+        return [placement.spec for placement in self.manifest.plan.placements]
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill `view` with the whole tensor's bytes from `offset` on.  Raises ManifestError."""
+        placement = self.manifest.placements[name]
+        for tp_rank, runs in enumerate(self._runs(placement, offset, view)):
+            rank = self.manifest.ranks[tp_rank]
+            if runs:
+                self._read(tp_rank, rank.pieces[name].offset, runs)
+
+    def _runs(
+        self, placement: Placement, offset: int, view: memoryview
+    ) -> list[list[tuple[int, memoryview]]]:
+        """For each rank, where in its piece the wanted bytes start, and where they go."""
+        size = self.manifest.tp_size
+        tensor = byte_view(placement.spec, placement.dim)
+        if placement.spec.name not in self._tiles:
+            self._tiles[placement.spec.name] = placement.tiles(size)
+        tiles = self._tiles[placement.spec.name]
+        local = [held_row(placement, rank, size) * tensor.inner for rank in range(size)]
+        runs: list[list[tuple[int, memoryview]]] = [[] for _ in range(size)]
+        end = offset + len(view)
+        for outer in range(offset // max(tensor.row, 1), -(-end // max(tensor.row, 1))):
+            base = outer * tensor.row
+            for start, stop, tp_rank, at in tiles:
+                first = max(base + start * tensor.inner, offset)
+                last = min(base + stop * tensor.inner, end)
+                if first < last:
+                    inside = first - base - start * tensor.inner
+                    place = outer * local[tp_rank] + at * tensor.inner + inside
+                    runs[tp_rank].append((place, view[first - offset : last - offset]))
+        return runs
+
+    def _read(self, tp_rank: int, base: int, runs: list[tuple[int, memoryview]]) -> None:
+        """Read runs of a file, neighbours scattered by one system call."""
+        at = 0
+        while at < len(runs):
+            start, views = runs[at][0], [runs[at][1]]
+            stop = start + len(runs[at][1])
+            while at + len(views) < len(runs) and len(views) < IOV_MAX:
+                place, view = runs[at + len(views)]
+                if place != stop:
+                    break
+                views.append(view)
+                stop += len(view)
+            if os.preadv(self._fds[tp_rank], views, base + start) != stop - start:
+                name = self.manifest.ranks[tp_rank].name
+                raise ManifestError(f"{self.folder / name}: became shorter while it was read")
+            at += len(views)
+
+
+def held_row(placement: Placement, tp_rank: int, tp_size: int) -> int:
+    """How many indices of its sharded dimension a rank stores."""
+    return sum(stop - start for start, stop in placement.spans(tp_rank, tp_size))
+
+
+def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
+    """A descriptor of a rank's file, its size and header exactly the manifest's.
+
+    Raises ManifestError naming the file: missing, cut short, of another split, or changed.
+    """
+    rank = manifest.ranks[tp_rank]
+    path = folder / rank.name
+    if not path.exists():
+        raise ManifestError(f"{path}: missing; the manifest lists it for rank {tp_rank}")
+    fd = open_regular(path, ManifestError)
+    try:
+        _check_size(path, rank, os.fstat(fd).st_size)
+        expected = shard_header(manifest, tp_rank)
+        if os.pread(fd, len(expected), 0) != expected:
+            raise ManifestError(_foreign(path, manifest, tp_rank))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_size(path: Path, rank: RankFile, size: int) -> None:
+    if size != rank.digest.size:
+        word = "truncated" if size < rank.digest.size else "extended"
+        raise ManifestError(f"{path}: {word}: {size} bytes, the manifest says {rank.digest.size}")
+
+
+def _foreign(path: Path, manifest: Manifest, tp_rank: int) -> str:
+    """What is wrong with a shard whose header is not the manifest's."""
+    found = read_header(path, ManifestError).metadata
+    if found.get("split_id") != manifest.split_id:
+        return f"{path}: of another split: {found.get('split_id')}, not {manifest.split_id}"
+    if found.get("tp_rank") != str(tp_rank):
+        return f"{path}: is the file of rank {found.get('tp_rank')}, renamed"
+    return f"{path}: its header is not the one this split wrote"
