@@ -20,6 +20,7 @@ Units are dealt out evenly, the first ranks holding one more where they do not d
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from shardkit.errors import LayoutError
@@ -75,6 +76,7 @@ def deal(units: int, tp_rank: int, tp_size: int) -> range:
     return range(start, start + each + (tp_rank < over))
 
 
+@lru_cache
 def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
     """How `units` follow the units that share them over `tp_size` ranks."""
     if sharers % units:
@@ -88,16 +90,17 @@ def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
     return "replicate"
 
 
-def held(section: Section, tp_rank: int, tp_size: int) -> tuple[int, ...]:
+def held(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
     """The units of a section that `tp_rank` holds, in order; repeated where it holds copies."""
     if section.whole:
-        return tuple(range(section.units))
+        return (Span(0, section.units),)
     if not section.sharers:
-        return tuple(deal(section.units, tp_rank, tp_size))
+        own = deal(section.units, tp_rank, tp_size)
+        return (Span(own.start, own.stop),)
     used = _used(section.units, section.sharers, tp_rank, tp_size)
     if sharing(section.units, section.sharers, tp_size) == "expand":
-        return tuple(used)
-    return tuple(sorted(set(used)))
+        return joined(Span(unit, unit + 1) for unit in used)
+    return (Span(used[0], used[-1] + 1),)
 
 
 def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
@@ -105,12 +108,10 @@ def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span
     found: list[Span] = []
     offset = 0
     for section in sections:
-        units = held(section, tp_rank, tp_size)
+        units, size = held(section, tp_rank, tp_size), section.size
         for block in range(section.repeat):
-            base = offset + block * section.units * section.size
-            found += (
-                Span(base + u * section.size, base + (u + 1) * section.size) for u in units
-            )
+            base = offset + block * section.units * size
+            found += (Span(base + first * size, base + last * size) for first, last in units)
         offset += len(section)
     return joined(found)
 

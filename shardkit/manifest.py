@@ -19,6 +19,7 @@ from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 FORMAT = 1
 NAME = "manifest.json"
+MARK = 16  # hex digits of a mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,14 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor in a rank's file: the byte it starts at, and the crc32 that locates damage to it."""
+    """A tensor in a rank's file: the byte it starts at, and the digest of the file up to its end.
+
+    The digest is a sha256's first 16 hex digits: it tells where damage begins, while the file's
+    own sha256, which the last of them starts, is the authority.
+    """
 
     offset: int
-    crc32: int
+    mark: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +65,14 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished split.  `tensors` is each whole tensor's sha256, `copied` the companion files."""
+    """A finished split.  `tensors` is each whole tensor's crc32, `copied` the companion files."""
 
     split_id: str
     plan: Plan
     source: SourceRecord
     recipe: str
     recipe_sha256: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, int]
     ranks: tuple[RankFile, ...]
     copied: Mapping[str, Digest]
     shardkit: str
@@ -159,12 +164,12 @@ def to_json(manifest: Manifest) -> dict[str, object]:
             ],
         },
         "tensors": {
-            name: {**placement_json(placement), "sha256": manifest.tensors[name]}
+            name: {**placement_json(placement), "crc32": manifest.tensors[name]}
             for name, placement in manifest.placements.items()
         },
         "ranks": [
             {"file": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256,
-             "pieces": {name: [p.offset, p.crc32] for name, p in rank.pieces.items()}}
+             "pieces": {name: [p.offset, p.mark] for name, p in rank.pieces.items()}}
             for rank in manifest.ranks
         ],
         "copied": {

@@ -2,7 +2,6 @@
 layouts that tile, and pieces that cover each file.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ from shardkit.files import read_small
 from shardkit.layout import Section
 from shardkit.manifest import (
     FORMAT,
+    MARK,
     NAME,
     Digest,
     Manifest,
@@ -32,6 +32,7 @@ from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_BYTES = 1 << 30
 MAX_INT = 1 << 62
+MAX_CRC = (1 << 32) - 1
 HEX = set("0123456789abcdef")
 
 
@@ -77,7 +78,7 @@ def parse_manifest(data: bytes) -> Manifest:
         source=source,
         recipe=_str(recipe["name"]),
         recipe_sha256=_sha256(recipe["sha256"]),
-        tensors={name: _sha256(tensors[name]["sha256"]) for name in order},
+        tensors={name: _int(tensors[name]["crc32"], MAX_CRC) for name in order},
         ranks=tuple(_rank(rank) for rank in _list(table["ranks"])),
         copied={_base_name(n): _digest(d) for n, d in _table(table["copied"]).items()},
         shardkit=_str(table["shardkit"]),
@@ -135,7 +136,7 @@ def _source_file(value: Any) -> SourceFile:
 
 
 def _placement(name: str, value: Any) -> Placement:
-    table = _keys(value, "dtype shape style dim sections sha256")
+    table = _keys(value, "dtype shape style dim sections crc32")
     shape = tuple(_int(n, MAX_DIM) for n in _list(table["shape"]))
     if table["dtype"] not in DTYPE_BITS or len(shape) > MAX_RANK:
         raise strict_json.JsonError(f"{name}: no dtype {table['dtype']!r}, or too many dimensions")
@@ -189,8 +190,8 @@ def _rank(value: Any) -> RankFile:
     pieces = {}
     for name, piece in _table(table["pieces"]).items():
         if not isinstance(piece, list) or len(piece) != 2:
-            raise strict_json.JsonError(f"{name}: piece is not [offset, crc32]")
-        pieces[name] = Piece(_int(piece[0]), _int(piece[1], (1 << 32) - 1))
+            raise strict_json.JsonError(f"{name}: piece is not [offset, mark]")
+        pieces[name] = Piece(_int(piece[0]), _hex(piece[1], MARK))
     digest = Digest(_int(table["size"]), _sha256(table["sha256"]))
     return RankFile(_base_name(table["file"]), digest, pieces)
 
@@ -244,7 +245,11 @@ def _int(value: Any, limit: int = MAX_INT) -> int:
 
 
 def _sha256(value: Any) -> str:
+    return _hex(value, 64)
+
+
+def _hex(value: Any, digits: int) -> str:
     text = _str(value)
-    if len(text) != hashlib.sha256().digest_size * 2 or not set(text) <= HEX:
-        raise strict_json.JsonError(f"expected a sha256, found {text[:80]!r}")
+    if len(text) != digits or not set(text) <= HEX:
+        raise strict_json.JsonError(f"expected {digits} hex digits, found {text[:80]!r}")
     return text

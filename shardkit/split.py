@@ -18,6 +18,7 @@ from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.files import read_small
 from shardkit.manifest import (
+    MARK,
     NAME,
     Digest,
     Manifest,
@@ -102,7 +103,7 @@ def merge(shards: ShardedCheckpoint, out: Path, progress: Progress = no_progress
         for name, data in _copied(shards):
             stage.write(name, data)
         found, _ = _copy_into(stage, shards, jobs, headers, progress)
-        _check_digests(manifest, found)
+        _check_tensors(manifest, found)
         if manifest.source.index:
             total = sum(spec.nbytes for spec in specs.values())
             stage.write(manifest.source.index.name, index_bytes(manifest.source.index, total))
@@ -133,7 +134,7 @@ def _write_shards(  # noqa: PLR0913
         found, sinks = _copy_into(stage, source, jobs, files, progress)
         check_source()
         if draft.tensors:
-            _check_digests(draft, found)
+            _check_tensors(draft, found)
         ranks = tuple(_rank_file(n, s) for n, s in zip(files, sinks, strict=True))
         order = [placement.spec.name for placement in plan.placements]
         tensors = {name: found[name] for name in order}
@@ -153,7 +154,7 @@ def _takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, .
 
 def _copy_into(
     stage: Stage, source: Source, jobs: Sequence[Job], files: Files, progress: Progress
-) -> tuple[dict[str, str], list[FileSink]]:
+) -> tuple[dict[str, int], list[FileSink]]:
     """Create the files, room reserved for all of them, then fill and sync them."""
     sizes = {name: _size(first, held) for name, (first, held) in files.items()}
     fds = [stage.create(name, size) for name, size in sizes.items()]
@@ -165,13 +166,13 @@ def _copy_into(
     return found, sinks
 
 
-def _check_digests(manifest: Manifest, found: Mapping[str, str]) -> None:
+def _check_tensors(manifest: Manifest, found: Mapping[str, int]) -> None:
     """Raise VerifyError naming the first tensor whose bytes are not the ones that were split."""
-    for name, digest in found.items():
-        if digest != manifest.tensors[name]:
+    for name, crc in found.items():
+        if crc != manifest.tensors[name]:
             raise VerifyError(
-                f"{name}: the shards hold sha256 {digest}, the source had"
-                f" {manifest.tensors[name]}; run `shardkit verify` to find the damaged file"
+                f"{name}: the shards hold crc32 {crc:08x}, the source had"
+                f" {manifest.tensors[name]:08x}; run `shardkit verify` to find the damaged file"
             )
 
 
@@ -185,7 +186,7 @@ def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
 
 
 def _rank_file(name: str, sink: FileSink) -> RankFile:
-    pieces = {n: Piece(sink.offsets[n], crc) for n, crc in sink.crcs.items()}
+    pieces = {tensor: Piece(at, end[:MARK]) for tensor, (at, end) in sink.marks.items()}
     return RankFile(name, Digest(sink.size, sink.sha256), pieces)
 
 

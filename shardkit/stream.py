@@ -6,6 +6,7 @@ through a few reused buffers; reading runs ahead while threads hash and write, b
 zlib and the system calls all release the interpreter lock.
 """
 
+import ctypes
 import hashlib
 import os
 import zlib
@@ -18,19 +19,28 @@ from shardkit.checkpoint.source import Source
 from shardkit.layout import Span, length
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
-BLOCK = 8 << 20  # bytes per buffer
+BLOCK = 4 << 20  # bytes per buffer
 SLOTS = 3  # buffers: one being read, the others being hashed and written
+FLUSH = 2 << 20  # bytes written to a file before the kernel is told to start on them
+SYNC_FILE_RANGE_WRITE = 2
+MANY = 4  # parts of a block beyond which they are packed before they are written
 Progress = Callable[[int], object]
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class Sink(Protocol):
     """What receives one output file's bytes, in order."""
 
-    def feed(self, parts: Sequence[memoryview]) -> None:
-        """Take the next bytes."""
-
     def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`."""
+        """The next bytes to hash are those of tensor `name`."""
+
+    def hash(self, parts: Sequence[memoryview]) -> None:
+        """Take the next bytes into the digests."""
+
+    def write(self, parts: Sequence[memoryview]) -> None:
+        """Write the next bytes; called in step with `hash`, from another thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +54,15 @@ class Job:
 
 @dataclass(slots=True)
 class _Slot:
-    """A reused buffer, and the work that must end before it is reused."""
+    """Reused buffers, and the work that must end before they are reused.
+
+    `data` holds a block as it was read; `staged` the parts of one that are many and small, packed,
+    of which `used` bytes are taken.
+    """
 
     data: bytearray
+    staged: bytearray = field(default_factory=bytearray)
+    used: int = 0
     busy: list[Future[None]] = field(default_factory=list)
 
     def wait(self) -> None:
@@ -54,57 +70,103 @@ class _Slot:
         for future in self.busy:
             future.result()
         self.busy.clear()
+        self.used = 0
+
+    def pack(self, parts: Sequence[memoryview]) -> Sequence[memoryview]:
+        """The parts one after another; the room for them is made anew only where it is short."""
+        if len(parts) <= MANY:
+            return parts
+        size = sum(map(len, parts))
+        if self.used + size > len(self.staged):
+            self.staged, self.used = bytearray(max(size, len(self.data))), 0
+        packed = memoryview(self.staged)[self.used : self.used + size]
+        self.used += size
+        at = 0
+        for part in parts:
+            packed[at : (at := at + len(part))] = part
+        return (packed,)
 
 
 def copy(
     source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: Progress
-) -> dict[str, str]:
-    """Run the jobs in order.  Returns each whole tensor's sha256, by name."""
+) -> dict[str, int]:
+    """Run the jobs in order.  Returns each whole tensor's crc32, by name."""
     with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "shardkit") as pool:
         return _Copier(source, sinks, pool, progress).run(jobs)
 
 
-def digests(source: Source, progress: Progress) -> dict[str, str]:
+def digests(source: Source, progress: Progress) -> dict[str, int]:
     """Each whole tensor's sha256, by name, in constant memory."""
     return copy(source, [Job(spec, None, ()) for spec in source.specs()], (), progress)
 
 
+class Checksum:
+    """A whole tensor's crc32, taken as its bytes pass."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes."""
+        self.value = zlib.crc32(data, self.value)
+
+
 class FileSink:
-    """An output file, written once from its start, hashed whole and by tensor on the way."""
+    """An output file, written once from its start and hashed on the way.
+
+    `marks` holds, for each tensor, where it starts and the digest of the file up to its end: one
+    pass gives the file's sha256, and where in the file damage begins.
+    """
 
     def __init__(self, fd: int, first: bytes) -> None:
         """`first` is the file's header, the bytes before the first tensor."""
         self.fd = fd
-        self.size = 0
-        self.crcs: dict[str, int] = {}
-        self.offsets: dict[str, int] = {}
+        self._hashed = 0
+        self._written = 0
+        self._flushed = 0
         self._sha256 = hashlib.sha256()
-        self._name = ""
-        self._write(memoryview(first))
+        self._starts: list[tuple[str, int]] = []
+        self._ends: list[str] = []
+        self.hash([memoryview(first)])
+        self.write([memoryview(first)])
+
+    @property
+    def size(self) -> int:
+        """The bytes written so far."""
+        return self._written
 
     @property
     def sha256(self) -> str:
-        """The digest of everything written so far."""
+        """The digest of everything hashed so far."""
         return self._sha256.hexdigest()
 
+    @property
+    def marks(self) -> dict[str, tuple[int, str]]:
+        """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
+        ends = [*self._ends[1:], self.sha256]
+        return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
+
     def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`."""
-        self._name = name
-        self.crcs[name] = 0
-        self.offsets[name] = self.size
+        """The next bytes to hash are those of tensor `name`."""
+        self._ends.append(self.sha256)
+        self._starts.append((name, self._hashed))
 
-    def feed(self, parts: Sequence[memoryview]) -> None:
-        """Write and hash the next bytes of the current tensor.  Raises OSError."""
+    def hash(self, parts: Sequence[memoryview]) -> None:
+        """Take the next bytes into the digests."""
         for part in parts:
-            self.crcs[self._name] = zlib.crc32(part, self.crcs[self._name])
-            self._write(part)
+            self._sha256.update(part)
+            self._hashed += len(part)
 
-    def _write(self, view: memoryview) -> None:
-        self._sha256.update(view)
-        while view:
-            count = os.write(self.fd, view)
-            self.size += count
-            view = view[count:]
+    def write(self, parts: Sequence[memoryview]) -> None:
+        """Write the next bytes.  Raises OSError."""
+        for view in parts:
+            while view:
+                count = os.write(self.fd, view)
+                self._written += count
+                view = view[count:]
+        if self._written - self._flushed >= FLUSH:
+            start_write_back(self.fd, self._flushed, self._written - self._flushed)
+            self._flushed = self._written
 
 
 class _Copier:
@@ -118,35 +180,32 @@ class _Copier:
         self._pool = pool
         self._progress = progress
         self._slots = [_Slot(bytearray(BLOCK)) for _ in range(SLOTS)]
-        self._last: dict[int, Future[None]] = {}
+        self._last: dict[tuple[int, str], Future[None]] = {}
         self._turn = 0
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, str]:
-        hashes = {}
-        for job in jobs:
-            hashes[job.spec.name] = self._run(job)
+    def run(self, jobs: Sequence[Job]) -> dict[str, int]:
+        totals = {job.spec.name: self._run(job) for job in jobs}
         for slot in self._slots:
             slot.wait()
-        return {name: digest.hexdigest() for name, digest in hashes.items()}
+        return {name: total.value for name, total in totals.items()}
 
-    def _run(self, job: Job) -> "hashlib._Hash":
-        digest = hashlib.sha256()
+    def _run(self, job: Job) -> "Checksum":
+        total = Checksum()
         view = byte_view(job.spec, job.dim)
         ordered = [take for take in job.takes if _ascending(take[1])]
         repeated = [take for take in job.takes if not _ascending(take[1])]
         slot = self._next()
         for sink, _ in job.takes:
-            self._after(sink, slot, self._sinks[sink].start, job.spec.name)
-        for start, stop in blocks(view):
+            slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].start, job.spec.name))
+        for start, stop in blocks(view, BLOCK):
             slot, data = self._read(job, start, stop)
-            slot.busy.append(self._submit(-1, digest.update, data))
+            slot.busy.append(self._submit((-1, "crc"), total.update, data))
             for sink, spans in ordered:
-                if parts := cuts(view, spans, start, stop):
-                    self._after(sink, slot, self._feed, sink, data, start, parts)
+                self._feed(sink, slot, slot.pack(held_parts(view, spans, start, data)))
             self._progress(stop - start)
         for sink, spans in repeated:
             self._repeat(job, view, sink, spans)
-        return digest
+        return total
 
     def _repeat(self, job: Job, view: ByteView, sink: int, spans: tuple[Span, ...]) -> None:
         """Spans that go back on the axis (copies of kv heads) are read in their own order."""
@@ -157,8 +216,7 @@ class _Copier:
                 for start in range(first, last, BLOCK):
                     stop = min(start + BLOCK, last)
                     slot, data = self._read(job, start, stop)
-                    parts = [(start, stop)]
-                    self._after(sink, slot, self._feed, sink, data, start, parts)
+                    self._feed(sink, slot, [data])
 
     def _read(self, job: Job, start: int, stop: int) -> tuple[_Slot, memoryview]:
         slot = self._next()
@@ -172,15 +230,15 @@ class _Copier:
         slot.wait()
         return slot
 
-    def _feed(
-        self, sink: int, data: memoryview, base: int, parts: Sequence[tuple[int, int]]
-    ) -> None:
-        self._sinks[sink].feed(gathered(data, base, parts))
+    def _feed(self, sink: int, slot: _Slot, parts: Sequence[memoryview]) -> None:
+        if parts:
+            slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].hash, parts))
+            slot.busy.append(self._submit((sink, "write"), self._sinks[sink].write, parts))
 
-    def _after(self, sink: int, slot: _Slot, task: Callable[..., None], *args: object) -> None:
-        slot.busy.append(self._submit(sink, task, *args))
-
-    def _submit(self, consumer: int, task: Callable[..., None], *args: object) -> Future[None]:
+    def _submit(
+        self, consumer: tuple[int, str], task: Callable[..., None], *args: object
+    ) -> Future[None]:
+        """Run a task in a thread, after the consumer's task before it."""
         before = self._last.get(consumer)
         future = self._pool.submit(_in_turn, before, task, *args)
         self._last[consumer] = future
@@ -194,7 +252,7 @@ def _in_turn(before: Future[None] | None, task: Callable[..., None], *args: obje
     task(*args)
 
 
-def blocks(view: ByteView, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+def blocks(view: ByteView, size: int) -> Iterator[tuple[int, int]]:
     """The tensor in order as byte ranges of at most `size`: whole rows where several fit in one."""
     total = view.outer * view.row
     step = size if view.row > size or not view.row else size - size % view.row
@@ -207,25 +265,31 @@ def blocks(view: ByteView, size: int = BLOCK) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-def cuts(view: ByteView, spans: Sequence[Span], start: int, stop: int) -> list[tuple[int, int]]:
-    """The byte ranges of `[start, stop)` that the spans hold, in the tensor's own order."""
-    found = []
-    for outer in range(start // view.row, -(-stop // view.row)):
-        base = outer * view.row
-        for span in spans:
-            first = max(base + span.start * view.inner, start)
-            last = min(base + span.stop * view.inner, stop)
-            if first < last:
-                found.append((first, last))
-    return found
+def start_write_back(fd: int, offset: int, count: int) -> None:
+    """Have the kernel start writing a range to disk, so that the sync at the end finds little left.
+
+    Only a hint: Linux sync_file_range(2) where there is one, and nothing elsewhere.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
 
 
-def gathered(
-    data: memoryview, base: int, parts: Sequence[tuple[int, int]]
+def held_parts(
+    view: ByteView, spans: Sequence[Span], start: int, data: memoryview
 ) -> Sequence[memoryview]:
-    """The parts of a block: as they lie where they are few, joined where they are many."""
-    views = [data[start - base : stop - base] for start, stop in parts]
-    return views if len(views) <= 4 else [memoryview(b"".join(views))]
+    """What the spans hold of `data`, the tensor's bytes from `start` on, in the tensor's order.
+
+    A block is either whole rows or a part of one.
+    """
+    cuts = [(first * view.inner, last * view.inner) for first, last in spans]
+    if view.row and start % view.row == 0 and len(data) % view.row == 0:
+        rows = range(0, len(data), view.row)
+        parts = [data[row + first : row + last] for row in rows for first, last in cuts]
+    else:
+        at = start % view.row
+        clipped = [(max(first - at, 0), min(last - at, len(data))) for first, last in cuts]
+        parts = [data[first:last] for first, last in clipped if first < last]
+    return parts
 
 
 def _ascending(spans: Sequence[Span]) -> bool:
