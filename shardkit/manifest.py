@@ -65,14 +65,13 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished split.  `tensors` is each whole tensor's crc32, `copied` the companion files."""
+    """A finished split; `copied` are the companion files."""
 
     split_id: str
     plan: Plan
     source: SourceRecord
     recipe: str
     recipe_sha256: str
-    tensors: Mapping[str, int]
     ranks: tuple[RankFile, ...]
     copied: Mapping[str, Digest]
     shardkit: str
@@ -164,8 +163,7 @@ def to_json(manifest: Manifest) -> dict[str, object]:
             ],
         },
         "tensors": {
-            name: {**placement_json(placement), "crc32": manifest.tensors[name]}
-            for name, placement in manifest.placements.items()
+            name: placement_json(placement) for name, placement in manifest.placements.items()
         },
         "ranks": [
             {"file": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256,

@@ -32,7 +32,6 @@ from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_BYTES = 1 << 30
 MAX_INT = 1 << 62
-MAX_CRC = (1 << 32) - 1
 HEX = set("0123456789abcdef")
 
 
@@ -78,7 +77,6 @@ def parse_manifest(data: bytes) -> Manifest:
         source=source,
         recipe=_str(recipe["name"]),
         recipe_sha256=_sha256(recipe["sha256"]),
-        tensors={name: _int(tensors[name]["crc32"], MAX_CRC) for name in order},
         ranks=tuple(_rank(rank) for rank in _list(table["ranks"])),
         copied={_base_name(n): _digest(d) for n, d in _table(table["copied"]).items()},
         shardkit=_str(table["shardkit"]),
@@ -136,7 +134,7 @@ def _source_file(value: Any) -> SourceFile:
 
 
 def _placement(name: str, value: Any) -> Placement:
-    table = _keys(value, "dtype shape style dim sections crc32")
+    table = _keys(value, "dtype shape style dim sections")
     shape = tuple(_int(n, MAX_DIM) for n in _list(table["shape"]))
     if table["dtype"] not in DTYPE_BITS or len(shape) > MAX_RANK:
         raise strict_json.JsonError(f"{name}: no dtype {table['dtype']!r}, or too many dimensions")

@@ -15,8 +15,9 @@ from shardkit.checkpoint import Checkpoint, Source
 from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
-from shardkit.errors import ManifestError, VerifyError
+from shardkit.errors import ManifestError
 from shardkit.files import read_small
+from shardkit.integrity import check_ranks
 from shardkit.manifest import (
     MARK,
     NAME,
@@ -60,7 +61,7 @@ def split(
     )
     draft = Manifest(
         make_split_id(plan, sample, recipe.sha256), plan, record, recipe.name, recipe.sha256,
-        {}, (), {}, __version__,
+        (), {}, __version__,
     )  # fmt: skip
     return _write_shards(source, draft, out, source.companions(), progress, source.check_unchanged)
 
@@ -70,9 +71,10 @@ def reshard(
 ) -> Manifest:
     """Cut a shard folder for another number of ranks: byte for byte what a direct split writes.
 
-    Raises OutputError, LayoutError, or VerifyError if the shards are not what was written.
+    The shards are checked first.  Raises OutputError, LayoutError, or VerifyError for damage.
     """
     check_absent(out)
+    check_ranks(shards, progress)
     old = shards.manifest
     plan = old.plan.over(tp_size)
     split_id = make_split_id(plan, old.source.sample, old.recipe_sha256)
@@ -83,9 +85,10 @@ def reshard(
 def merge(shards: ShardedCheckpoint, out: Path, progress: Progress = no_progress) -> None:
     """Write the unsharded checkpoint again, in the source's own files, names and metadata.
 
-    Raises OutputError, or VerifyError if a tensor is not what was split.
+    The shards are checked first.  Raises OutputError, or VerifyError for damage.
     """
     check_absent(out)
+    check_ranks(shards, progress)
     manifest = shards.manifest
     specs = {spec.name: spec for spec in shards.specs()}
     files = {
@@ -102,8 +105,7 @@ def merge(shards: ShardedCheckpoint, out: Path, progress: Progress = no_progress
     with publishing(out, manifest.split_id) as stage:
         for name, data in _copied(shards):
             stage.write(name, data)
-        found, _ = _copy_into(stage, shards, jobs, headers, progress)
-        _check_tensors(manifest, found)
+        _copy_into(stage, shards, jobs, headers, progress)
         if manifest.source.index:
             total = sum(spec.nbytes for spec in specs.values())
             stage.write(manifest.source.index.name, index_bytes(manifest.source.index, total))
@@ -131,14 +133,10 @@ def _write_shards(  # noqa: PLR0913
         for name, data in companions:
             stage.write(name, data)
             copied[name] = Digest(len(data), sha256(data).hexdigest())
-        found, sinks = _copy_into(stage, source, jobs, files, progress)
+        sinks = _copy_into(stage, source, jobs, files, progress)
         check_source()
-        if draft.tensors:
-            _check_tensors(draft, found)
         ranks = tuple(_rank_file(n, s) for n, s in zip(files, sinks, strict=True))
-        order = [placement.spec.name for placement in plan.placements]
-        tensors = {name: found[name] for name in order}
-        manifest = replace(draft, tensors=tensors, ranks=ranks, copied=copied)
+        manifest = replace(draft, ranks=ranks, copied=copied)
         stage.write(NAME, manifest.data)
     return manifest
 
@@ -154,26 +152,16 @@ def _takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, .
 
 def _copy_into(
     stage: Stage, source: Source, jobs: Sequence[Job], files: Files, progress: Progress
-) -> tuple[dict[str, int], list[FileSink]]:
+) -> list[FileSink]:
     """Create the files, room reserved for all of them, then fill and sync them."""
     sizes = {name: _size(first, held) for name, (first, held) in files.items()}
     fds = [stage.create(name, size) for name, size in sizes.items()]
     with as_output_error(stage.folder):
         sinks = [FileSink(fd, files[name][0]) for fd, name in zip(fds, files, strict=True)]
-        found = copy(source, jobs, sinks, progress)
+        copy(source, jobs, sinks, progress)
     with ThreadPoolExecutor(len(files)) as pool:
         list(pool.map(stage.finish, files))
-    return found, sinks
-
-
-def _check_tensors(manifest: Manifest, found: Mapping[str, int]) -> None:
-    """Raise VerifyError naming the first tensor whose bytes are not the ones that were split."""
-    for name, crc in found.items():
-        if crc != manifest.tensors[name]:
-            raise VerifyError(
-                f"{name}: the shards hold crc32 {crc:08x}, the source had"
-                f" {manifest.tensors[name]:08x}; run `shardkit verify` to find the damaged file"
-            )
+    return sinks
 
 
 def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:

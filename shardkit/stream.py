@@ -9,18 +9,18 @@ zlib and the system calls all release the interpreter lock.
 import ctypes
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
-from shardkit.layout import Span, length
+from shardkit.layout import Span
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
 BLOCK = 4 << 20  # bytes per buffer
-SLOTS = 3  # buffers: one being read, the others being hashed and written
+SLOTS = 6  # buffers: read ahead while others are hashed and written
 FLUSH = 2 << 20  # bytes written to a file before the kernel is told to start on them
 SYNC_FILE_RANGE_WRITE = 2
 MANY = 4  # parts of a block beyond which they are packed before they are written
@@ -89,26 +89,10 @@ class _Slot:
 
 def copy(
     source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: Progress
-) -> dict[str, int]:
-    """Run the jobs in order.  Returns each whole tensor's crc32, by name."""
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "shardkit") as pool:
-        return _Copier(source, sinks, pool, progress).run(jobs)
-
-
-def digests(source: Source, progress: Progress) -> dict[str, int]:
-    """Each whole tensor's sha256, by name, in constant memory."""
-    return copy(source, [Job(spec, None, ()) for spec in source.specs()], (), progress)
-
-
-class Checksum:
-    """A whole tensor's crc32, taken as its bytes pass."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def update(self, data: memoryview) -> None:
-        """Take the next bytes."""
-        self.value = zlib.crc32(data, self.value)
+) -> None:
+    """Run the jobs in order.  Raises what the source or a sink raises."""
+    with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
+        _Copier(source, sinks, pool, progress).run(jobs)
 
 
 class FileSink:
@@ -183,40 +167,49 @@ class _Copier:
         self._last: dict[tuple[int, str], Future[None]] = {}
         self._turn = 0
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, int]:
-        totals = {job.spec.name: self._run(job) for job in jobs}
+    def run(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._run(job)
         for slot in self._slots:
             slot.wait()
-        return {name: total.value for name, total in totals.items()}
+        for future in self._last.values():
+            future.result()
 
-    def _run(self, job: Job) -> "Checksum":
-        total = Checksum()
+    def _run(self, job: Job) -> None:
         view = byte_view(job.spec, job.dim)
-        ordered = [take for take in job.takes if _ascending(take[1])]
-        repeated = [take for take in job.takes if not _ascending(take[1])]
-        slot = self._next()
         for sink, _ in job.takes:
-            slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].start, job.spec.name))
-        for start, stop in blocks(view, BLOCK):
-            slot, data = self._read(job, start, stop)
-            slot.busy.append(self._submit((-1, "crc"), total.update, data))
-            for sink, spans in ordered:
-                self._feed(sink, slot, slot.pack(held_parts(view, spans, start, data)))
-            self._progress(stop - start)
-        for sink, spans in repeated:
-            self._repeat(job, view, sink, spans)
-        return total
+            self._submit((sink, "hash"), self._sinks[sink].start, job.spec.name)
+        if view.outer > 1 and view.row <= BLOCK and all(_ascending(s) for _, s in job.takes):
+            self._by_rows(job, view)
+        else:
+            self._by_runs(job, view)
 
-    def _repeat(self, job: Job, view: ByteView, sink: int, spans: tuple[Span, ...]) -> None:
-        """Spans that go back on the axis (copies of kv heads) are read in their own order."""
-        for outer in range(view.outer):
-            for span in spans:
-                first = outer * view.row + span.start * view.inner
-                last = outer * view.row + span.stop * view.inner
-                for start in range(first, last, BLOCK):
-                    stop = min(start + BLOCK, last)
-                    slot, data = self._read(job, start, stop)
-                    self._feed(sink, slot, [data])
+    def _by_rows(self, job: Job, view: ByteView) -> None:
+        """Small rows of which every sink takes a part: read whole, many at a time."""
+        if not view.row:
+            return
+        step = BLOCK - BLOCK % view.row
+        total = view.outer * view.row
+        for start in range(0, total, step):
+            slot, data = self._read(job, start, min(start + step, total))
+            for sink, spans in job.takes:
+                self._feed(sink, slot, slot.pack(row_parts(view, spans, data)))
+
+    def _by_runs(self, job: Job, view: ByteView) -> None:
+        """Long runs, each sink's in its own order, and the sinks in turn, so that all are busy.
+
+        A range that several sinks take, as a replicated tensor's, is read once.
+        """
+        runs = [chunks(view, spans) for _, spans in job.takes]
+        for turn in zip_longest(*runs):
+            last, slot, data = None, self._slots[0], memoryview(b"")
+            for (sink, _), chunk in zip(job.takes, turn, strict=True):
+                if chunk is None:
+                    continue
+                if chunk != last:
+                    slot, data = self._read(job, *chunk)
+                    last = chunk
+                self._feed(sink, slot, [data])
 
     def _read(self, job: Job, start: int, stop: int) -> tuple[_Slot, memoryview]:
         slot = self._next()
@@ -231,9 +224,9 @@ class _Copier:
         return slot
 
     def _feed(self, sink: int, slot: _Slot, parts: Sequence[memoryview]) -> None:
-        if parts:
-            slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].hash, parts))
-            slot.busy.append(self._submit((sink, "write"), self._sinks[sink].write, parts))
+        slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].hash, parts))
+        slot.busy.append(self._submit((sink, "write"), self._sinks[sink].write, parts))
+        self._progress(sum(map(len, parts)))
 
     def _submit(
         self, consumer: tuple[int, str], task: Callable[..., None], *args: object
@@ -252,17 +245,21 @@ def _in_turn(before: Future[None] | None, task: Callable[..., None], *args: obje
     task(*args)
 
 
-def blocks(view: ByteView, size: int) -> Iterator[tuple[int, int]]:
-    """The tensor in order as byte ranges of at most `size`: whole rows where several fit in one."""
-    total = view.outer * view.row
-    step = size if view.row > size or not view.row else size - size % view.row
-    if view.row > size:
-        for row in range(view.outer):
-            for start in range(row * view.row, (row + 1) * view.row, step):
-                yield start, min(start + step, (row + 1) * view.row)
-        return
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
+def chunks(view: ByteView, spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
+    """What the spans hold, in their own order, as byte ranges of the tensor of at most a block."""
+    for outer in range(view.outer):
+        for span in spans:
+            first = outer * view.row + span.start * view.inner
+            last = outer * view.row + span.stop * view.inner
+            for start in range(first, last, BLOCK):
+                yield start, min(start + BLOCK, last)
+
+
+def row_parts(view: ByteView, spans: Sequence[Span], data: memoryview) -> Sequence[memoryview]:
+    """What the spans hold of `data`, which is whole rows, in order."""
+    cuts = [(first * view.inner, last * view.inner) for first, last in spans]
+    rows = range(0, len(data), view.row)
+    return [data[row + first : row + last] for row in rows for first, last in cuts]
 
 
 def start_write_back(fd: int, offset: int, count: int) -> None:
@@ -274,29 +271,5 @@ def start_write_back(fd: int, offset: int, count: int) -> None:
         _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
 
 
-def held_parts(
-    view: ByteView, spans: Sequence[Span], start: int, data: memoryview
-) -> Sequence[memoryview]:
-    """What the spans hold of `data`, the tensor's bytes from `start` on, in the tensor's order.
-
-    A block is either whole rows or a part of one.
-    """
-    cuts = [(first * view.inner, last * view.inner) for first, last in spans]
-    if view.row and start % view.row == 0 and len(data) % view.row == 0:
-        rows = range(0, len(data), view.row)
-        parts = [data[row + first : row + last] for row in rows for first, last in cuts]
-    else:
-        at = start % view.row
-        clipped = [(max(first - at, 0), min(last - at, len(data))) for first, last in cuts]
-        parts = [data[first:last] for first, last in clipped if first < last]
-    return parts
-
-
 def _ascending(spans: Sequence[Span]) -> bool:
     return all(a.stop <= b.start for a, b in zip(spans, spans[1:], strict=False))
-
-
-def taken(spec: TensorSpec, dim: int | None, spans: Sequence[Span]) -> int:
-    """The bytes the spans of a tensor hold."""
-    view = byte_view(spec, dim)
-    return view.outer * length(spans) * view.inner
