@@ -40,7 +40,9 @@ def unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> int | No
         return _checked(value, rule.fields[0])
     if rule.shared_by:
         return unit_count(rule.shared_by, recipe, config)
-    raise RecipeError(f"config.json: no {' or '.join(rule.fields)}, which recipe {recipe.name!r} needs")
+    raise RecipeError(
+        f"config.json: no {' or '.join(rule.fields)}, which recipe {recipe.name!r} needs"
+    )
 
 
 def _checked(value: object, field: str) -> int:

@@ -50,9 +50,9 @@ def parse_axis(text: str) -> tuple[Term, ...]:
     return tuple(_parse_term(section, text) for section in text.split("+"))
 
 
-def sections(terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]) -> tuple[
-    Section, ...
-]:
+def sections(
+    terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]
+) -> tuple[Section, ...]:
     """The sections of an axis of `axis_length` indices.
 
     Raises RecipeError where the length is no multiple of what the terms count.
@@ -71,9 +71,7 @@ def sections(terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit
     )
 
 
-def _count(
-    term: Term, terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]
-) -> int:
+def _count(term: Term, terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]) -> int:
     if term.unit is None:
         return term.outer
     count = units[term.unit].count

@@ -129,4 +129,3 @@ def place(spec: TensorSpec, recipe: Recipe, units: Mapping[str, Unit]) -> Placem
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
     return Placement(spec, rule.style, dim, parts)
-

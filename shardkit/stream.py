@@ -87,9 +87,7 @@ class _Slot:
         return (packed,)
 
 
-def copy(
-    source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: Progress
-) -> None:
+def copy(source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: Progress) -> None:
     """Run the jobs in order.  Raises what the source or a sink raises."""
     with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
         _Copier(source, sinks, pool, progress).run(jobs)

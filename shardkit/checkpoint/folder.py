@@ -151,7 +151,9 @@ class Checkpoint:
                 found = actual.get(tensor, "no file")
                 raise CheckpointError(f"{where}: says {tensor} is in {file}, but it is in {found}")
         if extra := sorted(actual.keys() - self.index.weight_map.keys()):
-            raise CheckpointError(f"{where}: does not name {extra[0]}, which is in {actual[extra[0]]}")
+            raise CheckpointError(
+                f"{where}: does not name {extra[0]}, which is in {actual[extra[0]]}"
+            )
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
@@ -187,7 +189,9 @@ def weight_files(folder: Path) -> tuple[Index | None, list[str]]:
     indices = [name for name in names if name.endswith(SUFFIX)]
     weights = [name for name in names if name.endswith(".safetensors")]
     if len(indices) > 1:
-        raise CheckpointError(f"{folder}: {len(indices)} indices, {' and '.join(indices)}; keep one")
+        raise CheckpointError(
+            f"{folder}: {len(indices)} indices, {' and '.join(indices)}; keep one"
+        )
     if indices:
         index = read_index(folder, indices[0])
         files = sorted(set(index.weight_map.values()))

@@ -50,7 +50,9 @@ def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Hea
         size = os.fstat(fd).st_size
         start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
-            raise error(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+            raise error(
+                f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+            )
         if size < 8:
             raise error(f"{path}: {size} bytes is too short for a safetensors file")
         length = struct.unpack("<Q", start[:8])[0]
@@ -86,7 +88,9 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     covered = base
     for entry in entries:
         if entry.start != covered:
-            fault = "overlaps the one before" if entry.start < covered else "leaves a hole before it"
+            fault = (
+                "overlaps the one before" if entry.start < covered else "leaves a hole before it"
+            )
             raise strict_json.JsonError(f"tensor {entry.spec.name!r} {fault}")
         covered = entry.stop
     if covered != file_size:
