@@ -1,0 +1,143 @@
+"""The parallel modules: transformers' own layers with one collective each.
+
+A module of the model built by transformers becomes one of these in place, keeping its parameters'
+names; where only its widths change (column-parallel without a gather) it stays what it is.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardkit.errors import ManifestError
+from shardkit.runtime.group import TensorParallelGroup
+
+
+class ColumnParallelLinear(nn.Linear):
+    """`y[..., rank's columns] = x W^T + b`: each rank has its own output features, no collective."""
+
+
+class ParallelLMHead(nn.Linear):
+    """A column-parallel linear whose outputs, the logits, are gathered: one all-gather."""
+
+    group: TensorParallelGroup
+    sizes: tuple[int, ...]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
+        return self.group.all_gather(F.linear(x, self.weight, self.bias), self.sizes)
+
+
+class RowParallelLinear(nn.Linear):
+    """Each rank has its own input features; one all-reduce, then the bias, added once."""
+
+    group: TensorParallelGroup
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., rank's in]` to `[..., out]`, the same on every rank."""
+        y = self.group.all_reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+class RowParallelConv1D(nn.Module):
+    """RowParallelLinear for weights stored `[in, out]` (transformers' Conv1D)."""
+
+    group: TensorParallelGroup
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., rank's in]` to `[..., out]`, the same on every rank."""
+        return self.group.all_reduce(torch.matmul(x, self.weight)) + self.bias
+
+
+@cache
+def vocab_parallel(cls: type[nn.Embedding]) -> type[nn.Embedding]:
+    """`cls` with its rows divided: what the class itself does (scaling) stays; one all-reduce."""
+
+    class VocabParallelEmbedding(cls):  # type: ignore[misc, valid-type]
+        """Each rank looks up its own rows and adds zeros for the others'."""
+
+        group: TensorParallelGroup
+        first_row: int
+
+        def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """Token ids `[...]` to `[..., hidden]`, the same on every rank."""
+            local = input_ids - self.first_row
+            mine = (local >= 0) & (local < self.weight.shape[0])
+            found = super().forward(local.where(mine, 0), *args, **kwargs)
+            return self.group.all_reduce(found * mine.unsqueeze(-1))
+
+    return VocabParallelEmbedding
+
+
+def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
+    """Turn a linear layer, or a module of bare expert weights, into its row-parallel form."""
+    if _is_linear(module):
+        _become(module, RowParallelLinear, group=group)
+    elif is_conv1d(module):
+        _become(module, RowParallelConv1D, group=group)
+    elif isinstance(module, nn.Linear):
+        raise ManifestError(f"{type(module).__name__}: a linear layer with no row-parallel form")
+    else:
+        module.register_forward_hook(_summed(group))
+
+
+def make_vocab_parallel(
+    module: nn.Module, group: TensorParallelGroup, first_row: int, sizes: Sequence[int]
+) -> None:
+    """Turn an embedding or an output layer into its vocab-parallel form."""
+    if isinstance(module, nn.Embedding):
+        module.padding_idx = None  # only training uses it, and it may be another rank's row
+        _become(module, vocab_parallel(type(module)), group=group, first_row=first_row)
+    elif _is_linear(module):
+        _become(module, ParallelLMHead, group=group, sizes=tuple(sizes))
+
+
+def make_column_parallel(module: nn.Module) -> None:
+    """Name a plain linear layer for what it now is."""
+    if _is_linear(module):
+        _become(module, ColumnParallelLinear)
+
+
+def fit_widths(module: nn.Module) -> None:
+    """Set a layer's recorded widths to those of the weight it now has."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif is_conv1d(module) or isinstance(module, RowParallelConv1D):
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer with `[in, out]` weights."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _become(module: nn.Module, cls: type[nn.Module], **state: object) -> None:
+    """Give a module another class and what that class needs, its parameters untouched."""
+    module.__class__ = cls
+    for name, value in state.items():
+        setattr(module, name, value)
+
+
+def _summed(group: TensorParallelGroup) -> Any:
+    """A forward hook that sums a module's partial output, the first of several, over the ranks."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (group.all_reduce(output[0]), *output[1:])
+        return group.all_reduce(output)
+
+    return hook

@@ -1,0 +1,256 @@
+"""Loads this rank's shard into a transformers model."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from hashlib import sha256
+from os import close
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from shardkit.checkpoint.folder import MAX_COMPANION
+from shardkit.errors import ManifestError, ShardkitError
+from shardkit.files import read_small
+from shardkit.manifest import Manifest
+from shardkit.manifest_file import read_manifest
+from shardkit.plan import Placement
+from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
+from shardkit.runtime.layers import fit_widths
+from shardkit.runtime.localize import localize
+from shardkit.runtime.names import Conversion, conversions
+from shardkit.shards import open_shard
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                "BF16": torch.bfloat16}  # fmt: skip
+GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
+
+
+def load(  # noqa: D417
+    folder: str | Path,
+    *,
+    group: TensorParallelGroup | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    timeout: float = COLLECTIVE_TIMEOUT,
+) -> PreTrainedModel:
+    """This rank's part of the model in `folder`, ready for `model(...)` and `model.generate(...)`.
+
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1.  Every rank's outputs
+    are the whole model's.  `dtype` None is the checkpoint's own.  `timeout` in seconds bounds each
+    collective.  The ranks compare manifests before the first collective: with a wrong world size,
+    or a missing, foreign or damaged shard, every rank raises the same RanksError.
+    """
+    group = group or connect(device, timeout)
+    folder = Path(folder)
+    manifest, error = None, ""
+    try:
+        manifest = prepare(folder, group.tp_rank, group.tp_size)
+    except ShardkitError as fault:
+        error = str(fault)
+    group.agree({"manifest": manifest.sha256 if manifest else ""}, error)
+    assert manifest is not None
+    model, error = None, ""
+    try:
+        model = build(folder, manifest, group, dtype)
+    except (ShardkitError, ValueError, TypeError, RuntimeError, OSError) as fault:
+        error = str(fault).split("\n")[0] or type(fault).__name__
+    group.agree({}, error)
+    assert model is not None
+    return model
+
+
+def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
+    """The manifest, and the proof that this rank's file is there and of this split.
+
+    Raises ManifestError.  Reads the shard's header only.
+    """
+    manifest = read_manifest(folder)
+    if manifest.tp_size != tp_size:
+        raise ManifestError(
+            f"{folder}: was split for tp_size {manifest.tp_size}, but {tp_size} ranks run it;"
+            f" start {manifest.tp_size}, or `shardkit reshard` it for {tp_size}"
+        )
+    close(open_shard(folder, manifest, tp_rank))
+    for name in ("config.json", "generation_config.json"):
+        if name in manifest.copied:
+            data = read_small(folder / name, MAX_COMPANION, ManifestError)
+            if sha256(data).hexdigest() != manifest.copied[name].sha256:
+                raise ManifestError(f"{folder / name}: not the file that was split with the weights")
+    return manifest
+
+
+def build(
+    folder: Path, manifest: Manifest, group: TensorParallelGroup, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Build the model on the meta device, make it local, and fill it from this rank's file."""
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or default_dtype(config, manifest)
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=dtype)
+    model.requires_grad_(False).eval()
+    loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
+    plan = conversions(model, loaded)
+    placed = check_shapes(model, manifest, plan)
+    missing = model.state_dict().keys() - placed.keys()
+    tied = tie_placements(model, placed, missing)
+    localize(model, manifest, {**placed, **tied}, group)
+    shard = folder / manifest.ranks[group.tp_rank].name
+    fill(model, shard, plan, group.device, dtype)
+    finish(model, missing, group.device)
+    for module in model.modules():
+        fit_widths(module)
+    suit_experts(model)
+    if model.can_generate() and "generation_config.json" in manifest.copied:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and group.tp_size > 1:
+        sample_alike(model, group)
+    return model
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The model class the config names, of transformers itself.  Raises ManifestError."""
+    for name in config.architectures or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ManifestError(
+        f"config.json: architectures {config.architectures} names no model of transformers"
+        f" {transformers.__version__}"
+    )
+
+
+def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
+    """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in TORCH_DTYPES)
+    return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else torch.float32
+
+
+def check_shapes(
+    model: PreTrainedModel, manifest: Manifest, plan: list[Conversion]
+) -> dict[str, Placement]:
+    """Each of the model's tensors that the shards make, and the placement it is made of.
+
+    Converts tensors of the whole shapes, without data, and raises ManifestError where one is not
+    the shape the model has: a config that is not the weights'.
+    """
+    state, placed = model.state_dict(), {}
+    for conversion in plan:
+        sources = [manifest.placements[name] for name, _ in conversion.sources]
+        whole = {p.spec.name: torch.empty(p.spec.shape, device="meta") for p in sources}
+        for name, tensor in conversion.run(whole, model).items():
+            if name not in state or state[name].shape != tensor.shape:
+                have = tuple(state[name].shape) if name in state else "no such tensor"
+                raise ManifestError(
+                    f"{conversion.sources[0][0]}: makes {name} {tuple(tensor.shape)}, but"
+                    f" config.json says {have}"
+                )
+            placed[name] = sources[0]
+    return placed
+
+
+def tie_placements(
+    model: PreTrainedModel, placed: Mapping[str, Placement], missing: set[str]
+) -> dict[str, Placement]:
+    """The placements of tensors that are not stored because they are tied to one that is."""
+    tied = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        names = {target, source}
+        stored = [placed[name] for name in names if name in placed]
+        stored += [tied[name] for name in names if name in tied]
+        tied.update({name: stored[0] for name in names & missing if stored})
+    return tied
+
+
+def fill(
+    model: PreTrainedModel,
+    shard: Path,
+    plan: list[Conversion],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Read each tensor, convert it, and make it a parameter or buffer of the model."""
+    keep = tuple(model._get_dtype_plan(dtype))
+    with safe_open(shard, framework="pt", device=str(device), backend="pread") as file:
+        for conversion in plan:
+            tensors = {name: file.get_tensor(name) for name, _ in conversion.sources}
+            for name, tensor in conversion.run(tensors, model).items():
+                path, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(path)
+                wanted = getattr(owner, leaf).dtype
+                if any(part in name for part in keep):
+                    wanted = torch.float32
+                put(owner, leaf, tensor.to(wanted))
+
+
+def put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    """Set a parameter or buffer, whatever shape it had, marked as not to be initialised."""
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = tensor = nn.Parameter(tensor, requires_grad=False)
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
+    """Tie what is tied, and make what no checkpoint stores: the buffers a model computes.
+
+    Raises ManifestError for a weight that is neither stored, tied nor computed: transformers would
+    make it up at random.
+    """
+    left = set(missing)
+    model.tie_weights(missing_keys=left, recompute_mapping=False)
+    left = {name for name in left if _is_meta(model, name)}
+    before = model._keys_to_ignore_on_load_missing or []
+    for name in left:
+        computed = any(re.search(pattern, name) for pattern in before)
+        if not computed:
+            raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            made = torch.empty_like(tensor, device=device)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = made
+            else:
+                owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
+        else:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()
+
+
+def _is_meta(model: PreTrainedModel, name: str) -> bool:
+    return bool(model.get_parameter_or_buffer(name).device.type == "meta")
+
+
+def suit_experts(model: PreTrainedModel) -> None:
+    """Where a rank's expert rows do not suit torch's grouped matmul, use transformers' plain one."""
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor.ndim == 3 and "expert" in type(module).__name__.lower():
+                rows = tensor.shape[-1] * tensor.element_size(), tensor.shape[-2] * tensor.element_size()
+                if any(row % GROUPED_ALIGNMENT for row in rows):
+                    model.set_experts_implementation("eager")
+                    return
+
+
+def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:
+    """Make every rank sample as rank 0 does: its random state is shared before each generate."""
+    generate = model.generate
+
+    def generate_alike(*args: Any, **kwargs: Any) -> Any:
+        torch.set_rng_state(group.broadcast(torch.get_rng_state()).cpu())
+        if group.device.type == "cuda":
+            state = group.broadcast(torch.cuda.get_rng_state(group.device)).cpu()
+            torch.cuda.set_rng_state(state, group.device)
+        return generate(*args, **kwargs)
+
+    model.generate = generate_alike
