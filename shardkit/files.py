@@ -1,10 +1,15 @@
 """Opens files without being led astray: no links out of the folder, no devices, no surprises."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from shardkit.errors import ShardkitError
+
+# What no file name here may hold: separators, control characters, and bytes that are not UTF-8.
+_UNFIT = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MAX_NAME = 255
 
 
 def open_regular(path: Path, error: type[ShardkitError]) -> int:
@@ -27,7 +32,16 @@ def read_small(path: Path, limit: int, error: type[ShardkitError]) -> bytes:
         size = os.fstat(fd).st_size
         if size > limit:
             raise error(f"{path}: {size} bytes, more than the {limit} allowed for such a file")
-        return file.read(limit)
+        try:
+            return file.read(limit)
+        except OSError as failure:
+            raise error(f"{path}: {failure.strerror}") from None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is one path component that can be printed on one line."""
+    fits = 0 < len(name.encode(errors="replace")) <= MAX_NAME
+    return fits and name not in (".", "..") and not _UNFIT.search(name)
 
 
 def real_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
@@ -37,16 +51,19 @@ def real_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
     inside the folder, are followed once.  Raises `error` for any other link, or a name that is no
     base name.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise error(f"{folder}: {name!r} is not a file name in this folder")
+    if not is_plain_name(name):
+        raise error(f"{folder}: {name[:80]!a} is not a file name in this folder")
     path = folder / name
     if not path.is_symlink():
         return path
-    target = path.resolve()
-    base = folder.resolve()
+    try:
+        target = path.resolve()
+        base = folder.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        raise error(f"{path}: is a link that leads nowhere") from None
     allowed = [base]
     if base.parent.name == "snapshots":
         allowed.append(base.parent.parent / "blobs")
     if target.parent not in allowed:
-        raise error(f"{path}: links to {target}, outside the folder")
+        raise error(f"{path}: links to {target}, outside the folder; put the file itself there")
     return target

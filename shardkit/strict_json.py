@@ -1,7 +1,11 @@
 """JSON from files that may be hostile: bounded, no duplicate keys, no NaN, one clean error."""
 
 import json
+import math
+import re
 from typing import Any, NoReturn
+
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
 
 
 class JsonError(ValueError):
@@ -11,17 +15,26 @@ class JsonError(ValueError):
 def parse(data: bytes) -> Any:
     """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on."""
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
         )
+        if _MAYBE_SURROGATE.search(data):
+            canonical(value)
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise JsonError("half of a surrogate pair is no character") from None
     except json.JSONDecodeError as error:
-        raise JsonError(f"{error.msg} at byte {error.pos}") from None
+        raise JsonError(f"{error.msg} at character {error.pos}: damaged or truncated") from None
     except RecursionError:
         raise JsonError("nested too deeply") from None
     except ValueError as error:
         raise JsonError(str(error).split(";")[0]) from None
+    return value
 
 
 def canonical(value: Any) -> bytes:
@@ -35,13 +48,32 @@ def compact(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """A value from a file as an error may print it: one line, escaped, cut short."""
+    text = ascii(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JsonError(f"duplicate key {twice!r}")
+        raise JsonError(f"duplicate key {shown(twice)}")
     return table
+
+
+def _integer(text: str) -> int:
+    if text == "-0":
+        raise JsonError("-0 is no integer")  # a float to the safetensors library
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"{shown(text)} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

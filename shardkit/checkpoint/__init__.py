@@ -1,4 +1,4 @@
-"""A source of tensors on disk: names, shapes, dtypes, byte ranges, and reads of just those bytes."""
+"""A source of tensors on disk: names, shapes, dtypes, byte ranges, and reads of those bytes."""
 
 from shardkit.checkpoint.folder import Checkpoint, SourceFile, open_checkpoint
 from shardkit.checkpoint.source import Source

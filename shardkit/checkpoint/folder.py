@@ -2,22 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
-from shardkit.checkpoint.index import SUFFIX, Index, read_index
+from shardkit.checkpoint.listing import is_companion, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, read_small, real_file
+from shardkit.strict_json import shown
 from shardkit.tensor import TensorSpec
 
-SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-MAX_CONFIG = 16 << 20
 MAX_COMPANION = 256 << 20
 SAMPLE = 4096
 
@@ -48,7 +44,7 @@ class Checkpoint:
         self.revision = revision
         self.name = name or folder.resolve().name
         self.config = read_config(folder)
-        self.index, names = weight_files(folder)
+        self.index, names = weight_files(folder, names_in(folder))
         self._places: dict[str, _Place] = {}
         self._fds: list[int] = []
         self._names: list[str] = []
@@ -89,10 +85,13 @@ class Checkpoint:
         place = self._places[name]
         at = place.start + offset
         while view:
-            count = os.preadv(self._fds[place.file], [view], at)
+            path = self.folder / self.files[place.file].name
+            try:
+                count = os.preadv(self._fds[place.file], [view], at)
+            except OSError as failure:
+                raise CheckpointError(f"{path}: cannot be read: {failure.strerror}") from None
             if count == 0:
-                file = self.files[place.file].name
-                raise SourceChanged(f"{self.folder / file}: became shorter while it was read")
+                raise SourceChanged(f"{path}: became shorter while it was read")
             view, at = view[count:], at + count
 
     def check_unchanged(self) -> None:
@@ -119,23 +118,23 @@ class Checkpoint:
 
     def companions(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each small file a model needs beside its weights; never code."""
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in COMPANIONS and not path.name.endswith(SUFFIX) and path.is_file():
-                real = real_file(self.folder, path.name, CheckpointError)
-                yield path.name, read_small(real, MAX_COMPANION, CheckpointError)
+        for name in names_in(self.folder):
+            if is_companion(name) and (self.folder / name).is_file():
+                real = real_file(self.folder, name, CheckpointError)
+                yield name, read_small(real, MAX_COMPANION, CheckpointError)
 
     def _add(self, name: str) -> SourceFile:
         path = real_file(self.folder, name, CheckpointError)
-        if not path.exists():
-            raise CheckpointError(f"{self.folder / name}: missing, though the index names it")
-        found = header.read_header(path)
         self._fds.append(open_regular(path, CheckpointError))
+        found = header.header_of(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
         for entry in found.entries:
             tensor = entry.spec.name
             if tensor in self._places:
                 other = self._names[self._places[tensor].file]
-                raise CheckpointError(f"{path}: {tensor} is in {other} as well")
+                raise CheckpointError(
+                    f"{path}: {shown(tensor)} is in {other} as well; the checkpoint is ambiguous"
+                )
             self._places[tensor] = _Place(len(self._fds) - 1, entry.start, entry.spec)
         self._names.append(name)
         tensors = tuple(entry.spec.name for entry in found.entries)
@@ -149,63 +148,32 @@ class Checkpoint:
         for tensor, file in self.index.weight_map.items():
             if actual.get(tensor) != file:
                 found = actual.get(tensor, "no file")
-                raise CheckpointError(f"{where}: says {tensor} is in {file}, but it is in {found}")
+                raise CheckpointError(
+                    f"{where}: says {shown(tensor)} is in {file}, but it is in {found}"
+                )
         if extra := sorted(actual.keys() - self.index.weight_map.keys()):
             raise CheckpointError(
-                f"{where}: does not name {extra[0]}, which is in {actual[extra[0]]}"
+                f"{where}: does not name {shown(extra[0])}, which is in {actual[extra[0]]}"
             )
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache.  Raises CheckpointError."""
     folder = Path(source)
-    if folder.is_dir():
+    if source and _is(folder.is_dir):
         if revision is not None:
             raise CheckpointError(f"{source}: a folder has no revision; leave --revision out")
         return Checkpoint(folder)
-    if folder.exists():
+    if source and _is(folder.exists):
         raise CheckpointError(f"{source}: is a file; name the folder it is in")
-    from shardkit.checkpoint.hub import download  # noqa: PLC0415  (costs 0.3 s)
+    from shardkit.checkpoint.hub import download  # here, as it costs 0.3 s
 
     local, commit = download(source, revision)
     return Checkpoint(local, commit, source)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.  Raises CheckpointError."""
-    path = real_file(folder, "config.json", CheckpointError)
+def _is(question: Callable[[], bool]) -> bool:
     try:
-        config = strict_json.parse(read_small(path, MAX_CONFIG, CheckpointError))
-    except strict_json.JsonError as fault:
-        raise CheckpointError(f"{folder}/config.json: {fault}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}/config.json: is no object")
-    return config
-
-
-def weight_files(folder: Path) -> tuple[Index | None, list[str]]:
-    """The index, if there is one, and the weights files.  Raises CheckpointError if in doubt."""
-    names = sorted(path.name for path in folder.iterdir())
-    indices = [name for name in names if name.endswith(SUFFIX)]
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if len(indices) > 1:
-        raise CheckpointError(
-            f"{folder}: {len(indices)} indices, {' and '.join(indices)}; keep one"
-        )
-    if indices:
-        index = read_index(folder, indices[0])
-        files = sorted(set(index.weight_map.values()))
-        if SINGLE in weights and SINGLE not in files:
-            raise CheckpointError(
-                f"{folder}: has both {SINGLE} and {indices[0]}, which does not name it; remove one"
-            )
-        return index, files
-    if SINGLE in weights or len(weights) == 1:
-        return None, [SINGLE if SINGLE in weights else weights[0]]
-    if weights:
-        raise CheckpointError(f"{folder}: {len(weights)} safetensors files, and no *{SUFFIX}")
-    if any(name.endswith(PICKLES) for name in names):
-        raise CheckpointError(
-            f"{folder}: only pickled weights, which can run code; convert them to safetensors first"
-        )
-    raise CheckpointError(f"{folder}: no safetensors file")
+        return question()
+    except OSError:  # too long for a path, or in a folder that may not be entered
+        return False

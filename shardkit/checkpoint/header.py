@@ -5,6 +5,7 @@ The format: 8 bytes of little-endian length, that many bytes of JSON, then the d
 safetensors library refuses, and duplicate names, which it accepts.
 """
 
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from shardkit import strict_json
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular
+from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
@@ -44,42 +46,56 @@ class Header:
 
 
 def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
-    """Read and check a safetensors file's header.  Raises `error`, naming the file and the fault."""
+    """Read and check a safetensors file's header.  Raises `error`, naming file and fault."""
     fd = open_regular(path, error)
-    with os.fdopen(fd, "rb") as file:
-        size = os.fstat(fd).st_size
-        start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise error(
-                f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-            )
-        if size < 8:
-            raise error(f"{path}: {size} bytes is too short for a safetensors file")
-        length = struct.unpack("<Q", start[:8])[0]
-        if length > MAX_HEADER:
-            raise error(f"{path}: header of {length} bytes, more than the {MAX_HEADER} allowed")
-        if length > size - 8:
-            raise error(f"{path}: header of {length} bytes in a file of {size}: truncated?")
-        file.seek(8)
-        raw = file.read(length)
     try:
+        return header_of(fd, path, error)
+    finally:
+        os.close(fd)
+
+
+def header_of(fd: int, path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
+    """Read and check the header of an open file; `path` is for messages.  Raises `error`."""
+    size = os.fstat(fd).st_size
+    try:
+        start = os.pread(fd, len(LFS_POINTER), 0)
+        _check_start(start, size)
+        raw = os.pread(fd, struct.unpack("<Q", start[:8])[0], 8)
         return parse_header(raw, size)
-    except (strict_json.JsonError, LayoutError) as fault:
+    except (JsonError, LayoutError) as fault:
         raise error(f"{path}: {fault}") from None
+    except OSError as failure:
+        raise error(f"{path}: cannot be read: {failure.strerror}") from None
+
+
+def _check_start(start: bytes, size: int) -> None:
+    if start == LFS_POINTER:
+        raise JsonError("a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if size < 8:
+        raise JsonError(f"{size} bytes, too short for a safetensors file: truncated")
+    length = struct.unpack("<Q", start[:8])[0]
+    if length > MAX_HEADER:
+        raise JsonError(
+            f"header of {length} bytes, more than the {MAX_HEADER} allowed: no safetensors file"
+        )
+    if length > size - 8:
+        raise JsonError(
+            f"header of {length} bytes in a file of {size}: truncated, or no safetensors file"
+        )
 
 
 def parse_header(raw: bytes, file_size: int) -> Header:
     """The header's tensors, their bytes proven to cover the file exactly.  Raises JsonError."""
     if not raw.startswith(b"{"):
-        raise strict_json.JsonError("header does not start with '{'")
+        raise JsonError("header does not start with '{'")
     table = strict_json.parse(raw)
     if not isinstance(table, dict):
-        raise strict_json.JsonError("header is no object")
+        raise JsonError("header is no object")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise strict_json.JsonError("__metadata__ is no table of strings")
+        raise JsonError("__metadata__ is no table of strings")
     if len(table) > MAX_TENSORS:
-        raise strict_json.JsonError(f"{len(table)} tensors, more than the {MAX_TENSORS} allowed")
+        raise JsonError(f"{len(table)} tensors, more than the {MAX_TENSORS} allowed")
     base = 8 + len(raw)
     entries = sorted(
         (_entry(name, value, base) for name, value in table.items()),
@@ -91,12 +107,11 @@ def parse_header(raw: bytes, file_size: int) -> Header:
             fault = (
                 "overlaps the one before" if entry.start < covered else "leaves a hole before it"
             )
-            raise strict_json.JsonError(f"tensor {entry.spec.name!r} {fault}")
+            raise JsonError(f"tensor {shown(entry.spec.name)} {fault}")
         covered = entry.stop
     if covered != file_size:
-        raise strict_json.JsonError(
-            f"tensors end at byte {covered} of a file of {file_size}: truncated or extended"
-        )
+        word = "truncated" if file_size < covered else "extended"
+        raise JsonError(f"{word}: tensors end at byte {covered}, the file at {file_size}")
     return Header(tuple(entries), metadata, raw)
 
 
@@ -119,25 +134,28 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
 def _entry(name: str, value: Any, base: int) -> Entry:
     _check_name(name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise strict_json.JsonError(f"tensor {name!r}: entry is not dtype, shape and data_offsets")
+        raise JsonError(f"tensor {shown(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise strict_json.JsonError(f"tensor {name!r}: unknown dtype {dtype!r}")
+        raise JsonError(f"tensor {shown(name)}: unknown dtype {shown(dtype)}")
     if not _sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
-        raise strict_json.JsonError(f"tensor {name!r}: shape is no list of sizes")
+        raise JsonError(f"tensor {shown(name)}: shape is no list of sizes")
     if not _sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise strict_json.JsonError(f"tensor {name!r}: data_offsets are no range")
+        raise JsonError(f"tensor {shown(name)}: data_offsets are no range")
     spec = TensorSpec(name, dtype, tuple(shape))
+    if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 64:
+        raise JsonError(f"tensor {shown(name)}: shape is too large, zeros left aside")
     if spec.nbytes != offsets[1] - offsets[0]:
-        raise strict_json.JsonError(
-            f"tensor {name!r}: {offsets[1] - offsets[0]} bytes, but its shape needs {spec.nbytes}"
+        raise JsonError(
+            f"tensor {shown(name)}: {offsets[1] - offsets[0]} bytes,"
+            f" but its shape needs {spec.nbytes}"
         )
     return Entry(spec, base + offsets[0], base + offsets[1])
 
 
 def _check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise strict_json.JsonError(f"tensor name {name[:80]!r} is empty, too long or unprintable")
+        raise JsonError(f"tensor name {shown(name)} is empty, too long or unprintable")
 
 
 def _sizes(value: Any, limit: int) -> bool:

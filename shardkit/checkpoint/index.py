@@ -1,4 +1,4 @@
-"""`model.safetensors.index.json`: which file holds which tensor, read strictly and written again."""
+"""`model.safetensors.index.json`: which file holds which tensor, read strictly, written again."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,7 +7,8 @@ from typing import Any
 
 from shardkit import strict_json
 from shardkit.errors import CheckpointError
-from shardkit.files import read_small, real_file
+from shardkit.files import is_plain_name, read_small, real_file
+from shardkit.strict_json import shown
 
 SUFFIX = ".safetensors.index.json"
 MAX_BYTES = 256 << 20
@@ -31,17 +32,21 @@ def read_index(folder: Path, name: str) -> Index:
     try:
         table = strict_json.parse(read_small(path, MAX_BYTES, CheckpointError))
     except strict_json.JsonError as fault:
-        raise CheckpointError(f"{folder / name}: damaged index: {fault}") from None
+        raise CheckpointError(f"{folder / name}: damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / name}: damaged index: no weight_map of tensor to file")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not is_plain_name(file):
             raise CheckpointError(
-                f"{folder / name}: {tensor} is in {file!r}, which is no safetensors file;"
-                " convert the checkpoint to safetensors first"
+                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is not the name of a"
+                " file in this folder"
             )
-        real_file(folder, file, CheckpointError)
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is no safetensors"
+                " file; convert the checkpoint to safetensors first"
+            )
     metadata = table.get("metadata")
     texts = metadata if isinstance(metadata, dict) else {}
     return Index(name, weight_map, {k: v for k, v in texts.items() if isinstance(v, str)})

@@ -1,0 +1,93 @@
+"""A Hub repository as a local folder: only the files a split reads, through huggingface_hub.
+
+The library owns the cache, the progress bars on stderr, the check of each file's size, and what
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean.
+"""
+
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from shardkit.checkpoint.listing import COMPANIONS, names_in, read_config, weight_files
+from shardkit.errors import CheckpointError
+from shardkit.strict_json import shown
+
+
+def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+    """The local snapshot folder of a Hub id and its commit hash.
+
+    The small files come first: they say which weights are wanted, and whether the repository is a
+    checkpoint at all, before gigabytes are fetched.  Raises CheckpointError.
+    """
+    folder = _fetch(repo_id, revision, [f"*{suffix}" for suffix in COMPANIONS])
+    commit = folder.name
+    read_config(folder)
+    _, weights = weight_files(folder, _names(repo_id, commit, folder))
+    _fetch(repo_id, commit, [escape(name) for name in weights])
+    return folder, commit
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot folder, with every file of the repository's top folder that fits a pattern."""
+    try:
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+        )
+    except Exception as error:  # the library lets its HTTP client's and storage's errors through
+        raise CheckpointError(f"{shown(repo_id)}: {_reason(error, repo_id, revision)}") from None
+    return Path(found)
+
+
+def _names(repo_id: str, commit: str, folder: Path) -> list[str]:
+    """The names in the repository's top folder."""
+    try:
+        tree = get_cached_repo_tree(repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:  # offline, and the cache was filled file by file
+        return names_in(folder)
+    return sorted(file.path for file in tree if "/" not in file.path)
+
+
+def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+    """What went wrong and the way out, in one line."""
+    hub = constants.ENDPOINT
+    match error:
+        case HFValidationError():
+            return "no such folder, and no Hub id either, which is `organisation/name`"
+        case GatedRepoError():
+            return f"gated; ask for access at {hub}/{repo_id}, then `hf auth login` or set HF_TOKEN"
+        case RepositoryNotFoundError():
+            return (
+                f"no such folder, and no such repository at {hub}; check the name, or"
+                " `hf auth login` or set HF_TOKEN if it is private"
+            )
+        case RevisionNotFoundError():
+            return f"no revision {shown(revision)}; name a branch, a tag or a whole commit hash"
+        case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            return (
+                "not a folder, nor whole in the Hub cache, and HF_HUB_OFFLINE is set;"
+                " unset it to download"
+            )
+        case LocalEntryNotFoundError():
+            return (
+                f"not a folder, nor whole in the Hub cache, and {hub} does not answer"
+                f" ({_first_line(error.__cause__ or error)}); check the network and HF_ENDPOINT"
+            )
+    return f"not downloaded: {_first_line(error)}; run the same command again to go on"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return shown(lines[0], 200)[1:-1] if lines else type(error).__name__
