@@ -1,0 +1,142 @@
+"""`shardkit inspect`: what a folder holds."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.cli.options import FOLDER, JSON
+from shardkit.cli.text import plural, say, say_json, size
+from shardkit.errors import CheckpointError, LayoutError, RecipeError
+from shardkit.groups import blocking_tensor, total_bytes
+from shardkit.manifest import NAME, Manifest
+from shardkit.manifest_file import read_manifest
+from shardkit.plan import make_plan
+from shardkit.recipe_file import find_recipe
+
+
+@click.command()
+@click.argument("path", type=FOLDER)
+@JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what a folder holds.
+
+    PATH is a shard folder, of which the manifest is read, or a checkpoint folder, of which the
+    headers are.  No weights are read: `shardkit verify` is what checks them.
+
+    \b
+    Example:
+      shardkit inspect llama-tp4
+      shardkit inspect models/llama --json
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if (path / NAME).exists():
+        manifest = read_manifest(path)
+        say_json(_shards_json(path, manifest)) if as_json else _say_shards(path, manifest)
+        return
+    with Checkpoint(path) as checkpoint:
+        found = _checkpoint_json(checkpoint)
+    say_json(found) if as_json else _say_checkpoint(found)
+
+
+def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    source = manifest.source
+    return {
+        "kind": "shards",
+        "split_id": manifest.split_id,
+        "tp_size": manifest.tp_size,
+        "shardkit": manifest.shardkit,
+        "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
+        "source": {
+            "id": source.id,
+            "revision": source.revision,
+            "model_type": source.model_type,
+            "files": len(source.files),
+            "tensors": len(manifest.placements),
+            "bytes": total_bytes(manifest.plan),
+        },
+        "ranks": [
+            {
+                "tp_rank": tp_rank,
+                "file": rank.name,
+                "size": rank.digest.size,
+                "sha256": rank.digest.sha256,
+                "state": _state(folder / rank.name, rank.digest.size),
+            }
+            for tp_rank, rank in enumerate(manifest.ranks)
+        ],
+        "copied": sorted(manifest.copied),
+    }
+
+
+def _say_shards(folder: Path, manifest: Manifest) -> None:
+    found = _shards_json(folder, manifest)
+    source, recipe = found["source"], found["recipe"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    say(f"{folder}: shards for {plural(manifest.tp_size, 'rank')}, by shardkit {found['shardkit']}")
+    say(f"Split id  {found['split_id']}")
+    say(
+        f"Source    {source['id']}{revision}: {source['model_type']},"
+        f" {plural(source['tensors'], 'tensor')}, {size(source['bytes'])}"
+        f" in {plural(source['files'], 'file')}"
+    )
+    say(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
+    say(f"Copied    {', '.join(found['copied']) or 'nothing'}")
+    for rank in found["ranks"]:
+        state = "" if rank["state"] == "present" else f"  {rank['state'].upper()}"
+        say(f"  {rank['file']}  {rank['size']:>15,} bytes  sha256 {rank['sha256']}{state}")
+
+
+def _state(path: Path, expected: int) -> str:
+    if not path.is_file():
+        return "missing"
+    return "present" if path.stat().st_size == expected else "wrong size"
+
+
+def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for spec in checkpoint.specs():
+        dtypes[spec.dtype] += spec.nbytes
+    return {
+        "kind": "checkpoint",
+        "source": checkpoint.name,
+        "model_type": checkpoint.model_type,
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.specs()),
+        "bytes": sum(dtypes.values()),
+        "bytes_by_dtype": dict(dtypes.most_common()),
+        **_serving(checkpoint),
+    }
+
+
+def _serving(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe that serves a checkpoint and the sizes it divides over, or why none does."""
+    name = None
+    try:
+        recipe = find_recipe(checkpoint.model_type)
+        name = recipe.name
+        plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, 1)
+    except (RecipeError, LayoutError) as error:
+        return {"recipe": name, "possible_tp": None, "reason": str(error)}
+    blocked = blocking_tensor(plan)
+    possible = {"smallest": 1, "largest": plan.max_tp_size, "blocked_by": blocked}
+    return {"recipe": name, "possible_tp": possible, "reason": None}
+
+
+def _say_checkpoint(found: dict[str, Any]) -> None:
+    say(
+        f"{found['source']}: {found['model_type']}, {plural(found['tensors'], 'tensor')},"
+        f" {size(found['bytes'])} in {plural(found['files'], 'file')}"
+    )
+    dtypes = ", ".join(f"{dtype} {size(n)}" for dtype, n in found["bytes_by_dtype"].items())
+    say(f"Weights   {dtypes}")
+    if found["possible_tp"] is None:
+        say(f"Recipe    {found['recipe'] or 'none'}: {found['reason']}")
+        return
+    possible = found["possible_tp"]
+    why = f"; {possible['blocked_by']} divides no further" if possible["blocked_by"] else ""
+    say(f"Recipe    {found['recipe']}")
+    say(f"Possible  tp_size 1 to {possible['largest']}{why}")

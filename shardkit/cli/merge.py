@@ -1,0 +1,44 @@
+"""`shardkit merge`."""
+
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+from shardkit.cli.options import FOLDER, JSON, progress_bar
+from shardkit.cli.text import plural, say, say_json, size
+from shardkit.groups import groups, stored_bytes, total_bytes
+from shardkit.shards import ShardedCheckpoint
+from shardkit.split import merge as write_merge
+
+
+@click.command()
+@click.argument("shards", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@JSON
+def merge(shards: Path, out: Path, as_json: bool) -> None:
+    """Write the unsharded checkpoint again.
+
+    SHARDS is a shard folder; every byte of it is checked before anything is written.  OUT is the
+    new folder, with the source's own files, names and metadata; it must not exist.
+
+    \b
+    Example:
+      shardkit merge llama-tp4 llama-again
+    """
+    with ShardedCheckpoint(shards) as opened:
+        plan, files = opened.manifest.plan, opened.manifest.source.files
+        total = total_bytes(plan)
+        started = perf_counter()
+        checked = sum(stored_bytes(groups(plan), plan.tp_size))
+        with progress_bar(checked + total, "merge") as advance:
+            write_merge(opened, out, advance)
+        seconds = perf_counter() - started
+    if as_json:
+        names = [file.name for file in files]
+        say_json({"out": str(out), "files": names, "bytes": total, "seconds": round(seconds, 3)})
+        return
+    say(
+        f"Wrote {out}: {plural(len(files), 'weights file')}, {size(total)} in {seconds:.1f} s"
+        f" ({total / seconds / 1e9:.2f} GB/s)"
+    )

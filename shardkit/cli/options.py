@@ -1,0 +1,57 @@
+"""Options that several commands share, and the opening of what they name."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint.folder import open_checkpoint
+from shardkit.errors import CheckpointError
+from shardkit.manifest import NAME
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Option = Callable[[Decorated], Decorated]
+
+FOLDER = click.Path(path_type=Path)
+TP = click.option(
+    "--tp", "tp_size", type=click.IntRange(min=1), required=True, metavar="N",
+    help="The number of ranks to divide the model over.",
+)  # fmt: skip
+RECIPE = click.option(
+    "--recipe", metavar="NAME|FILE.toml",
+    help="Use this recipe instead of the one that serves the config's model_type.",
+)  # fmt: skip
+REVISION = click.option(
+    "--revision", metavar="REV",
+    help="Read this branch, tag or commit of a Hub repository.",
+)  # fmt: skip
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
+
+
+def open_source(source: str, revision: str | None) -> Checkpoint:
+    """Open an unsharded checkpoint, a folder or a Hub id.  Raises CheckpointError."""
+    if (Path(source) / NAME).exists():
+        raise CheckpointError(
+            f"{source}: is a shard folder already; use `shardkit reshard` or `shardkit merge`"
+        )
+    return open_checkpoint(source, revision)
+
+
+@contextmanager
+def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr if that is a terminal; the threads of a copy may all advance it."""
+    lock = Lock()
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield advance

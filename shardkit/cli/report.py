@@ -1,0 +1,118 @@
+"""What a split or a reshard says when it is done."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shardkit.cli.text import by_rank, plural, say, size
+from shardkit.groups import (
+    Group,
+    Imbalance,
+    divided_units,
+    groups,
+    imbalance,
+    loaded_bytes,
+    replicated_bytes,
+    stored_bytes,
+    total_bytes,
+)
+from shardkit.manifest import Manifest
+from shardkit.plan import Plan
+
+
+def written(
+    manifest: Manifest, out: Path, seconds: float, commands: Sequence[str]
+) -> dict[str, Any]:
+    """A finished split as JSON values."""
+    total = sum(rank.digest.size for rank in manifest.ranks)
+    return {
+        "out": str(out),
+        "split_id": manifest.split_id,
+        "recipe": manifest.recipe,
+        "bytes_written": total,
+        "seconds": round(seconds, 3),
+        "gb_per_second": round(total / seconds / 1e9, 3),
+        "files": [
+            {"name": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256}
+            for rank in manifest.ranks
+        ],
+        **plan_sizes(manifest.plan),
+        "next": list(commands),
+    }
+
+
+def say_written(manifest: Manifest, out: Path, seconds: float, commands: Sequence[str]) -> None:
+    """A finished split, and the commands to type next."""
+    total = sum(rank.digest.size for rank in manifest.ranks)
+    say(
+        f"Wrote {out}: {plural(manifest.tp_size, 'rank')}, {size(total)} in {seconds:.1f} s"
+        f" ({total / seconds / 1e9:.2f} GB/s)"
+    )
+    say_plan_sizes(manifest.plan)
+    say()
+    say("Next:")
+    for command in commands:
+        say(f"  {command}")
+
+
+def next_commands(out: Path, tp_size: int, source: str | None, generates: bool) -> list[str]:
+    """What to type after a split: prove it, try it, serve it."""
+    folder = shlex.quote(str(out))
+    against = f" --against {shlex.quote(source)}" if source else ""
+    commands = [f"shardkit verify {folder}{against}"]
+    if generates:
+        commands.append(f'shardkit generate {folder} "Once upon a time"')
+    return [*commands, f"torchrun --nproc-per-node {tp_size} your_server.py"]
+
+
+def plan_sizes(plan: Plan) -> dict[str, Any]:
+    """A plan's bytes as JSON values: exact integers, and one ratio."""
+    parts = groups(plan)
+    loaded = loaded_bytes(parts, plan.tp_size)
+    return {
+        "tp_size": plan.tp_size,
+        "tensors": len(plan.placements),
+        "bytes": total_bytes(plan),
+        "replicated_bytes": replicated_bytes(plan, parts),
+        "ranks": [
+            {"tp_rank": tp_rank, "bytes": stored, "loaded_bytes": loaded[tp_rank]}
+            for tp_rank, stored in enumerate(stored_bytes(parts, plan.tp_size))
+        ],
+        "imbalance": _imbalance_json(plan, imbalance(plan, parts)),
+    }
+
+
+def say_plan_sizes(plan: Plan) -> None:
+    """Bytes per rank, imbalance and replicated bytes."""
+    parts = groups(plan)
+    stored, loaded = stored_bytes(parts, plan.tp_size), loaded_bytes(parts, plan.tp_size)
+    for ranks, nbytes in by_rank(stored):
+        say(f"  {ranks:<12} {nbytes:>17,} bytes   {size(nbytes)}")
+    if stored != loaded:
+        say(f"  of which rank 0 keeps {size(stored[0] - loaded[0])} for a merge, never loaded")
+    extra = replicated_bytes(plan, parts)
+    say(f"Replicated   {size(extra)} stored more than once ({extra:,} bytes)")
+    say(f"Imbalance    {_imbalance_text(plan, imbalance(plan, parts))}")
+
+
+def _imbalance_json(plan: Plan, found: Imbalance) -> dict[str, Any]:
+    return {
+        "largest_over_mean": round(found.ratio, 6),
+        "largest_rank": found.largest,
+        "cause": found.cause
+        and {"tensor": found.cause.pattern, "units": _units(plan, found.cause)},
+    }
+
+
+def _imbalance_text(plan: Plan, found: Imbalance) -> str:
+    if found.cause is None:
+        return "1.0000: every rank loads as much"
+    return (
+        f"{found.ratio:.4f}: most on rank {found.largest}, from {found.cause.pattern}"
+        f" ({_units(plan, found.cause)} over {plan.tp_size} ranks)"
+    )
+
+
+def _units(plan: Plan, group: Group) -> str:
+    return divided_units(plan, group.example)

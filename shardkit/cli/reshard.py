@@ -1,0 +1,50 @@
+"""`shardkit reshard`."""
+
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+from shardkit.checkpoint.listing import read_config
+from shardkit.cli.options import FOLDER, JSON, TP, progress_bar
+from shardkit.cli.report import next_commands, say_written, written
+from shardkit.cli.text import say_json
+from shardkit.costs import generates
+from shardkit.groups import groups, stored_bytes
+from shardkit.plan import Plan
+from shardkit.shards import ShardedCheckpoint
+from shardkit.split import reshard as write_reshard
+
+
+@click.command()
+@click.argument("shards", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@TP
+@JSON
+def reshard(shards: Path, out: Path, tp_size: int, as_json: bool) -> None:
+    """Cut shards for another number of ranks.
+
+    SHARDS is a shard folder; every byte of it is checked before anything is written.  OUT is the
+    new shard folder, byte for byte what a split of the source writes; it must not exist.
+
+    \b
+    Example:
+      shardkit reshard llama-tp4 llama-tp8 --tp 8
+    """
+    with ShardedCheckpoint(shards) as opened:
+        old = opened.manifest.plan
+        total = _stored(old) + _stored(old.over(tp_size))
+        started = perf_counter()
+        with progress_bar(total, "reshard") as advance:
+            manifest = write_reshard(opened, tp_size, out, advance)
+        seconds = perf_counter() - started
+        texts = generates(manifest.plan, read_config(shards))
+    commands = next_commands(out, tp_size, None, texts)
+    if as_json:
+        say_json(written(manifest, out, seconds, commands))
+    else:
+        say_written(manifest, out, seconds, commands)
+
+
+def _stored(plan: Plan) -> int:
+    return sum(stored_bytes(groups(plan), plan.tp_size))

@@ -1,0 +1,81 @@
+"""`shardkit split`."""
+
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+from shardkit.cli.options import (
+    FOLDER,
+    JSON,
+    RECIPE,
+    REVISION,
+    TP,
+    open_source,
+    progress_bar,
+)
+from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
+from shardkit.cli.text import plural, say, say_json, size
+from shardkit.costs import generates
+from shardkit.groups import groups, stored_bytes
+from shardkit.plan import Plan, make_plan
+from shardkit.publish import check_absent, check_space
+from shardkit.recipe_file import find_recipe
+from shardkit.split import split as write_split
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=FOLDER)
+@TP
+@RECIPE
+@REVISION
+@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@JSON
+def split(
+    source: str,
+    out: Path,
+    tp_size: int,
+    recipe: str | None,
+    revision: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Cut a checkpoint into one file per rank.
+
+    SOURCE is a folder of safetensors files with its config.json, or a Hub id such as org/name.
+    OUT is the new shard folder; it must not exist, and it appears whole or not at all.
+
+    \b
+    Example:
+      shardkit split models/llama llama-tp4 --tp 4
+      shardkit split org/name out --tp 8 --revision main --dry-run
+    """
+    with open_source(source, revision) as checkpoint:
+        found = find_recipe(checkpoint.model_type, recipe)
+        plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
+        total = sum(stored_bytes(groups(plan), tp_size))
+        if dry_run:
+            _say_dry_run(plan, out, total, as_json)
+            return
+        started = perf_counter()
+        with progress_bar(total, "split") as advance:
+            manifest = write_split(checkpoint, plan, found, out, advance)
+        seconds = perf_counter() - started
+        texts = generates(plan, checkpoint.config)
+    commands = next_commands(out, tp_size, source, texts)
+    if as_json:
+        say_json(written(manifest, out, seconds, commands))
+    else:
+        say_written(manifest, out, seconds, commands)
+
+
+def _say_dry_run(plan: Plan, out: Path, total: int, as_json: bool) -> None:
+    """What would be written.  Raises OutputError where it could not be."""
+    check_absent(out)
+    check_space(out, total)
+    if as_json:
+        say_json({"dry_run": True, "out": str(out), **plan_sizes(plan)})
+        return
+    say(f"Would write {out}: {plural(plan.tp_size, 'rank')}, {size(total)}. Nothing was written.")
+    say_plan_sizes(plan)
