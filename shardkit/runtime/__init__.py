@@ -1,13 +1,13 @@
 """Run a shard folder under torch.distributed: transformers' own model, each rank with its shard.
 
-    from shardkit import runtime
+from shardkit import runtime
 
-    model = runtime.load("llama-tp4")        # under torchrun: every rank has the full logits
-    logits = model(input_ids).logits
+model = runtime.load("llama-tp4")        # under torchrun: every rank has the full logits
+logits = model(input_ids).logits
 
-    with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive them from here
-        for text in engine.stream("Once upon a time", max_new_tokens=64):
-            print(text, end="", flush=True)
+with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive them from here
+    for text in engine.stream("Once upon a time", max_new_tokens=64):
+        print(text, end="", flush=True)
 """
 
 from shardkit.runtime.engine import Engine, launch

@@ -63,7 +63,7 @@ class Engine:
     @cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer.  Raises ManifestError where there is none."""
-        from transformers import AutoTokenizer  # noqa: PLC0415  (only where text is used)
+        from transformers import AutoTokenizer
 
         if not has_tokenizer(self.folder):
             raise ManifestError(f"{self.folder}: no tokenizer; give token ids")
@@ -87,7 +87,7 @@ class Engine:
 
         `options` are those of transformers' generate; `seed` fixes what is sampled.
         """
-        return self._generate(prompt, seed, options, lambda _: None)
+        return self._generate(prompt, seed, options, None)
 
     def stream(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Iterator[Any]:
         """What is generated as it comes: text for a text prompt, token ids for token ids."""
@@ -122,11 +122,9 @@ class Engine:
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         tensors |= {k: v for k, v in options.items() if isinstance(v, torch.Tensor)}
         rest = {k: v for k, v in options.items() if k not in tensors}
-        stream = getattr(on_token, "__name__", "") != "<lambda>"
-        answers = self.ranks.ask(
-            "generate", tensors, on_token, options=rest, seed=seed, stream=stream
-        )
-        return answers[0].tensors["ids"]
+        stream = on_token is not None
+        header = {"options": rest, "seed": seed, "stream": stream, "with_logits": False}
+        return self.ranks.ask("generate", tensors, on_token, **header)[0].tensors["ids"]
 
     def _texts(self, ids: Iterator[int]) -> Iterator[str]:
         """Text as it grows, held back while its last character is not whole."""
@@ -145,7 +143,13 @@ class Engine:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has the files of a tokenizer."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.txt",
+        "vocab.json",
+    )
     return any((folder / name).exists() for name in names)
 
 

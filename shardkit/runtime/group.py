@@ -1,5 +1,6 @@
 """The ranks of one model: how they find each other, agree, and sum and gather tensors."""
 
+import atexit
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,9 @@ class TensorParallelGroup:
         mine = json.dumps({**report, "error": error[: REPORT_BYTES // 2]}).encode()
         said = self._by_store(mine) if self.store is not None else self._by_gather(mine)
         reports: list[dict[str, str]] = [json.loads(text) for text in said]
-        faults = [f"rank {r}: {found['error']}" for r, found in enumerate(reports) if found["error"]]
+        faults = [
+            f"rank {r}: {found['error']}" for r, found in enumerate(reports) if found["error"]
+        ]
         if faults:
             raise RanksError(faults[0] if len(set(_causes(reports))) == 1 else "; ".join(faults))
         for rank, found in enumerate(reports):
@@ -136,7 +139,14 @@ def connect(
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).split("\n")[0]
         raise RanksError(f"rank {rank} of {size} could not join the others: {reason}") from None
+    atexit.register(leave)
     return TensorParallelGroup(rank, size, device, dist.group.WORLD, store)
+
+
+def leave() -> None:
+    """Leave the process group; a rank that exits without may take others down as they exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -63,9 +63,20 @@ def vocab_parallel(cls: type[nn.Embedding]) -> type[nn.Embedding]:
 
         group: TensorParallelGroup
         first_row: int
+        rows: int
 
         def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            """Token ids `[...]` to `[..., hidden]`, the same on every rank."""
+            """Token ids `[...]` to `[..., hidden]`, the same on every rank.
+
+            Raises IndexError on a CPU for an id outside the vocabulary, as the whole layer would;
+            on a GPU that would cost a synchronisation, and the id's vector is zero.
+            """
+            if input_ids.device.type == "cpu" and input_ids.numel():
+                low, high = int(input_ids.min()), int(input_ids.max())
+                if low < 0 or high >= self.rows:
+                    raise IndexError(
+                        f"token ids {low} to {high}, but the vocabulary has {self.rows}"
+                    )
             local = input_ids - self.first_row
             mine = (local >= 0) & (local < self.weight.shape[0])
             found = super().forward(local.where(mine, 0), *args, **kwargs)
@@ -92,7 +103,9 @@ def make_vocab_parallel(
     """Turn an embedding or an output layer into its vocab-parallel form."""
     if isinstance(module, nn.Embedding):
         module.padding_idx = None  # only training uses it, and it may be another rank's row
-        _become(module, vocab_parallel(type(module)), group=group, first_row=first_row)
+        _become(
+            module, vocab_parallel(type(module)), group=group, first_row=first_row, rows=sum(sizes)
+        )
     elif _is_linear(module):
         _become(module, ParallelLMHead, group=group, sizes=tuple(sizes))
 

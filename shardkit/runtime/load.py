@@ -81,7 +81,9 @@ def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
         if name in manifest.copied:
             data = read_small(folder / name, MAX_COMPANION, ManifestError)
             if sha256(data).hexdigest() != manifest.copied[name].sha256:
-                raise ManifestError(f"{folder / name}: not the file that was split with the weights")
+                raise ManifestError(
+                    f"{folder / name}: not the file that was split with the weights"
+                )
     return manifest
 
 
@@ -236,7 +238,10 @@ def suit_experts(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
             if tensor.ndim == 3 and "expert" in type(module).__name__.lower():
-                rows = tensor.shape[-1] * tensor.element_size(), tensor.shape[-2] * tensor.element_size()
+                rows = (
+                    tensor.shape[-1] * tensor.element_size(),
+                    tensor.shape[-2] * tensor.element_size(),
+                )
                 if any(row % GROUPED_ALIGNMENT for row in rows):
                     model.set_experts_implementation("eager")
                     return

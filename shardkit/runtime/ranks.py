@@ -47,7 +47,7 @@ class Ranks:
         try:
             for rank in range(size):
                 self._start(rank, device, timeout)
-            self._collect(time.monotonic() + 2 * JOIN_TIMEOUT, lambda _: None)
+            self._collect(time.monotonic() + 2 * JOIN_TIMEOUT, None)
         except BaseException:
             self.close()
             raise
@@ -62,7 +62,7 @@ class Ranks:
         self,
         do: str,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        on_token: Callable[[list[int]], None] = lambda _: None,
+        on_token: Callable[[list[int]], None] | None = None,
         **header: object,
     ) -> list[Message]:
         """Have every rank do something; their answers by rank.
@@ -123,7 +123,7 @@ class Ranks:
             )  # fmt: skip
 
     def _collect(
-        self, deadline: float, on_token: Callable[[list[int]], None]
+        self, deadline: float, on_token: Callable[[list[int]], None] | None
     ) -> list[Message]:
         """Every rank's answer.  Once one fails, the others have a moment to say why, too."""
         answers: dict[int, Message] = {}
@@ -138,7 +138,7 @@ class Ranks:
                 for key, _ in ready:
                     rank = key.data
                     message = _try_receive(self._socks[rank])
-                    if message is not None and "token" in message.header:
+                    if message is not None and "token" in message.header and on_token:
                         on_token(message.header["token"])
                         continue
                     selector.unregister(self._socks[rank])
@@ -156,7 +156,9 @@ class Ranks:
         if not faults:
             names = ", ".join(map(str, silent))
             self._fail([f"rank {names} did not answer within {self.request_timeout:.0f} s"])
-        told = [text if text.startswith("rank ") else f"rank {r}: {text}" for r, text in faults.items()]
+        told = [
+            text if text.startswith("rank ") else f"rank {r}: {text}" for r, text in faults.items()
+        ]
         if len(set(faults.values())) == 1:
             told = [next(iter(faults.values()))]
         if len(faults) < self.size:

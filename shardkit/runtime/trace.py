@@ -14,7 +14,9 @@ class Trace:
         self.outputs: dict[str, torch.Tensor] = {}
         modules = dict(model.named_modules())
         self._hooks = [
-            modules[name].register_forward_hook(self._keep(name)) for name in names if name in modules
+            modules[name].register_forward_hook(self._keep(name))
+            for name in names
+            if name in modules
         ]
 
     def __enter__(self) -> "Trace":

@@ -71,8 +71,13 @@ class Worker:
                 torch.manual_seed(message.header["seed"])
             if message.header["stream"] and self.group.tp_rank == 0:
                 options["streamer"] = TokenStreamer(self.sock)
-            found = model.generate(**inputs, **options)
-        return self.answer({}, {"ids": found})
+            if message.header["with_logits"]:
+                options.update(output_logits=True, return_dict_in_generate=True)
+                made = model.generate(**inputs, **options)
+                found = {"ids": made.sequences, "logits": torch.stack(made.logits, 1)}
+            else:
+                found = {"ids": model.generate(**inputs, **options)}
+        return self.answer({}, found)
 
     def trace(self, message: Message) -> Message:
         """The outputs of the modules named, as this rank has them."""
@@ -129,8 +134,6 @@ def main(arguments: list[str]) -> None:
         group = connect(device or None)
     send(sock, Message({"ready": str(group.device)}))
     Worker(sock, group).run()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

