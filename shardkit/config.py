@@ -5,6 +5,7 @@ is the model family's config class's own (Mistral's 8 kv heads, say), and only t
 imported.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,12 +66,15 @@ def _has(config: Mapping[str, Any], field: str) -> bool:
 
 
 def _class_default(config: Mapping[str, Any], rule: UnitRule) -> Any:
-    """The default of the family's config class: a class of transformers, built with no arguments."""
-    from transformers import CONFIG_MAPPING  # noqa: PLC0415  (costs 2 s, and is rarely needed)
+    """The default that the family's config class declares; None where it has none, or is unknown.
+
+    The class is read, never built: building one derives some fields from the defaults of others.
+    """
+    from transformers import CONFIG_MAPPING  # here, as it costs 2 s and is rarely needed
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    default = CONFIG_MAPPING[model_type]()
-    values = (getattr(default, field, None) for field in rule.fields)
-    return next((value for value in values if value is not None), None)
+    declared = inspect.signature(CONFIG_MAPPING[model_type]).parameters
+    values = (declared[field].default for field in rule.fields if field in declared)
+    return next((value for value in values if type(value) is int), None)

@@ -15,7 +15,7 @@ Exit code 2 is click's own, for wrong usage.  The numbers are stable.
 
 
 class ShardkitError(Exception):
-    """What went wrong, in one line: the thing, the number found, the number allowed, the way out."""
+    """What went wrong, in one line: the thing, the number found, the number allowed, a way out."""
 
     exit_code = 1
 

@@ -62,7 +62,7 @@ def rank_fault(
     return None
 
 
-def _hash_range(  # noqa: PLR0913
+def _hash_range(
     fd: int,
     start: int,
     stop: int,

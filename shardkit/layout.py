@@ -14,8 +14,8 @@ Units are dealt out evenly, the first ranks holding one more where they do not d
 
     split       each rank holds its own units              8 kv heads of 32 over 4: 2 each
     replicate   ranks hold the units their sharers use     2 kv heads of 8 over 4: k0 k0 k1 k1
-    expand      one copy per local sharer, where ranks     2 kv heads of 14 over 4:
-                would hold unequal ratios otherwise        k0×4, k0×3 k1, k1×3, k1×3
+    expand      one copy per local sharer, where ranks     2 kv heads of 14 over 4: k0 k0 k0 k0,
+                would hold unequal ratios otherwise        k0 k0 k0 k1, k1 k1 k1, k1 k1 k1
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 from shardkit.errors import LayoutError
 
 Sharing = Literal["split", "replicate", "expand"]
+MAX_SPANS = 4096  # of one axis on one rank: far above any real layout, and soon counted
 
 
 class Span(NamedTuple):
@@ -36,7 +37,7 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A stretch [start, stop) of an axis, and where one rank keeps it: from `local` of its shard."""
+    """A stretch [start, stop) of an axis, and where a rank keeps it: from `local` of its shard."""
 
     start: int
     stop: int
@@ -78,16 +79,17 @@ def deal(units: int, tp_rank: int, tp_size: int) -> range:
 
 @lru_cache
 def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
-    """How `units` follow the units that share them over `tp_size` ranks."""
+    """How `units` follow the units that share them over `tp_size` ranks.
+
+    Raises LayoutError where the sharers are no multiple of the units, or fewer than the ranks.
+    """
     if sharers % units:
         raise LayoutError(f"{sharers} units cannot share {units}: not a multiple")
     if units % tp_size == 0:
         return "split"
-    for tp_rank in range(tp_size):
-        used = _used(units, sharers, tp_rank, tp_size)
-        if len({used.count(unit) for unit in used}) != 1:
-            return "expand"
-    return "replicate"
+    ratio = sharers // units
+    own = (deal(sharers, tp_rank, tp_size) for tp_rank in range(tp_size))
+    return "replicate" if all(len(_ratios(o, ratio)) == 1 for o in own) else "expand"
 
 
 def held(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
@@ -97,14 +99,20 @@ def held(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
     if not section.sharers:
         own = deal(section.units, tp_rank, tp_size)
         return (Span(own.start, own.stop),)
-    used = _used(section.units, section.sharers, tp_rank, tp_size)
-    if sharing(section.units, section.sharers, tp_size) == "expand":
-        return joined(Span(unit, unit + 1) for unit in used)
-    return (Span(used[0], used[-1] + 1),)
+    mode, ratio = sharing(section.units, section.sharers, tp_size), section.sharers // section.units
+    own = deal(section.sharers, tp_rank, tp_size)
+    if mode == "expand":
+        return joined(Span(sharer // ratio, sharer // ratio + 1) for sharer in own)
+    return (Span(own[0] // ratio, own[-1] // ratio + 1),)
 
 
 def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
-    """The spans of the axis that `tp_rank` holds, in the order it stores them."""
+    """The spans of the axis that `tp_rank` holds, in the order it stores them.
+
+    Raises LayoutError where a rank would be left without a unit, or hold too many spans.
+    """
+    if (most := sum(s.repeat * max(s.sharers, 1) for s in sections)) > MAX_SPANS:
+        raise LayoutError(f"an axis of {most} stretches, more than the {MAX_SPANS} allowed")
     found: list[Span] = []
     offset = 0
     for section in sections:
@@ -159,7 +167,10 @@ def tile(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...
     return tuple(tiles)
 
 
-def _used(units: int, sharers: int, tp_rank: int, tp_size: int) -> list[int]:
-    """For each local sharer, the unit it uses."""
-    ratio = sharers // units
-    return [sharer // ratio for sharer in deal(sharers, tp_rank, tp_size)]
+def _ratios(own: range, ratio: int) -> set[int]:
+    """By how many of a rank's sharers each unit is used: one number where all are used alike."""
+    first, last = own[0] // ratio, own[-1] // ratio
+    if first == last:
+        return {len(own)}
+    ends = {(first + 1) * ratio - own.start, own.stop - last * ratio}
+    return ends | {ratio} if last - first > 1 else ends

@@ -2,15 +2,17 @@
 layouts that tile, and pieces that cover each file.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
 from shardkit import strict_json
 from shardkit.checkpoint.folder import SourceFile
-from shardkit.checkpoint.header import MAX_DIM, MAX_RANK, header_bytes
+from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, header_bytes
 from shardkit.checkpoint.index import Index
 from shardkit.errors import LayoutError, ManifestError
 from shardkit.files import read_small
+from shardkit.json_fields import Fields, file_name, hex_digits, integer, string
 from shardkit.layout import Section
 from shardkit.manifest import (
     FORMAT,
@@ -21,6 +23,7 @@ from shardkit.manifest import (
     Piece,
     RankFile,
     SourceRecord,
+    make_split_id,
     rank_name,
     shard_metadata,
     stored_specs,
@@ -28,11 +31,11 @@ from shardkit.manifest import (
 from shardkit.notation import Unit
 from shardkit.plan import MAX_TP_SIZE, Placement, Plan
 from shardkit.recipe import LocalArgument, LocalAttribute, Style
+from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_BYTES = 1 << 30
-MAX_INT = 1 << 62
-HEX = set("0123456789abcdef")
+KEYS = "format shardkit split_id tp_size recipe source units local tensors ranks copied"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -44,65 +47,25 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestError(f"{folder}: no {NAME}: not a shard folder, or an unfinished split")
     data = read_small(path, MAX_BYTES, ManifestError)
     try:
-        manifest = parse_manifest(data)
-    except (strict_json.JsonError, LayoutError) as fault:
+        return parse_manifest(data)
+    except (JsonError, LayoutError) as fault:
         raise ManifestError(f"{path}: {fault}") from None
-    return manifest
 
 
 def parse_manifest(data: bytes) -> Manifest:
     """A manifest from its bytes.  Raises JsonError or LayoutError."""
-    table = strict_json.parse(data)
-    if not isinstance(table, dict) or table.get("format") != FORMAT:
-        found = table.get("format") if isinstance(table, dict) else None
-        raise strict_json.JsonError(f"format {found!r}; this shardkit reads format {FORMAT}")
-    _keys(table, "format shardkit split_id tp_size recipe source units local tensors ranks copied")
-    tp_size = _int(table["tp_size"], MAX_TP_SIZE)
-    tensors = _table(table["tensors"])
-    source = _source(table["source"])
-    order = [name for file in source.files for name in file.tensors]
-    if sorted(order) != sorted(tensors):
-        raise strict_json.JsonError("the source's files do not hold exactly the tensors listed")
-    plan = Plan(
-        tp_size,
-        tuple(_placement(name, tensors[name]) for name in order),
-        {_str(name): _unit(unit) for name, unit in _table(table["units"]).items()},
-        *_local(table["local"]),
-    )
-    plan.check()
-    recipe = _keys(table["recipe"], "name sha256")
-    manifest = Manifest(
-        split_id=_sha256(table["split_id"]),
-        plan=plan,
-        source=source,
-        recipe=_str(recipe["name"]),
-        recipe_sha256=_sha256(recipe["sha256"]),
-        ranks=tuple(_rank(rank) for rank in _list(table["ranks"])),
-        copied={_base_name(n): _digest(d) for n, d in _table(table["copied"]).items()},
-        shardkit=_str(table["shardkit"]),
-    )
-    _check_ranks(manifest)
-    if manifest.data != data:
-        raise strict_json.JsonError("not in canonical form: written or changed by something else")
+    value = strict_json.parse(data)
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != FORMAT:
+        raise JsonError(f"format {shown(found)}; this shardkit reads format {FORMAT}")
+    manifest = _manifest(Fields(value, "manifest", KEYS))
+    _check_files(manifest)
+    manifest.plan.check()
+    _check_units(manifest.plan)
+    for tp_rank in range(manifest.tp_size):
+        _check_pieces(manifest, tp_rank)
+    _check_canonical(manifest, data)
     return manifest
-
-
-def _check_ranks(manifest: Manifest) -> None:
-    if len(manifest.ranks) != manifest.tp_size:
-        raise strict_json.JsonError(f"{len(manifest.ranks)} ranks, but tp_size {manifest.tp_size}")
-    for tp_rank, rank in enumerate(manifest.ranks):
-        if rank.name != rank_name(tp_rank, manifest.tp_size):
-            raise strict_json.JsonError(f"rank {tp_rank} has the file {rank.name!r}")
-        specs = stored_specs(manifest.plan, tp_rank)
-        at = len(shard_header(manifest, tp_rank))
-        offsets = {}
-        for spec in specs:
-            offsets[spec.name] = at
-            at += spec.nbytes
-        if offsets != {name: piece.offset for name, piece in rank.pieces.items()}:
-            raise strict_json.JsonError(f"{rank.name}: its pieces are not the layout's")
-        if at != rank.digest.size:
-            raise strict_json.JsonError(f"{rank.name}: {rank.digest.size} bytes, layout has {at}")
 
 
 def shard_header(manifest: Manifest, tp_rank: int) -> bytes:
@@ -111,143 +74,172 @@ def shard_header(manifest: Manifest, tp_rank: int) -> bytes:
     return header_bytes(stored_specs(manifest.plan, tp_rank), metadata)
 
 
+def _manifest(fields: Fields) -> Manifest:
+    source = _source(fields.value("source"))
+    recipe = Fields(fields.value("recipe"), "recipe", "name sha256")
+    copied = fields.table("copied").items()
+    return Manifest(
+        split_id=fields.hex("split_id"),
+        plan=_plan(fields, [name for file in source.files for name in file.tensors]),
+        source=source,
+        recipe=recipe.string("name"),
+        recipe_sha256=recipe.hex("sha256"),
+        ranks=fields.items("ranks", _rank),
+        copied={file_name(name, "copied"): _digest(value, name) for name, value in copied},
+        shardkit=fields.string("shardkit"),
+    )
+
+
+def _plan(fields: Fields, order: list[str]) -> Plan:
+    tensors = fields.table("tensors")
+    if sorted(order) != sorted(tensors):
+        raise JsonError("the source's files do not hold exactly the tensors listed")
+    local = Fields(fields.value("local"), "local", "attributes arguments")
+    return Plan(
+        fields.integer("tp_size", MAX_TP_SIZE, 1),
+        tuple(_placement(name, tensors[name]) for name in order),
+        {name: _unit(value, name) for name, value in fields.table("units").items()},
+        local.items("attributes", _attribute),
+        local.items("arguments", _argument),
+    )
+
+
+def _check_files(manifest: Manifest) -> None:
+    """As many ranks as there should be, and no two files of a folder with one name."""
+    if len(manifest.ranks) != manifest.tp_size:
+        raise JsonError(f"{len(manifest.ranks)} ranks, but tp_size {manifest.tp_size}")
+    for tp_rank, rank in enumerate(manifest.ranks):
+        if rank.name != rank_name(tp_rank, manifest.tp_size):
+            raise JsonError(f"rank {tp_rank} has the file {shown(rank.name)}")
+    source = manifest.source
+    merged = [file.name for file in source.files] + ([source.index.name] if source.index else [])
+    if not source.files:
+        raise JsonError("source: no files")
+    for others in (merged, [NAME, *(rank.name for rank in manifest.ranks)]):
+        names = Counter([*manifest.copied, *others])
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise JsonError(f"{shown(twice[0])} is the name of two files")
+
+
+def _check_units(plan: Plan) -> None:
+    for name in (
+        *(name for rule in plan.attributes for name in (rule.times, rule.per or rule.times)),
+        *(rule.unit for rule in plan.arguments),
+    ):
+        if name not in plan.units or plan.units[name].count is None:
+            raise JsonError(f"local: {shown(name)} is no unit with a count")
+
+
+def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
+    """A rank's pieces are the layout's, one after another, and nothing else is in its file."""
+    rank = manifest.ranks[tp_rank]
+    at = len(shard_header(manifest, tp_rank))
+    offsets = {}
+    for spec in stored_specs(manifest.plan, tp_rank):
+        offsets[spec.name] = at
+        at += spec.nbytes
+    if offsets != {name: piece.offset for name, piece in rank.pieces.items()}:
+        raise JsonError(f"{rank.name}: its pieces are not the layout's")
+    if at != rank.digest.size:
+        raise JsonError(f"{rank.name}: {rank.digest.size} bytes, but the layout makes {at}")
+
+
+def _check_canonical(manifest: Manifest, data: bytes) -> None:
+    plan, source = manifest.plan, manifest.source
+    if make_split_id(plan, source.sample, manifest.recipe_sha256) != manifest.split_id:
+        raise JsonError("split_id is not that of this source, recipe and layout")
+    if manifest.data != data:
+        raise JsonError("not in canonical form: written or changed by something else")
+
+
 def _source(value: Any) -> SourceRecord:
-    table = _keys(value, "id revision model_type sample files index")
-    files = tuple(_source_file(file) for file in _list(table["files"]))
+    fields = Fields(value, "source", "id revision model_type sample files index")
+    files = fields.items("files", _source_file)
     index = None
-    if table["index"] is not None:
-        entry = _keys(table["index"], "name metadata")
+    if fields.value("index") is not None:
+        entry = Fields(fields.value("index"), "index", "name metadata")
         weight_map = {name: file.name for file in files for name in file.tensors}
-        index = Index(_base_name(entry["name"]), weight_map, _strings(entry["metadata"]))
+        index = Index(entry.file_name("name"), weight_map, entry.strings("metadata"))
     return SourceRecord(
-        _str(table["id"]), _str(table["revision"]), _str(table["model_type"]),
-        _sha256(table["sample"]), files, index,
+        fields.string("id"), fields.string("revision"), fields.string("model_type"),
+        fields.hex("sample"), files, index,
     )  # fmt: skip
 
 
-def _source_file(value: Any) -> SourceFile:
-    table = _keys(value, "name size metadata tensors")
-    tensors = tuple(_str(name) for name in _list(table["tensors"]))
+def _source_file(value: Any, where: str) -> SourceFile:
+    fields = Fields(value, where, "name size metadata tensors")
     return SourceFile(
-        _base_name(table["name"]), _int(table["size"]), _strings(table["metadata"]), tensors
-    )
+        fields.file_name("name"), fields.integer("size"), fields.strings("metadata"),
+        fields.items("tensors", string),
+    )  # fmt: skip
 
 
 def _placement(name: str, value: Any) -> Placement:
-    table = _keys(value, "dtype shape style dim sections")
-    shape = tuple(_int(n, MAX_DIM) for n in _list(table["shape"]))
-    if table["dtype"] not in DTYPE_BITS or len(shape) > MAX_RANK:
-        raise strict_json.JsonError(f"{name}: no dtype {table['dtype']!r}, or too many dimensions")
-    if table["style"] not in get_args(Style):
-        raise strict_json.JsonError(f"{name}: no style {table['style']!r}")
-    parts = tuple(_section(section) for section in _list(table["sections"]))
-    dim = None if table["dim"] == -1 else _int(table["dim"], max(len(shape) - 1, 0))
-    if (dim is None) != (not parts) or (dim is not None and sum(map(len, parts)) != shape[dim]):
-        raise strict_json.JsonError(f"{name}: its sections are not the length of its dimension")
-    return Placement(TensorSpec(name, table["dtype"], shape), table["style"], dim, parts)
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise JsonError(f"tensor name {shown(name)} is empty, too long or unprintable")
+    fields = Fields(value, name, "dtype shape style dim sections")
+    shape = fields.items("shape", lambda size, where: integer(size, f"{name}: {where}", MAX_DIM))
+    if fields.string("dtype") not in DTYPE_BITS or len(shape) > MAX_RANK:
+        raise JsonError(f"{name}: no dtype {shown(fields.value('dtype'))}, or too many dimensions")
+    style: Style = fields.value("style")
+    if style not in get_args(Style):
+        raise JsonError(f"{name}: no style {shown(style)}")
+    dim = fields.integer("dim", len(shape) - 1, -1)
+    parts = fields.items("sections", lambda part, where: _section(part, f"{name}: {where}"))
+    spec = TensorSpec(name, fields.string("dtype"), shape)
+    if dim == -1 and not parts:
+        return Placement(spec, style)
+    if dim == -1 or style in ("replicate", "ignore") or sum(map(len, parts)) != shape[dim]:
+        raise JsonError(f"{name}: its sections are not those of a dimension that is divided")
+    if style == "row" and any(part.whole or part.sharers for part in parts):
+        raise JsonError(f"{name}: ranks share a section, and a sum would count it twice")
+    return Placement(spec, style, dim, parts)
 
 
-def _section(value: Any) -> Section:
-    table = _keys(value, "repeat units size sharers whole")
-    if type(table["whole"]) is not bool:
-        raise strict_json.JsonError("whole is no boolean")
+def _section(value: Any, where: str) -> Section:
+    fields = Fields(value, where, "repeat units size sharers whole")
     section = Section(
-        _int(table["units"]), _int(table["size"]), _int(table["repeat"]), _int(table["sharers"]),
-        table["whole"],
+        fields.integer("units", MAX_DIM, 1), fields.integer("size", MAX_DIM),
+        fields.integer("repeat", MAX_DIM, 1), fields.integer("sharers", MAX_DIM),
+        fields.boolean("whole"),
     )  # fmt: skip
-    if not section.units or section.units * section.repeat > MAX_DIM:
-        raise strict_json.JsonError("a section of no units, or of too many")
+    if section.repeat * section.units * max(section.size, 1) > MAX_DIM:
+        raise JsonError(f"{where}: larger than the {MAX_DIM} indices allowed")
     return section
 
 
-def _unit(value: Any) -> Unit:
-    table = _keys(value, "count sharers")
-    return Unit(_int(table["count"]) or None, _int(table["sharers"]))
+def _unit(value: Any, name: str) -> Unit:
+    fields = Fields(value, f"unit {shown(name)}", "count sharers")
+    return Unit(fields.integer("count", MAX_DIM) or None, fields.integer("sharers", MAX_DIM))
 
 
-def _local(value: Any) -> tuple[tuple[LocalAttribute, ...], tuple[LocalArgument, ...]]:
-    table = _keys(value, "attributes arguments")
-    attributes = tuple(
-        LocalAttribute(**{k: _str(v) for k, v in _keys(a, "module attribute times per").items()})
-        for a in _list(table["attributes"])
-    )
-    arguments = []
-    for entry in _list(table["arguments"]):
-        a = _keys(entry, "module argument dim unit outer")
-        if type(a["outer"]) is not bool:
-            raise strict_json.JsonError("outer is no boolean")
-        arguments.append(
-            LocalArgument(_str(a["module"]), _str(a["argument"]), _int(a["dim"], MAX_RANK),
-                          _str(a["unit"]), a["outer"])
-        )  # fmt: skip
-    return attributes, tuple(arguments)
+def _attribute(value: Any, where: str) -> LocalAttribute:
+    names = "module attribute times per"
+    fields = Fields(value, where, names)
+    return LocalAttribute(*(fields.string(name) for name in names.split()))
 
 
-def _rank(value: Any) -> RankFile:
-    table = _keys(value, "file size sha256 pieces")
-    pieces = {}
-    for name, piece in _table(table["pieces"]).items():
-        if not isinstance(piece, list) or len(piece) != 2:
-            raise strict_json.JsonError(f"{name}: piece is not [offset, mark]")
-        pieces[name] = Piece(_int(piece[0]), _hex(piece[1], MARK))
-    digest = Digest(_int(table["size"]), _sha256(table["sha256"]))
-    return RankFile(_base_name(table["file"]), digest, pieces)
+def _argument(value: Any, where: str) -> LocalArgument:
+    fields = Fields(value, where, "module argument dim unit outer")
+    return LocalArgument(
+        fields.string("module"), fields.string("argument"), fields.integer("dim", MAX_RANK),
+        fields.string("unit"), fields.boolean("outer"),
+    )  # fmt: skip
 
 
-def _digest(value: Any) -> Digest:
-    table = _keys(value, "size sha256")
-    return Digest(_int(table["size"]), _sha256(table["sha256"]))
+def _rank(value: Any, where: str) -> RankFile:
+    fields = Fields(value, where, "file size sha256 pieces")
+    pieces = {name: _piece(piece, shown(name)) for name, piece in fields.table("pieces").items()}
+    digest = Digest(fields.integer("size"), fields.hex("sha256"))
+    return RankFile(fields.file_name("file"), digest, pieces)
 
 
-def _keys(value: Any, names: str) -> dict[str, Any]:
-    table = _table(value)
-    if table.keys() != set(names.split()):
-        found = ", ".join(sorted(table)) or "nothing"
-        raise strict_json.JsonError(f"expected the keys {names}, found {found}"[:300])
-    return table
+def _piece(value: Any, where: str) -> Piece:
+    if not isinstance(value, list) or len(value) != 2:
+        raise JsonError(f"{where}: piece is not [offset, mark]")
+    return Piece(integer(value[0], where), hex_digits(value[1], where, MARK))
 
 
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise strict_json.JsonError(f"expected a table, found {str(value)[:80]!r}")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise strict_json.JsonError(f"expected a list, found {str(value)[:80]!r}")
-    return value
-
-
-def _strings(value: Any) -> dict[str, str]:
-    return {_str(k): _str(v) for k, v in _table(value).items()}
-
-
-def _str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise strict_json.JsonError(f"expected a string, found {str(value)[:80]!r}")
-    return value
-
-
-def _base_name(value: Any) -> str:
-    name = _str(value)
-    if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
-        raise strict_json.JsonError(f"{name!r} is not a file name in this folder")
-    return name
-
-
-def _int(value: Any, limit: int = MAX_INT) -> int:
-    if type(value) is not int or not 0 <= value <= limit:
-        raise strict_json.JsonError(f"expected an integer of 0 to {limit}, found {str(value)[:80]}")
-    return value
-
-
-def _sha256(value: Any) -> str:
-    return _hex(value, 64)
-
-
-def _hex(value: Any, digits: int) -> str:
-    text = _str(value)
-    if len(text) != digits or not set(text) <= HEX:
-        raise strict_json.JsonError(f"expected {digits} hex digits, found {text[:80]!r}")
-    return text
+def _digest(value: Any, name: str) -> Digest:
+    fields = Fields(value, name, "size sha256")
+    return Digest(fields.integer("size"), fields.hex("sha256"))

@@ -105,4 +105,4 @@ def _shown(term: Term, count: int) -> str:
     if term.unit is None:
         return str(count)
     factors = [n for n in (term.outer, count, term.inner) if n != 1] or [1]
-    return "×".join(map(str, factors))
+    return "*".join(map(str, factors))

@@ -65,12 +65,12 @@ class Plan:
         return plan
 
     def check(self) -> None:
-        """Raise LayoutError, naming the blocking tensor, unless every rank can hold its part."""
+        """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise LayoutError(f"tp_size {self.tp_size} is not 1 to {MAX_TP_SIZE}")
         for placement in self.placements:
+            byte_view(placement.spec, placement.dim)
             try:
-                byte_view(placement.spec, placement.dim)
                 placement.tiles(self.tp_size)
             except LayoutError as error:
                 limit = ""
@@ -122,8 +122,6 @@ def place(spec: TensorSpec, recipe: Recipe, units: Mapping[str, Unit]) -> Placem
     dim = rule.dim(len(spec.shape))
     if dim is None:
         return Placement(spec, rule.style)
-    if dim < 0:
-        raise RecipeError(f"{spec.name}: shape {list(spec.shape)} has no dimension to shard")
     try:
         parts = sections(rule.terms, spec.shape[dim], units)
     except RecipeError as error:

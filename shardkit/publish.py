@@ -126,13 +126,24 @@ def _claim(folder: Path) -> int:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(lock, folder)
+            for path in folder.iterdir():
+                path.unlink()
+        except BaseException:
             os.close(lock)
-            raise OutputError(f"{folder}: another shardkit is writing this split") from None
-        for path in folder.iterdir():
-            path.unlink()
+            raise
     return lock
+
+
+def _lock(lock: int, folder: Path) -> None:
+    """Lock the open stage, which must still be the one of that name.  Raises OutputError."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(lock), folder.stat())
+    except BlockingIOError:
+        ours = False
+    if not ours:
+        raise OutputError(f"{folder}: another shardkit is writing this split")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Reads recipe files, strictly: an unknown key, a wrong type or an undeclared unit is an error."""
 
 import hashlib
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -10,16 +12,16 @@ from shardkit.errors import RecipeError
 from shardkit.notation import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
 
-LISTS = ("vocab", "replicate", "ignore")
-TABLES = ("column", "row")
+UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore")
+DIVIDED: tuple[Style, ...] = ("column", "row")
 KEYS = {
     "model_types", "notes", "base_model_prefix", "in_out", "units", "local", "arguments",
-    *LISTS, *TABLES,
+    *get_args(Style),
 }  # fmt: skip
+PATTERN = re.compile(r"(?:[^{}\s]|\{[^{}*\s]+\})+")
 MAX_BYTES = 1 << 20
+MAX_DIM = 8  # of a forward argument
 HERE = Path(__file__).parent
-
-assert set(get_args(Style)) == {*LISTS, *TABLES}
 
 
 def recipe_folder() -> Path:
@@ -66,7 +68,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         table = tomllib.loads(data.decode())
         return _recipe(path.stem, hashlib.sha256(data).hexdigest(), table)
-    except (RecipeError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (RecipeError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {path}: {error}") from None
 
 
@@ -74,51 +76,77 @@ def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
     if unknown := sorted(table.keys() - KEYS):
         raise RecipeError(f"unknown keys: {', '.join(unknown)}")
     units = dict(_units(_table(table, "units")))
-    in_out = _strings(table, "in_out")
-    rules = [Rule(p, style) for style in ("replicate", "ignore") for p in _strings(table, style)]  # type: ignore[arg-type]
-    rules += [Rule(p, "vocab", (Term(1, "vocab"),), p in in_out) for p in _strings(table, "vocab")]
-    for style in TABLES:
-        for pattern, text in _table(table, style).items():
-            terms = _terms(f"{style}.{pattern}", text, units)
-            rules.append(Rule(pattern, style, terms, pattern in in_out))  # type: ignore[arg-type]
-    _check_rules(rules, in_out, units)
     model_types = _strings(table, "model_types")
     if not model_types:
         raise RecipeError("model_types is missing or empty")
-    return Recipe(
+    recipe = Recipe(
         name=name,
         sha256=sha256,
         model_types=model_types,
-        rules=tuple(rules),
+        rules=tuple(_rules(table, units)),
         units=units,
         attributes=tuple(_attributes(_table(table, "local"), units)),
         arguments=tuple(_arguments(_table(table, "arguments"), units)),
         base_model_prefix=_string(table.get("base_model_prefix", ""), "base_model_prefix"),
         notes=_string(table.get("notes", ""), "notes"),
     )
+    _check_rules(recipe)
+    _check_units(recipe)
+    return recipe
 
 
-def _check_rules(rules: list[Rule], in_out: tuple[str, ...], units: dict[str, UnitRule]) -> None:
-    patterns = [rule.pattern for rule in rules]
-    if twice := sorted({p for p in patterns if patterns.count(p) > 1}):
+def _rules(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[Rule]:
+    for style in UNDIVIDED:
+        yield from (Rule(_pattern(style, p), style) for p in _strings(table, style))
+    for pattern in _strings(table, "vocab"):
+        yield Rule(_pattern("vocab", pattern), "vocab", (Term(1, "vocab"),))
+    in_out, used = set(_strings(table, "in_out")), set()
+    for style in DIVIDED:
+        for pattern, text in _table(table, style).items():
+            terms = _terms(f"{style}.{pattern}", text, units)
+            yield Rule(_pattern(style, pattern), style, terms, pattern in in_out)
+            used.add(pattern)
+    if unused := sorted(in_out - used):
+        raise RecipeError(f"in_out names no column or row rule: {', '.join(unused)}")
+
+
+def _check_rules(recipe: Recipe) -> None:
+    patterns = Counter(rule.pattern for rule in recipe.rules)
+    if twice := sorted(pattern for pattern, times in patterns.items() if times > 1):
         raise RecipeError(f"more than one rule for {', '.join(twice)}")
-    used = {rule.pattern for rule in rules if rule.in_out}
-    if unused := sorted(set(in_out) - used):
-        raise RecipeError(f"in_out names no column, row or vocab rule: {', '.join(unused)}")
-    for rule in rules:
-        for term in rule.terms:
-            shared = term.unit and term.unit in units and units[term.unit].shared_by
-            if rule.style == "row" and (shared or term.unit is None):
+    for rule in recipe.rules:
+        for term in rule.terms if rule.style == "row" else ():
+            if term.unit is None or recipe.units[term.unit].shared_by:
                 raise RecipeError(
                     f"row.{rule.pattern}: {term.unit or 'a section without a unit'} may be held by"
                     " several ranks, and a sum over ranks would count it twice"
                 )
 
 
+def _check_units(recipe: Recipe) -> None:
+    used = {term.unit for rule in recipe.rules for term in rule.terms}
+    used |= {unit.shared_by for unit in recipe.units.values()}
+    used |= {name for rule in recipe.attributes for name in (rule.times, rule.per)}
+    used |= {rule.unit for rule in recipe.arguments} | {"vocab"}
+    if unused := sorted(recipe.units.keys() - used):
+        raise RecipeError(f"units.{unused[0]}: no rule uses it")
+    for name, unit in recipe.units.items():
+        if not unit.shared_by:
+            continue
+        sharer = recipe.units[unit.shared_by]
+        if not unit.fields or not sharer.fields or sharer.shared_by:
+            raise RecipeError(
+                f"units.{name}: only a unit with a count can be shared, and only by one with a"
+                " count that is not shared itself"
+            )
+
+
 def _units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
     yield "vocab", UnitRule(())
     for name, value in table.items():
-        if not NAME.fullmatch(name) or name == "vocab":
+        if name in KEYS:
+            raise RecipeError(f"units.{name}: a key of the recipe; put it above the first table")
+        if not NAME.fullmatch(name):
             raise RecipeError(f"units.{name}: not a name a unit can have")
         entry = value if isinstance(value, dict) else {"count": value}
         if unknown := sorted(entry.keys() - {"count", "shared_by"}):
@@ -136,27 +164,36 @@ def _units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
 
 def _attributes(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[LocalAttribute]:
     for module, entry in table.items():
-        for attribute, text in _table(table, module).items():
-            times, _, per = _string(text, f"local.{module}.{attribute}").partition("/")
-            for unit in (times, per):
-                if unit and unit not in units:
-                    raise RecipeError(f"local.{module}.{attribute}: {unit!r} is no unit")
-            yield LocalAttribute(module, attribute, times, per)
+        for attribute, text in _table(table, module, "local.").items():
+            key = f"local.{module}.{attribute}"
+            names = _string(text, key).split("/")
+            if len(names) > 2 or not all(name in units and units[name].fields for name in names):
+                raise RecipeError(f"{key}: {text!r} is no unit with a count, nor a ratio of two")
+            yield LocalAttribute(_pattern("local", module), attribute, *names)
         if not entry:
             raise RecipeError(f"local.{module}: is empty")
 
 
 def _arguments(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[LocalArgument]:
     for module in table:
-        for argument, entry in _table(table, module).items():
+        for argument, entry in _table(table, module, "arguments.").items():
             key = f"arguments.{module}.{argument}"
             if not isinstance(entry, dict) or entry.keys() != {"dim", "axis"}:
                 raise RecipeError(f"{key}: must be {{ dim = N, axis = UNIT }}")
             words = _string(entry["axis"], key).split()
             outer = words[:1] == ["*"]
-            if len(words) != 1 + outer or words[-1] not in units or type(entry["dim"]) is not int:
-                raise RecipeError(f"{key}: {entry['axis']!r} is no unit, nor '* UNIT'")
-            yield LocalArgument(module, argument, entry["dim"], words[-1], outer)
+            if len(words) != 1 + outer or not units.get(words[-1], UnitRule(())).fields:
+                raise RecipeError(f"{key}: {entry['axis']!r} is no unit with a count, nor '* UNIT'")
+            dim = entry["dim"]
+            if type(dim) is not int or not 0 <= dim < MAX_DIM:
+                raise RecipeError(f"{key}: dim is {dim!r}, not 0 to {MAX_DIM - 1}")
+            yield LocalArgument(_pattern("arguments", module), argument, dim, words[-1], outer)
+
+
+def _pattern(key: str, pattern: str) -> str:
+    if not PATTERN.fullmatch(pattern):
+        raise RecipeError(f"{key}: {pattern!r} is no name, nor one with * and {{a,b}} in it")
+    return pattern
 
 
 def _terms(key: str, text: Any, units: dict[str, UnitRule]) -> tuple[Term, ...]:
@@ -166,10 +203,10 @@ def _terms(key: str, text: Any, units: dict[str, UnitRule]) -> tuple[Term, ...]:
     return terms
 
 
-def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
+def _table(table: dict[str, Any], key: str, inside: str = "") -> dict[str, Any]:
     value = table.get(key, {})
     if not isinstance(value, dict):
-        raise RecipeError(f"{key} must be a table, not {value!r}")
+        raise RecipeError(f"{inside}{key} must be a table, not {value!r}")
     return value
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ManifestError
 from shardkit.files import open_regular
-from shardkit.layout import Tile
+from shardkit.layout import Tile, length
 from shardkit.manifest import Manifest, RankFile
 from shardkit.manifest_file import read_manifest, shard_header
 from shardkit.plan import Placement
+from shardkit.strict_json import shown
 from shardkit.tensor import TensorSpec, byte_view
 
 IOV_MAX = 1024
@@ -23,11 +24,11 @@ class ShardedCheckpoint:
         """Open the folder.  Raises ManifestError."""
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._fds: list[int] = []
+        self.fds: list[int] = []
         self._tiles: dict[str, tuple[Tile, ...]] = {}
         try:
             for tp_rank in range(self.manifest.tp_size):
-                self._fds.append(open_shard(folder, self.manifest, tp_rank))
+                self.fds.append(open_shard(folder, self.manifest, tp_rank))
         except BaseException:
             self.close()
             raise
@@ -40,8 +41,8 @@ class ShardedCheckpoint:
 
     def close(self) -> None:
         """Close every file."""
-        while self._fds:
-            os.close(self._fds.pop())
+        while self.fds:
+            os.close(self.fds.pop())
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every whole tensor, in the source's own order."""
@@ -90,15 +91,19 @@ class ShardedCheckpoint:
                     break
                 views.append(view)
                 stop += len(view)
-            if os.preadv(self._fds[tp_rank], views, base + start) != stop - start:
-                name = self.manifest.ranks[tp_rank].name
-                raise ManifestError(f"{self.folder / name}: became shorter while it was read")
+            path = self.folder / self.manifest.ranks[tp_rank].name
+            try:
+                count = os.preadv(self.fds[tp_rank], views, base + start)
+            except OSError as failure:
+                raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
+            if count != stop - start:
+                raise ManifestError(f"{path}: became shorter while it was read")
             at += len(views)
 
 
 def held_row(placement: Placement, tp_rank: int, tp_size: int) -> int:
     """How many indices of its sharded dimension a rank stores."""
-    return sum(stop - start for start, stop in placement.spans(tp_rank, tp_size))
+    return length(placement.spans(tp_rank, tp_size))
 
 
 def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
@@ -132,7 +137,8 @@ def _foreign(path: Path, manifest: Manifest, tp_rank: int) -> str:
     """What is wrong with a shard whose header is not the manifest's."""
     found = read_header(path, ManifestError).metadata
     if found.get("split_id") != manifest.split_id:
-        return f"{path}: of another split: {found.get('split_id')}, not {manifest.split_id}"
+        other = shown(found.get("split_id", "none"))
+        return f"{path}: of another split: {other}, not {manifest.split_id}"
     if found.get("tp_rank") != str(tp_rank):
-        return f"{path}: is the file of rank {found.get('tp_rank')}, renamed"
+        return f"{path}: is the file of rank {shown(found.get('tp_rank', 'none'))}, renamed"
     return f"{path}: its header is not the one this split wrote"

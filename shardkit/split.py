@@ -18,6 +18,7 @@ from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import ManifestError
 from shardkit.files import read_small
 from shardkit.integrity import check_ranks
+from shardkit.layout import Span
 from shardkit.manifest import (
     MARK,
     NAME,
@@ -32,7 +33,6 @@ from shardkit.manifest import (
     stored_order,
     stored_specs,
 )
-from shardkit.layout import Span
 from shardkit.plan import Placement, Plan
 from shardkit.publish import Stage, as_output_error, check_absent, check_space, publishing
 from shardkit.recipe import Recipe
@@ -56,8 +56,9 @@ def split(
     """
     check_absent(out)
     sample = source.sample()
+    name = source.name.encode(errors="replace").decode()  # a folder's may be no text
     record = SourceRecord(
-        source.name, source.revision, source.model_type, sample, source.files, source.index
+        name, source.revision, source.model_type, sample, source.files, source.index
     )
     draft = Manifest(
         make_split_id(plan, sample, recipe.sha256), plan, record, recipe.name, recipe.sha256,
@@ -111,7 +112,7 @@ def merge(shards: ShardedCheckpoint, out: Path, progress: Progress = no_progress
             stage.write(manifest.source.index.name, index_bytes(manifest.source.index, total))
 
 
-def _write_shards(  # noqa: PLR0913
+def _write_shards(
     source: Source,
     draft: Manifest,
     out: Path,
@@ -126,7 +127,7 @@ def _write_shards(  # noqa: PLR0913
         held = stored_specs(plan, tp_rank)
         metadata = shard_metadata(draft.split_id, tp_rank, plan.tp_size)
         files[rank_name(tp_rank, plan.tp_size)] = (header_bytes(held, metadata), held)
-    jobs = [Job(p.spec, p.dim, _takes(p, plan.tp_size)) for p in stored_order(plan.placements)]
+    jobs = [Job(p.spec, p.dim, takes(p, plan.tp_size)) for p in stored_order(plan.placements)]
     check_space(out, _total(files))
     with publishing(out, draft.split_id) as stage:
         copied = {}
@@ -141,7 +142,7 @@ def _write_shards(  # noqa: PLR0913
     return manifest
 
 
-def _takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, ...]], ...]:
+def takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, ...]], ...]:
     """The spans each rank takes of a tensor, of the ranks that store it."""
     return tuple(
         (tp_rank, placement.spans(tp_rank, tp_size))

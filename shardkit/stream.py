@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
@@ -270,4 +270,4 @@ def start_write_back(fd: int, offset: int, count: int) -> None:
 
 
 def _ascending(spans: Sequence[Span]) -> bool:
-    return all(a.stop <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    return all(a.stop <= b.start for a, b in pairwise(spans))
