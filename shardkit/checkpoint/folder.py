@@ -42,7 +42,8 @@ class Checkpoint:
         """Open the folder and check every header.  Raises CheckpointError."""
         self.folder = folder
         self.revision = revision
-        self.name = name or folder.resolve().name
+        # A folder may be named with bytes that are no text; the manifest is text.
+        self.name = name or os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
         self.config = read_config(folder)
         self.index, names = weight_files(folder, names_in(folder))
         self._places: dict[str, _Place] = {}

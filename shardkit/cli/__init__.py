@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": Entry("shardkit.cli.plan:plan", "Show what a split would hold and cost."),
     "inspect": Entry("shardkit.cli.inspect:inspect", "Say what a folder holds."),
     "generate": Entry("shardkit.cli.generate:generate", "Generate text from shards."),
-    "demo": Entry("shardkit.cli.demo:demo", "Split, verify and run a small model here."),
+    "demo": Entry("shardkit.cli.demo:demo", "Split, verify and run two small models here."),
 }
 
 
