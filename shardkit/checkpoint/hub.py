@@ -29,6 +29,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     The small files come first: they say which weights are wanted, and whether the repository is a
     checkpoint at all, before gigabytes are fetched.  Raises CheckpointError.
     """
+    if revision == "":
+        raise CheckpointError(f"{shown(repo_id)}: an empty revision; name one, or leave it out")
     folder = _fetch(repo_id, revision, [f"*{suffix}" for suffix in COMPANIONS])
     commit = folder.name
     read_config(folder)
@@ -89,5 +91,5 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return shown(lines[0], 200)[1:-1] if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c for c in lines[0][:200] if c.isprintable())
