@@ -20,17 +20,6 @@ class ColumnParallelLinear(nn.Linear):
     """`y[..., rank's columns] = x W^T + b`: each rank has its own output features, no collective."""
 
 
-class ParallelLMHead(nn.Linear):
-    """A column-parallel linear whose outputs, the logits, are gathered: one all-gather."""
-
-    group: TensorParallelGroup
-    sizes: tuple[int, ...]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
-        return self.group.all_gather(F.linear(x, self.weight, self.bias), self.sizes)
-
-
 class RowParallelLinear(nn.Linear):
     """Each rank has its own input features; one all-reduce, then the bias, added once."""
 
@@ -85,6 +74,44 @@ def vocab_parallel(cls: type[nn.Embedding]) -> type[nn.Embedding]:
     return VocabParallelEmbedding
 
 
+@cache
+def lm_head(cls: type[nn.Linear]) -> type[nn.Linear]:
+    """`cls` with its output features, the vocabulary, divided: one all-gather of the logits."""
+
+    class ParallelLMHead(cls):  # type: ignore[misc, valid-type]
+        """Each rank computes its own tokens' logits; every rank returns all of them."""
+
+        group: TensorParallelGroup
+        sizes: tuple[int, ...]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
+            return self.group.all_gather(super().forward(x), self.sizes)
+
+    return ParallelLMHead
+
+
+@cache
+def row_parallel(cls: type[nn.Linear]) -> type[nn.Linear]:
+    """A linear class with a forward of its own, in its row-parallel form."""
+
+    class RowParallelSubclass(cls):  # type: ignore[misc, valid-type]
+        """The class's own product without its bias; one all-reduce; then the bias."""
+
+        group: TensorParallelGroup
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """`[..., rank's in]` to `[..., out]`, the same on every rank."""
+            bias, self._parameters["bias"] = self._parameters["bias"], None
+            try:
+                y = self.group.all_reduce(super().forward(x))
+            finally:
+                self._parameters["bias"] = bias
+            return y if bias is None else y + bias
+
+    return RowParallelSubclass
+
+
 def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
     """Turn a linear layer, or a module of bare expert weights, into its row-parallel form."""
     if _is_linear(module):
@@ -92,7 +119,7 @@ def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
     elif is_conv1d(module):
         _become(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
-        raise ManifestError(f"{type(module).__name__}: a linear layer with no row-parallel form")
+        _become(module, row_parallel(type(module)), group=group)
     else:
         module.register_forward_hook(_summed(group))
 
@@ -106,8 +133,10 @@ def make_vocab_parallel(
         _become(
             module, vocab_parallel(type(module)), group=group, first_row=first_row, rows=sum(sizes)
         )
-    elif _is_linear(module):
-        _become(module, ParallelLMHead, group=group, sizes=tuple(sizes))
+    elif isinstance(module, nn.Linear):
+        _become(module, lm_head(type(module)), group=group, sizes=tuple(sizes))
+    elif isinstance(getattr(module, "weight", None), torch.Tensor):
+        raise ManifestError(f"{type(module).__name__}: a layer with no vocab-parallel form")
 
 
 def make_column_parallel(module: nn.Module) -> None:

@@ -234,17 +234,18 @@ def _is_meta(model: PreTrainedModel, name: str) -> bool:
 
 
 def suit_experts(model: PreTrainedModel) -> None:
-    """Where a rank's expert rows do not suit torch's grouped matmul, use transformers' plain one."""
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            if tensor.ndim == 3 and "expert" in type(module).__name__.lower():
-                rows = (
-                    tensor.shape[-1] * tensor.element_size(),
-                    tensor.shape[-2] * tensor.element_size(),
-                )
-                if any(row % GROUPED_ALIGNMENT for row in rows):
-                    model.set_experts_implementation("eager")
-                    return
+    """Where stacked experts do not suit torch's grouped matmul, use transformers' plain loop.
+
+    The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
+    """
+    stacked = [p for p in model.parameters() if p.ndim == 3]
+    if any(_unsuited(parameter) for parameter in stacked):
+        model.set_experts_implementation("eager")
+
+
+def _unsuited(experts: torch.Tensor) -> bool:
+    rows = [width * experts.element_size() for width in experts.shape[1:]]
+    return experts.dtype == torch.float64 or any(row % GROUPED_ALIGNMENT for row in rows)
 
 
 def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:

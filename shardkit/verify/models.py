@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from shardkit.errors import CheckpointError
-from shardkit.runtime.load import model_class
+from shardkit.runtime.load import model_class, suit_experts
 from shardkit.runtime.ranks import Ranks
 from shardkit.runtime.trace import Trace, tensors_of
 
@@ -74,10 +74,11 @@ class Unsharded:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Load it with transformers.  Raises CheckpointError for weights it would make up."""
         config = AutoConfig.from_pretrained(folder)
-        self.model, info = model_class(config).from_pretrained(
+        model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-        self.model: PreTrainedModel = self.model.eval()
+        self.model: PreTrainedModel = model.eval()
+        suit_experts(self.model)
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"{folder}: {missing[0]} is not in the checkpoint")
 
