@@ -58,7 +58,10 @@ def sections(
     Raises RecipeError where the length is no multiple of what the terms count.
     """
     counts = [_count(term, terms, axis_length, units) for term in terms]
-    written = sum(t.outer * n * t.inner for t, n in zip(terms, counts, strict=True))
+    # A section without a unit is all count: its factors are not blocks of anything.
+    written = sum(
+        (t.outer if t.unit else 1) * n * t.inner for t, n in zip(terms, counts, strict=True)
+    )
     if written == 0 or axis_length % written:
         parts = " + ".join(_shown(t, n) for t, n in zip(terms, counts, strict=True))
         raise RecipeError(f"axis of {axis_length} is no multiple of {parts} = {written}")
