@@ -225,7 +225,7 @@ def test_an_interrupted_split_exits_130_and_leaves_nothing(tmp_path: Path) -> No
         # Where the tests run in the background, their children would inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    while not list(tmp_path.glob(".out.*")):
+    while not list(tmp_path.glob(".out.*/rank-*")):
         assert process.poll() is None, "it was done before it could be interrupted"
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
