@@ -187,11 +187,11 @@ def test_layer_numbers_are_collapsed(names: list[str], expected: str) -> None:
 
 
 def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
-    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
-    shapes = dict(zip(names, [(16, 32), (16, 64), (16, 32)], strict=True))
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
+    shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
     plan = make_plan(specs(shapes), find_recipe("llama"), LLAMA, 2)
     found = [(g.pattern, g.count, g.rank_bytes) for g in groups(plan)]
     assert found == [
-        ("model.layers.{0,2}.mlp.down_proj.weight", 2, (2048, 2048)),
-        ("model.layers.1.mlp.down_proj.weight", 1, (2048, 2048)),
+        ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),
+        ("model.layers.1.input_layernorm.weight", 1, (96, 96)),
     ]

@@ -86,6 +86,13 @@ def test_bytes_of_all_ranks_are_the_total_and_what_is_replicated(
     assert planned["replicated_bytes"] == sum(again)
 
 
+def test_what_is_kept_for_a_merge_only_is_stored_and_not_loaded(planned: dict[str, Any]) -> None:
+    kept = sum(g["rank_bytes"][0] for g in planned["groups"] if g["style"] == "ignore")
+    assert (kept > 0) == (planned["model_type"] == "gpt_neox")
+    for rank in planned["ranks"]:
+        assert rank["bytes"] - rank["loaded_bytes"] == (kept if rank["tp_rank"] == 0 else 0)
+
+
 def test_ranks_hold_what_their_local_shapes_say(planned: dict[str, Any]) -> None:
     for tp_rank, rank in enumerate(planned["ranks"]):
         assert rank["bytes"] == sum(group["rank_bytes"][tp_rank] for group in planned["groups"])
