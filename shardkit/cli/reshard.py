@@ -33,12 +33,12 @@ def reshard(shards: Path, out: Path, tp_size: int, as_json: bool) -> None:
     """
     with ShardedCheckpoint(shards) as opened:
         old = opened.manifest.plan
+        texts = generates(old, read_config(shards))
         total = _stored(old) + _stored(old.over(tp_size))
         started = perf_counter()
         with progress_bar(total, "reshard") as advance:
             manifest = write_reshard(opened, tp_size, out, advance)
         seconds = perf_counter() - started
-        texts = generates(manifest.plan, read_config(shards))
     commands = next_commands(out, tp_size, None, texts)
     if as_json:
         say_json(written(manifest, out, seconds, commands))
