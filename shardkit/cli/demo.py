@@ -20,7 +20,8 @@ from shardkit.errors import CheckpointError
     metavar="DIR",
     help="Work in this new folder and leave it; by default a temporary one.",
 )
-@click.option("--tp", "tp_size", type=click.IntRange(2, 4), default=2, show_default=True, metavar="N",
+@click.option(
+    "--tp", "tp_size", type=click.IntRange(2, 4), default=2, show_default=True, metavar="N",
     help="The number of ranks.",
 )  # fmt: skip
 def demo(keep: Path | None, tp_size: int) -> None:

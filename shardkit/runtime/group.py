@@ -87,9 +87,9 @@ class TensorParallelGroup:
         assert self.store is not None
         turn = self.counts.get("agree", 0)
         self.counts["agree"] = turn + 1
-        self.store.set(f"shardkit/{turn}/{self.tp_rank}", mine)
+        self.store.set(f"shardkit/{turn}/{self.tp_rank}", mine.decode())
         said = [_wait_for(self.store, f"shardkit/{turn}/{r}", r) for r in range(self.tp_size)]
-        self.store.set(f"shardkit/{turn}/read/{self.tp_rank}", b"1")
+        self.store.set(f"shardkit/{turn}/read/{self.tp_rank}", "1")
         if self.tp_rank == 0:  # it may host the store: stay until the others have read
             for rank in range(self.tp_size):
                 _wait_for(self.store, f"shardkit/{turn}/read/{rank}", rank)

@@ -5,7 +5,6 @@ names; where only its widths change (column-parallel without a gather) it stays 
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from shardkit.runtime.group import TensorParallelGroup
 
 
 class ColumnParallelLinear(nn.Linear):
-    """`y[..., rank's columns] = x W^T + b`: each rank has its own output features, no collective."""
+    """Each rank has its own output features, `y[..., rank's] = x W^T + b`; no collective."""
 
 
 class RowParallelLinear(nn.Linear):
@@ -43,73 +42,53 @@ class RowParallelConv1D(nn.Module):
         return self.group.all_reduce(torch.matmul(x, self.weight)) + self.bias
 
 
-@cache
-def vocab_parallel(cls: type[nn.Embedding]) -> type[nn.Embedding]:
-    """`cls` with its rows divided: what the class itself does (scaling) stays; one all-reduce."""
+class RowParallelSubclass(nn.Linear):
+    """Mixed into a linear class with a forward of its own, which is called without its bias."""
 
-    class VocabParallelEmbedding(cls):  # type: ignore[misc, valid-type]
-        """Each rank looks up its own rows and adds zeros for the others'."""
+    group: TensorParallelGroup
 
-        group: TensorParallelGroup
-        first_row: int
-        rows: int
-
-        def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            """Token ids `[...]` to `[..., hidden]`, the same on every rank.
-
-            Raises IndexError on a CPU for an id outside the vocabulary, as the whole layer would;
-            on a GPU that would cost a synchronisation, and the id's vector is zero.
-            """
-            if input_ids.device.type == "cpu" and input_ids.numel():
-                low, high = int(input_ids.min()), int(input_ids.max())
-                if low < 0 or high >= self.rows:
-                    raise IndexError(
-                        f"token ids {low} to {high}, but the vocabulary has {self.rows}"
-                    )
-            local = input_ids - self.first_row
-            mine = (local >= 0) & (local < self.weight.shape[0])
-            found = super().forward(local.where(mine, 0), *args, **kwargs)
-            return self.group.all_reduce(found * mine.unsqueeze(-1))
-
-    return VocabParallelEmbedding
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., rank's in]` to `[..., out]`, the same on every rank."""
+        bias, self._parameters["bias"] = self._parameters["bias"], None
+        try:
+            y = self.group.all_reduce(super().forward(x))
+        finally:
+            self._parameters["bias"] = bias
+        return y if bias is None else y + bias
 
 
-@cache
-def lm_head(cls: type[nn.Linear]) -> type[nn.Linear]:
-    """`cls` with its output features, the vocabulary, divided: one all-gather of the logits."""
+class ParallelLMHead(nn.Linear):
+    """Mixed into a linear class: each rank computes its own tokens' logits; one all-gather."""
 
-    class ParallelLMHead(cls):  # type: ignore[misc, valid-type]
-        """Each rank computes its own tokens' logits; every rank returns all of them."""
+    group: TensorParallelGroup
+    sizes: tuple[int, ...]
 
-        group: TensorParallelGroup
-        sizes: tuple[int, ...]
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
-            return self.group.all_gather(super().forward(x), self.sizes)
-
-    return ParallelLMHead
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
+        return self.group.all_gather(super().forward(x), self.sizes)
 
 
-@cache
-def row_parallel(cls: type[nn.Linear]) -> type[nn.Linear]:
-    """A linear class with a forward of its own, in its row-parallel form."""
+class VocabParallelEmbedding(nn.Embedding):
+    """Mixed into an embedding class, whose scaling stays: a rank has its rows; one all-reduce."""
 
-    class RowParallelSubclass(cls):  # type: ignore[misc, valid-type]
-        """The class's own product without its bias; one all-reduce; then the bias."""
+    group: TensorParallelGroup
+    first_row: int
+    rows: int
 
-        group: TensorParallelGroup
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Token ids `[...]` to `[..., hidden]`, the same on every rank.
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """`[..., rank's in]` to `[..., out]`, the same on every rank."""
-            bias, self._parameters["bias"] = self._parameters["bias"], None
-            try:
-                y = self.group.all_reduce(super().forward(x))
-            finally:
-                self._parameters["bias"] = bias
-            return y if bias is None else y + bias
-
-    return RowParallelSubclass
+        Raises IndexError on a CPU for an id outside the vocabulary, as the whole layer would; on a
+        GPU that would cost a synchronisation, and the id's vector is zero.
+        """
+        if input.device.type == "cpu" and input.numel():
+            low, high = int(input.min()), int(input.max())
+            if low < 0 or high >= self.rows:
+                raise IndexError(f"token ids {low} to {high}, but the vocabulary has {self.rows}")
+        local = input - self.first_row
+        mine = (local >= 0) & (local < self.weight.shape[0])
+        found = super().forward(local.where(mine, 0), *args, **kwargs)
+        return self.group.all_reduce(found * mine.unsqueeze(-1))
 
 
 def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
@@ -119,7 +98,7 @@ def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
     elif is_conv1d(module):
         _become(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
-        _become(module, row_parallel(type(module)), group=group)
+        _become(module, _mixed(RowParallelSubclass, type(module)), group=group)
     else:
         module.register_forward_hook(_summed(group))
 
@@ -130,11 +109,10 @@ def make_vocab_parallel(
     """Turn an embedding or an output layer into its vocab-parallel form."""
     if isinstance(module, nn.Embedding):
         module.padding_idx = None  # only training uses it, and it may be another rank's row
-        _become(
-            module, vocab_parallel(type(module)), group=group, first_row=first_row, rows=sum(sizes)
-        )
+        cls = _mixed(VocabParallelEmbedding, type(module))
+        _become(module, cls, group=group, first_row=first_row, rows=sum(sizes))
     elif isinstance(module, nn.Linear):
-        _become(module, lm_head(type(module)), group=group, sizes=tuple(sizes))
+        _become(module, _mixed(ParallelLMHead, type(module)), group=group, sizes=tuple(sizes))
     elif isinstance(getattr(module, "weight", None), torch.Tensor):
         raise ManifestError(f"{type(module).__name__}: a layer with no vocab-parallel form")
 
@@ -165,6 +143,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that is `cls` with the mixin's forward around its own; made once."""
+    if cls in mixin.__mro__:
+        return mixin
+    if (mixin, cls) not in _made:
+        _made[mixin, cls] = type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {})
+    return _made[mixin, cls]
+
+
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def _become(module: nn.Module, cls: type[nn.Module], **state: object) -> None:

@@ -31,7 +31,7 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
 
 
-def load(  # noqa: D417
+def load(
     folder: str | Path,
     *,
     group: TensorParallelGroup | None = None,
@@ -162,7 +162,7 @@ def tie_placements(
     model: PreTrainedModel, placed: Mapping[str, Placement], missing: set[str]
 ) -> dict[str, Placement]:
     """The placements of tensors that are not stored because they are tied to one that is."""
-    tied = {}
+    tied: dict[str, Placement] = {}
     for target, source in (model.all_tied_weights_keys or {}).items():
         names = {target, source}
         stored = [placed[name] for name in names if name in placed]
@@ -225,7 +225,7 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> N
             else:
                 owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
         else:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            tensor._is_hf_initialized = True
     model.initialize_weights()
 
 

@@ -125,5 +125,7 @@ def own_part(
         return value
     if not rule.outer:
         return value.index_select(rule.dim, index)
-    apart = value.unflatten(rule.dim, (-1, count)).index_select(rule.dim + 1, index)
-    return apart.flatten(rule.dim, rule.dim + 1)
+    shape = value.shape
+    apart = value.reshape(*shape[: rule.dim], -1, count, *shape[rule.dim + 1 :])
+    own = apart.index_select(rule.dim + 1, index)
+    return own.flatten(rule.dim, rule.dim + 1)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,11 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pids(self) -> list[int]:
+        """The process id of each rank; none once they have stopped."""
+        return [process.pid for process in self._processes]
+
     def ask(
         self,
         do: str,
@@ -77,7 +82,7 @@ class Ranks:
             try:
                 send(sock, message)
             except OSError:
-                self._fail([self._death(rank)])
+                self._fail(self._death(rank))
         return self._collect(time.monotonic() + self.request_timeout, on_token)
 
     def close(self) -> None:
@@ -106,13 +111,12 @@ class Ranks:
         environment["PYTHONPATH"] = os.pathsep.join(
             [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+        place = (theirs.fileno(), self._store.port, rank, self.size, timeout)
+        arguments = [*map(str, place), device or ""]
         with theirs:
             self._processes.append(
                 subprocess.Popen(
-                    [
-                        sys.executable, "-m", "shardkit.runtime.worker", str(theirs.fileno()),
-                        str(self._store.port), str(rank), str(self.size), str(timeout), device or "",
-                    ],
+                    [sys.executable, "-m", "shardkit.runtime.worker", *arguments],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -120,7 +124,7 @@ class Ranks:
                     env=environment,
                     process_group=0,  # a Ctrl-C goes to the controlling process alone
                 )
-            )  # fmt: skip
+            )
 
     def _collect(
         self, deadline: float, on_token: Callable[[list[int]], None] | None
@@ -155,19 +159,18 @@ class Ranks:
         silent = [r for r in range(self.size) if r not in answers and r not in faults]
         if not faults:
             names = ", ".join(map(str, silent))
-            self._fail([f"rank {names} did not answer within {self.request_timeout:.0f} s"])
-        told = [
-            text if text.startswith("rank ") else f"rank {r}: {text}" for r, text in faults.items()
-        ]
-        if len(set(faults.values())) == 1:
-            told = [next(iter(faults.values()))]
+            self._fail(f"rank {names} did not answer within {self.request_timeout:.0f} s")
+        cause = min(faults, key=lambda rank: (_follows(faults[rank]), rank))
+        told = faults[cause]
+        if len(set(faults.values())) > 1 and not told.startswith("rank "):
+            told = f"rank {cause}: {told}"
         if len(faults) < self.size:
-            self._fail(told[:1])
-        raise RanksError("; ".join(sorted(told, key=_by_cause)[:1]))
+            self._fail(told)
+        raise RanksError(told)
 
-    def _fail(self, told: Sequence[str]) -> None:
+    def _fail(self, told: str) -> NoReturn:
         self.close()
-        raise RanksError("; ".join(told))
+        raise RanksError(told)
 
     def _death(self, rank: int) -> str:
         """What became of a rank that closed its connection."""
@@ -189,6 +192,6 @@ def _try_receive(sock: socket.socket) -> Message | None:
         return None
 
 
-def _by_cause(text: str) -> bool:
-    """Sorts what only follows from another rank's fault (a closed connection) last."""
+def _follows(text: str) -> bool:
+    """Whether a fault only follows from another rank's: its connection was closed."""
     return "Connection" in text or "closed by peer" in text

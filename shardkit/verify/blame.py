@@ -68,7 +68,7 @@ def _part(whole: torch.Tensor, local: torch.Tensor, spans: Sequence[Span]) -> to
 
 
 def _tensors(module: str, placed: dict[str, Placement]) -> str:
-    """The sharded tensors on disk of a module, or of the block it is in where it adds up others'."""
+    """The sharded tensors on disk of a module, or of its block where it sums what others made."""
     parent = module.rpartition(".")[0]
     own = [p for name, p in placed.items() if name.startswith(f"{module}.")]
     if not own or own[0].style == "row":

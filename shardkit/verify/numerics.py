@@ -54,7 +54,7 @@ def check_numerics(
     return Check("numerics", "failed" if faults else "passed", summary, (*faults,), numbers)
 
 
-def _decode(  # noqa: PLR0913
+def _decode(
     reference: Unsharded,
     unsharded: Unsharded,
     sharded: Sharded,

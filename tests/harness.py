@@ -1,0 +1,29 @@
+"""What the tests of running models share: split a folder, and rank processes that serve many."""
+
+from pathlib import Path
+
+from shardkit.checkpoint import open_checkpoint
+from shardkit.manifest import Manifest
+from shardkit.plan import make_plan
+from shardkit.recipe import Recipe
+from shardkit.recipe_file import find_recipe, load_recipe, recipe_folder
+from shardkit.split import split
+
+
+def cut(source: Path, out: Path, tp_size: int, recipe: Recipe | None = None) -> Manifest:
+    """Split a checkpoint folder, by its own recipe unless another is given."""
+    with open_checkpoint(str(source)) as checkpoint:
+        recipe = recipe or find_recipe(checkpoint.model_type)
+        plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
+        return split(checkpoint, plan, recipe, out)
+
+
+def altered(name: str, folder: Path, *changes: tuple[str, str]) -> Recipe:
+    """A bundled recipe with text replaced: how a layout fault is planted."""
+    text = (recipe_folder() / f"{name}.toml").read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return load_recipe(path)
