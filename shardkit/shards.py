@@ -117,10 +117,10 @@ def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
         raise ManifestError(f"{path}: missing; the manifest lists it for rank {tp_rank}")
     fd = open_regular(path, ManifestError)
     try:
-        _check_size(path, rank, os.fstat(fd).st_size)
         expected = shard_header(manifest, tp_rank)
         if os.pread(fd, len(expected), 0) != expected:
             raise ManifestError(_foreign(path, manifest, tp_rank))
+        _check_size(path, rank, os.fstat(fd).st_size)
     except BaseException:
         os.close(fd)
         raise

@@ -145,7 +145,7 @@ def test_two_ranks_files_swapped_fail_as_files(models, tmp_path: Path) -> None:
     (tmp_path / "x").rename(second)
     found = check_files(tmp_path / "shards", quiet)
     assert found.verdict == "failed"
-    assert "rank-00000-of-00002.safetensors: is the file of rank 1, renamed" in found.faults[0]
+    assert "rank-00000-of-00002.safetensors: is the file of rank '1', renamed" in found.faults[0]
 
 
 def test_swapped_experts_are_named_by_weights_and_by_numerics(

@@ -32,6 +32,7 @@ class TensorParallelGroup:
     process_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"all_reduce": 0, "all_gather": 0})
+    turns: int = 0  # how often the ranks have agreed through the store
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, in place."""
@@ -85,8 +86,7 @@ class TensorParallelGroup:
     def _by_store(self, mine: bytes) -> list[bytes]:
         """Exchange through the rendezvous store, which needs no working collective."""
         assert self.store is not None
-        turn = self.counts.get("agree", 0)
-        self.counts["agree"] = turn + 1
+        turn, self.turns = self.turns, self.turns + 1
         self.store.set(f"shardkit/{turn}/{self.tp_rank}", mine.decode())
         said = [_wait_for(self.store, f"shardkit/{turn}/{r}", r) for r in range(self.tp_size)]
         self.store.set(f"shardkit/{turn}/read/{self.tp_rank}", "1")

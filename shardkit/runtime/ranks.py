@@ -164,7 +164,7 @@ class Ranks:
         told = faults[cause]
         if len(set(faults.values())) > 1 and not told.startswith("rank "):
             told = f"rank {cause}: {told}"
-        if len(faults) < self.size:
+        if len(faults) < self.size or any(p.poll() is not None for p in self._processes):
             self._fail(told)
         raise RanksError(told)
 
