@@ -4,10 +4,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 from shardkit.errors import VerifyError
-from shardkit.manifest import MARK, Manifest
+from shardkit.manifest import MARK, Manifest, stored_specs
 from shardkit.shards import ShardedCheckpoint, open_shard
 
 BLOCK = 4 << 20
@@ -44,15 +45,15 @@ def rank_fault(
     path = folder / rank.name
     fd = open_shard(folder, manifest, tp_rank)
     try:
-        pieces = sorted((piece.offset, name) for name, piece in rank.pieces.items())
-        first = pieces[0][0] if pieces else rank.digest.size
-        digest = hashlib.sha256(os.pread(fd, first, 0))
+        names = [spec.name for spec in stored_specs(manifest.plan, tp_rank)]
+        bounds = [*(rank.pieces[name].offset for name in names), rank.digest.size]
+        digest = hashlib.sha256(os.pread(fd, bounds[0], 0))
         buffer = memoryview(bytearray(BLOCK))
-        for (start, name), after in zip(pieces, [*pieces[1:], (rank.digest.size, "")], strict=True):
-            _hash_range(fd, start, after[0], digest.update, buffer, progress)
+        for name, (start, stop) in zip(names, pairwise(bounds), strict=True):
+            _hash_range(fd, start, stop, digest.update, buffer, progress)
             if digest.hexdigest()[:MARK] != rank.pieces[name].mark:
                 return (
-                    f"{path}: rank {tp_rank}: {name}: damaged between byte {start} and {after[0]};"
+                    f"{path}: rank {tp_rank}: {name}: damaged between byte {start} and {stop};"
                     " split again, or restore the file"
                 )
     finally:

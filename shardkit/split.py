@@ -56,9 +56,8 @@ def split(
     """
     check_absent(out)
     sample = source.sample()
-    name = source.name.encode(errors="replace").decode()  # a folder's may be no text
     record = SourceRecord(
-        name, source.revision, source.model_type, sample, source.files, source.index
+        source.name, source.revision, source.model_type, sample, source.files, source.index
     )
     draft = Manifest(
         make_split_id(plan, sample, recipe.sha256), plan, record, recipe.name, recipe.sha256,

@@ -125,7 +125,7 @@ class FileSink:
     @property
     def marks(self) -> dict[str, tuple[int, str]]:
         """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
-        ends = [*self._ends[1:], self.sha256]
+        ends = [*self._ends, self.sha256][1:]
         return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
 
     def start(self, name: str) -> None:

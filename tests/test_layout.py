@@ -1,0 +1,194 @@
+"""Spans: every small case, so that no head count meets an untried path."""
+
+import itertools
+
+import pytest
+
+from shardkit.errors import LayoutError
+from shardkit.layout import (
+    MAX_SPANS,
+    Section,
+    Span,
+    Tile,
+    deal,
+    held,
+    joined,
+    length,
+    sharing,
+    spans,
+    tile,
+)
+
+SIZES = range(1, 13)
+
+
+def sharings(units: int) -> list[tuple[int, int]]:
+    """Every number of sharers and of ranks that `units` are tried with."""
+    most = 8 * units
+    return [
+        (sharers, tp_size)
+        for sharers in range(units, most, units)
+        for tp_size in range(1, min(sharers, 12) + 1)
+    ]
+
+
+def indices(parts: tuple[Span, ...]) -> list[int]:
+    return [index for start, stop in parts for index in range(start, stop)]
+
+
+def held_units(units: int, sharers: int, tp_size: int) -> list[list[int]]:
+    section = Section(units, 1, sharers=sharers)
+    return [indices(held(section, rank, tp_size)) for rank in range(tp_size)]
+
+
+def test_units_are_dealt_out_evenly_and_in_order_with_the_first_ranks_one_more() -> None:
+    for units in range(1, 40):
+        for tp_size in range(1, units + 1):
+            hands = [deal(units, rank, tp_size) for rank in range(tp_size)]
+            assert [unit for hand in hands for unit in hand] == list(range(units))
+            sizes = [len(hand) for hand in hands]
+            assert sizes == sorted(sizes, reverse=True)
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_nine_heads_over_two_ranks_are_five_and_four() -> None:
+    assert [len(deal(9, rank, 2)) for rank in range(2)] == [5, 4]
+
+
+def test_a_rank_without_a_unit_is_refused_with_the_sizes_that_work() -> None:
+    with pytest.raises(LayoutError, match=r"4 units .* tp_size 5; possible: 1 to 4"):
+        deal(4, 0, 5)
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 3])
+def test_unshared_spans_cover_every_index_exactly_once(repeat: int) -> None:
+    for units, size in itertools.product(SIZES, (1, 2, 3)):
+        for tp_size in range(1, units + 1):
+            section = Section(units, size, repeat)
+            found = [i for r in range(tp_size) for i in indices(spans([section], r, tp_size))]
+            assert sorted(found) == list(range(len(section)))
+
+
+def test_each_block_of_a_repeated_section_is_divided_alike() -> None:
+    # GPT-2's [Q | K | V] of 5 heads of 2 over 2 ranks: heads 0 to 2, and 3 to 4, of each.
+    section = Section(5, 2, repeat=3)
+    assert spans([section], 0, 2) == ((0, 6), (10, 16), (20, 26))
+    assert spans([section], 1, 2) == ((6, 10), (16, 20), (26, 30))
+
+
+@pytest.mark.parametrize("units", range(1, 7))
+def test_every_query_head_finds_its_kv_head_in_the_place_attention_looks(units: int) -> None:
+    for sharers, tp_size in sharings(units):
+        mode = sharing(units, sharers, tp_size)
+        hands = held_units(units, sharers, tp_size)
+        for rank, local in enumerate(hands):
+            heads = deal(sharers, rank, tp_size)
+            ratio, rest = divmod(len(heads), len(local))
+            assert rest == 0, "attention needs as many query heads for every local kv head"
+            for at, head in enumerate(heads):
+                assert local[at // ratio] == head // (sharers // units)
+            if mode == "expand":
+                assert ratio == 1
+            if mode == "split":
+                assert ratio == sharers // units
+        assert {unit for local in hands for unit in local} == set(range(units))
+
+
+@pytest.mark.parametrize("units", range(1, 7))
+def test_kv_heads_are_stored_no_more_often_than_their_query_heads_need(units: int) -> None:
+    for sharers, tp_size in sharings(units):
+        hands = held_units(units, sharers, tp_size)
+        copies = [local.count(unit) for local in hands for unit in set(local)]
+        mode = sharing(units, sharers, tp_size)
+        if mode == "split":
+            assert [unit for local in hands for unit in local] == list(range(units))
+        if mode == "replicate":
+            assert set(copies) == {1}
+        if mode == "expand":  # only where single copies would be used unevenly
+            needs = [
+                {unit: sum(1 for h in deal(sharers, r, tp_size) if h // (sharers // units) == unit)
+                 for unit in local}
+                for r, local in enumerate(hands)
+            ]  # fmt: skip
+            assert any(len(set(need.values())) > 1 for need in needs)
+
+
+def test_the_three_modes_of_sharing() -> None:
+    assert (sharing(8, 32, 4), held_units(8, 32, 4)[1]) == ("split", [2, 3])
+    assert (sharing(2, 8, 4), held_units(2, 8, 4)) == ("replicate", [[0], [0], [1], [1]])
+    assert sharing(2, 14, 4) == "expand"
+    assert held_units(2, 14, 4) == [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1], [1, 1, 1]]
+
+
+def test_kv_heads_are_replicated_when_tp_exceeds_them() -> None:
+    assert held_units(1, 6, 6) == [[0]] * 6
+
+
+def test_more_ranks_than_query_heads_are_refused() -> None:
+    with pytest.raises(LayoutError, match="8 units cannot be divided over tp_size 9"):
+        spans([Section(2, 4, sharers=8)], 0, 9)
+
+
+@pytest.mark.parametrize(("units", "sharers"), [(3, 8), (8, 3), (2, 1)])
+def test_sharers_that_are_no_multiple_of_the_units_are_refused(units: int, sharers: int) -> None:
+    with pytest.raises(LayoutError, match=f"{sharers} units cannot share {units}"):
+        spans([Section(units, 1, sharers=sharers)], 0, 2)
+
+
+def test_a_whole_section_is_on_every_rank_beside_the_divided_one() -> None:
+    parts = [Section(4, 2), Section(2, 3, whole=True)]
+    assert spans(parts, 0, 4) == ((0, 2), (8, 14))
+    assert spans(parts, 3, 4) == ((6, 14),)  # neighbours across sections are one span
+
+
+def test_one_rank_holds_the_axis_as_one_span() -> None:
+    parts = [Section(8, 4), Section(2, 4, sharers=8), Section(2, 4, sharers=8)]
+    assert spans(parts, 0, 1) == ((0, 48),)
+
+
+def test_an_axis_of_length_zero_has_no_spans() -> None:
+    assert spans([Section(4, 0)], 1, 2) == ()
+    assert tile([(), ()], 0) == ()
+
+
+def test_joining_keeps_the_indices_and_their_order() -> None:
+    parts = [Span(0, 2), Span(2, 5), Span(5, 5), Span(3, 4), Span(3, 4), Span(4, 6)]
+    assert joined(parts) == ((0, 5), (3, 4), (3, 6))
+    assert indices(joined(parts)) == indices(tuple(parts))
+    assert length(joined(parts)) == 9
+
+
+@pytest.mark.parametrize("count", [{"repeat": 1 << 40}, {"sharers": 1 << 40}])
+def test_an_axis_of_more_stretches_than_any_model_has_is_refused_at_once(
+    count: dict[str, int],
+) -> None:
+    with pytest.raises(LayoutError, match=rf"{1 << 40} stretches, more than the {MAX_SPANS}"):
+        spans([Section(2, 1, **count)], 0, 2)
+
+
+@pytest.mark.parametrize("units", range(1, 7))
+def test_tiles_cover_the_axis_in_order_and_give_each_index_from_its_first_holder(
+    units: int,
+) -> None:
+    for sharers, tp_size in sharings(units):
+        section = Section(units, 2, sharers=sharers)
+        by_rank = [spans([section], rank, tp_size) for rank in range(tp_size)]
+        kept = [indices(parts) for parts in by_rank]
+        at = 0
+        for found in tile(by_rank, len(section)):
+            assert found.start == at < found.stop
+            for index in range(found.start, found.stop):
+                assert kept[found.tp_rank][found.local + index - found.start] == index
+                assert not any(index in kept[rank] for rank in range(found.tp_rank))
+            at = found.stop
+        assert at == len(section)
+
+
+def test_tiles_skip_what_an_earlier_rank_gave() -> None:
+    assert tile([(Span(0, 4),), (Span(2, 6),)], 6) == (Tile(0, 4, 0, 0), Tile(4, 6, 1, 2))
+
+
+@pytest.mark.parametrize("by_rank", [[(Span(0, 3),), (Span(4, 6),)], [(Span(0, 5),)], [()]])
+def test_an_index_that_no_rank_holds_is_refused(by_rank: list[tuple[Span, ...]]) -> None:
+    with pytest.raises(LayoutError, match="of an axis of 6"):
+        tile(by_rank, 6)

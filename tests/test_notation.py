@@ -1,0 +1,105 @@
+"""The notation of a fused axis: what each form means, and what is refused by name."""
+
+import pytest
+
+from shardkit.errors import RecipeError
+from shardkit.layout import Section
+from shardkit.notation import Term, Unit, parse_axis, sections
+
+UNITS = {
+    "heads": Unit(8),
+    "kv_heads": Unit(2, sharers=8),
+    "ffn": Unit(None),
+    "vocab": Unit(None),
+}
+
+
+def resolved(text: str, axis_length: int) -> tuple[Section, ...]:
+    return sections(parse_axis(text), axis_length, UNITS)
+
+
+def test_a_unit_alone_divides_the_whole_axis() -> None:
+    assert resolved("heads", 64) == (Section(8, 8),)
+
+
+def test_a_number_before_the_unit_makes_blocks() -> None:
+    assert resolved("3 heads", 96) == (Section(8, 4, repeat=3),)
+
+
+def test_a_number_after_the_unit_is_part_of_it() -> None:
+    assert resolved("heads 3", 96) == (Section(8, 12),)
+
+
+def test_sections_side_by_side_have_units_of_one_size() -> None:
+    q, kv = Section(8, 4), Section(2, 4, sharers=8)
+    assert resolved("heads + kv_heads + kv_heads", 48) == (q, kv, kv)
+
+
+def test_a_section_without_a_unit_is_whole_on_every_rank() -> None:
+    assert resolved("heads + 2", 40) == (Section(8, 4), Section(2, 4, whole=True))
+
+
+def test_numbers_multiply() -> None:
+    assert parse_axis("2 3 heads 4 5") == (Term(6, "heads", 20),)
+    assert parse_axis("2 3") == (Term(6, None),)
+
+
+def test_spaces_are_free() -> None:
+    assert parse_axis("  heads+2 ") == parse_axis("heads + 2")
+
+
+def test_a_unit_without_a_count_divides_anyhow() -> None:
+    assert resolved("ffn", 7) == (Section(7, 1),)
+    assert resolved("2 ffn", 14) == (Section(7, 1, repeat=2),)
+    assert resolved("ffn 2", 14) == (Section(7, 2),)
+    assert resolved("ffn + ffn", 14) == (Section(7, 1), Section(7, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "empty section"),
+        ("heads +", "empty section"),
+        ("+ heads", "empty section"),
+        ("heads ++ heads", "empty section"),
+        ("Heads", "Heads"),
+        ("heads * 3", r"\*"),
+        ("heads/4", "heads/4"),
+        ("heads - 1", "'-' is no unit"),
+        ("0 heads", "'0' is no unit"),
+        ("-3 heads", "-3"),
+        ("1.5 heads", "1.5"),
+        ("٣ heads", "٣"),  # an Arabic-Indic 3, which int() would take
+        ("99999999999 heads", "99999999999"),
+        ("heads.__class__", "heads.__class__"),
+        ("__import__('os').system('true')", "__import__"),
+        ("heads kv_heads", "one unit, not 2"),
+    ],
+)
+def test_a_word_that_is_no_unit_is_refused_by_name(text: str, word: str) -> None:
+    with pytest.raises(RecipeError, match=word) as caught:
+        parse_axis(text)
+    assert "axis " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "axis_length", "shown"),
+    [
+        ("heads", 63, r"axis of 63 is no multiple of 8 = 8"),
+        ("3 heads", 64, r"axis of 64 is no multiple of 3\*8 = 24"),
+        ("heads + kv_heads + 2", 50, r"axis of 50 is no multiple of 8 \+ 2 \+ 2 = 12"),
+        ("2 ffn", 7, r"axis of 7 is no multiple of 2\*3 = 6"),
+        ("2 ffn", 1, r"axis of 1 is no multiple"),
+    ],
+)
+def test_an_axis_of_the_wrong_length_is_refused_with_the_numbers(
+    text: str, axis_length: int, shown: str
+) -> None:
+    with pytest.raises(RecipeError, match=shown):
+        resolved(text, axis_length)
+
+
+@pytest.mark.parametrize("text", ["ffn + heads", "ffn + 2", "ffn + vocab"])
+def test_a_unit_without_a_count_stands_alone(text: str) -> None:
+    with pytest.raises(RecipeError, match="'ffn' has no count"):
+        resolved(text, 64)
