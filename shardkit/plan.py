@@ -73,8 +73,8 @@ class Plan:
             try:
                 placement.tiles(self.tp_size)
             except LayoutError as error:
-                limit = ""
-                if most := self.max_tp_size:
+                most, limit = self.max_tp_size, ""
+                if self.tp_size > most:
                     limit = f"; this checkpoint divides over tp_size 1 to {most}"
                 raise LayoutError(f"{placement.spec.name}: {error}{limit}") from None
 
