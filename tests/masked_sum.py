@@ -1,0 +1,137 @@
+"""The masked-sum proof of a layout: transformers alone runs it, without this project's runtime.
+
+For each rank the checkpoint is written whole, zero outside the rank's own spans, and loaded and
+run by transformers.  What the layers that end a parallel region put out (row-parallel ones, and
+both ends of the vocabulary) must then sum over the ranks to what the whole model's put out.  A
+round trip proves nothing of the kind: a wrong layout merges back bit for bit.
+
+Each such layer's output is replaced by the whole model's as it runs, so every region of every rank
+starts from true inputs, whatever residuals and norms lie between.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.plan import Placement, Plan, make_plan
+from shardkit.recipe import Recipe
+from shardkit.runtime.load import model_class
+from shardkit.runtime.names import conversions
+from shardkit.verify.inputs import make_inputs
+
+logging.disable_progress_bar()
+
+WEIGHTS = "model.safetensors"
+SUMMED = ("row", "vocab")
+Outputs = dict[str, list[torch.Tensor]]
+Hook = Callable[[torch.nn.Module, object, torch.Tensor], torch.Tensor | None]
+
+
+def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[str, float]:
+    """By how much each summed layer of a model misses its output, relative to its largest value."""
+    model, plan = load(source), plan_of(source, recipe, tp_size)
+    layers = summed_layers(model, plan)
+    truth = record(model, layers)
+    assert {layers[name] for name in truth} == set(layers.values()), "a weight that nothing runs"
+    sums = {name: [torch.zeros_like(t) for t in outputs] for name, outputs in truth.items()}
+    for tp_rank in range(tp_size):
+        local = load(write_masked(source, plan, tp_rank, scratch / str(tp_rank)))
+        for name, parts in record(local, layers, truth).items():
+            for total, part in zip(sums[name], parts, strict=True):
+                total += part
+    return {name: max(map(miss, sums[name], truth[name])) for name in truth}
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder, as transformers itself loads it."""
+    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def plan_of(source: Path, recipe: Recipe, tp_size: int) -> Plan:
+    """The plan of a checkpoint folder, from its headers and config alone."""
+    with Checkpoint(source) as checkpoint:
+        return make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
+
+
+def placed_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
+    """Each of the model's parameters, tied ones by all their names, and its placement on disk."""
+    placed = {p.spec.name: p for p in plan.placements if p.style != "ignore"}
+    made = {
+        id(model.get_parameter_or_buffer(c.target)): placed[c.sources[0][0]]
+        for c in conversions(model, placed)
+    }
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: made[id(parameter)] for name, parameter in named}
+
+
+def summed_layers(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
+    """The modules that own a row- or vocab-parallel weight, and its name on disk."""
+    return {
+        name.rpartition(".")[0]: placement.spec.name
+        for name, placement in placed_parameters(model, plan).items()
+        if placement.style in SUMMED and len(placement.spec.shape) > 1
+    }
+
+
+def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
+    """Write the checkpoint again with zeros wherever `tp_rank` holds nothing.  Returns `folder`."""
+    tensors = load_file(source / WEIGHTS)
+    for placement in plan.placements:
+        name = placement.spec.name
+        tensors[name] = masked(tensors[name], placement, tp_rank, plan.tp_size)
+    folder.mkdir(parents=True)
+    shutil.copy(source / "config.json", folder)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """The tensor, zero outside the rank's spans; a row-parallel bias is rank 0's alone."""
+    if placement.dim is None:
+        return tensor * 0 if placement.style == "row" and tp_rank else tensor
+    shape = [1] * tensor.ndim
+    shape[placement.dim] = -1
+    kept = torch.zeros(tensor.shape[placement.dim], dtype=torch.bool)
+    for start, stop in placement.spans(tp_rank, tp_size):
+        kept[start:stop] = True
+    return tensor * kept.view(shape)
+
+
+def record(model: PreTrainedModel, layers: Iterable[str], truth: Outputs | None = None) -> Outputs:
+    """What the named layers put out, call by call; `truth`, where given, takes its place."""
+    found: Outputs = {}
+
+    def hook_of(name: str) -> Hook:
+        def hook(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor | None:
+            calls = found.setdefault(name, [])
+            calls.append(output.clone())  # models add residuals in place
+            return None if truth is None else truth[name][len(calls) - 1].clone()
+
+        return hook
+
+    with torch.inference_mode(), hooks(model, {name: hook_of(name) for name in layers}):
+        model(**make_inputs(model.config), use_cache=False)
+    return found
+
+
+@contextmanager
+def hooks(model: PreTrainedModel, by_name: dict[str, Hook]) -> Iterator[None]:
+    """Forward hooks on the named modules, for a while."""
+    with ExitStack() as stack:
+        for name, hook in by_name.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+def miss(total: torch.Tensor, whole: torch.Tensor) -> float:
+    """The largest difference of two tensors, relative to the second's largest value."""
+    return float((total - whole).abs().max() / whole.abs().max())

@@ -1,0 +1,124 @@
+"""Layouts mean what the models mean: proven by transformers alone, and by its own plans."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import VARIANTS, make
+from harness import altered
+from masked_sum import load, misses, placed_parameters, plan_of
+
+from shardkit.recipe import Recipe
+from shardkit.recipe_file import find_recipe
+
+ROUNDING = 1e-5  # sound layouts miss by some 5e-7
+WRONG = 0.05  # the mildest fault misses by twice that
+
+QKV = "heads + kv_heads + kv_heads"
+ANY = ("[units]", '[units]\nany = "*"')
+
+# A fault, the variant it is planted in, and what is replaced in its recipe.
+FAULTS: dict[str, tuple[str, *tuple[tuple[str, str], ...]]] = {
+    "q, k and v blocks read head by head": ("gpt2", ('"3 heads"', '"heads 3"')),
+    "Conv1D cut along its inputs": ("gpt2", ('"transformer.h.*.mlp.c_fc",', "")),
+    "each head's q, k and v read as blocks": ("gpt_neox", ('"heads 3"', '"3 heads"')),
+    "the same with alibi": ("bloom", ('"heads 3"', '"3 heads"')),
+    "groups read as blocks": ("falcon-grouped", ('value" = "groups"', 'value" = "2 groups"')),
+    "gate and up cut as one axis": ("phi3", ('"2 ffn"', '"any"'), ANY),
+    "gate and up read in pairs": ("phi3", ('"2 ffn"', '"ffn 2"')),
+    "k and v of other ranks' heads": ("phi3", (QKV, "heads + kv_heads 2")),
+    "k and v before q": ("phi3", (QKV, "kv_heads + kv_heads + heads")),
+    "w2 cut unlike w1 and w3": ("mixtral", ('w2" = "ffn"', 'w2" = "2 any"'), ANY),
+    "kv heads dealt without their q": ("llama-9-heads-3-kv", (', shared_by = "heads"', "")),
+    "position biases cut by buckets": ("t5", ("in_out", "# in_out")),
+}
+
+# transformers' name of a style, and ours.
+SAME = {
+    "colwise": "column", "packed_colwise": "column", "rowwise": "row",
+    "embedding_rowwise": "vocab", "colwise_gather_output": "vocab",
+    "replicated_with_grad_allreduce": "replicate", "not named": "replicate",
+}  # fmt: skip
+
+# Where the two differ on purpose: transformers' style, and ours.
+DIFFERENT = {
+    # Fused layers: cut there as one axis, their outputs gathered and split again; here by parts.
+    ("phi3", "model.layers.*.self_attn.qkv_proj"): ("colwise_gather_output", "column"),
+    ("phi3", "model.layers.*.self_attn.o_proj"): ("rowwise_split_input", "row"),
+    ("phi3", "model.layers.*.mlp.gate_up_proj"): ("colwise_gather_output", "column"),
+    ("phi3", "model.layers.*.mlp.down_proj"): ("rowwise_split_input", "row"),
+    # How experts run there: of no tensor.
+    ("mixtral", "model.layers.*.mlp.experts"): ("moe_tp_experts", "no tensor"),
+    # An embedding that every rank holds whole there.
+    ("gpt_neox", "gpt_neox.embed_in"): ("not named", "vocab"),
+}
+
+
+def has_plan(name: str) -> bool:
+    cls = getattr(transformers, VARIANTS[name].model)
+    return bool(cls.config_class.base_model_tp_plan)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from more, and wait for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else make(name, path)
+
+    return get
+
+
+def own_recipe(source: Path) -> Recipe:
+    return find_recipe(transformers.AutoConfig.from_pretrained(source).model_type)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ranks_that_keep_only_their_own_spans_sum_to_the_whole_model(
+    name: str, tp_size: int, source, tmp_path: Path
+) -> None:
+    whole = source(name)
+    found = misses(whole, own_recipe(whole), tp_size, tmp_path)
+    assert all(value < ROUNDING for value in found.values()), found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_layout_misses_the_sum_though_it_tiles_every_tensor(
+    fault: str, source, tmp_path: Path
+) -> None:
+    name, *changes = FAULTS[fault]
+    whole = source(name)
+    wrong = altered(own_recipe(whole).name, tmp_path, *changes)
+    found = misses(whole, wrong, 2, tmp_path)
+    assert max(found.values()) > WRONG, found
+
+
+@pytest.mark.parametrize("name", filter(has_plan, VARIANTS))
+def test_recipes_agree_with_transformers_own_plans(name: str, source) -> None:
+    whole = source(name)
+    model, recipe = load(whole), own_recipe(whole)
+    ours = {
+        re.sub(r"\.\d+\.", ".*.", parameter.removesuffix(".bias").removesuffix(".weight")): p.style
+        for parameter, p in placed_parameters(model, plan_of(whole, recipe, 2)).items()
+    }
+    both = {
+        entry: (model.tp_plan.get(entry, "not named"), ours.get(entry, "no tensor"))
+        for entry in ours.keys() | model.tp_plan.keys()
+    }
+    differ = {entry: styles for entry, styles in both.items() if SAME.get(styles[0]) != styles[1]}
+    assert differ == {
+        entry: styles for (variant, entry), styles in DIFFERENT.items() if variant == name
+    }
