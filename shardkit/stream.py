@@ -270,4 +270,5 @@ def start_write_back(fd: int, offset: int, count: int) -> None:
 
 
 def _ascending(spans: Sequence[Span]) -> bool:
+    """Whether no index is held twice: copies, packed, would outgrow a buffer."""
     return all(a.stop <= b.start for a, b in pairwise(spans))

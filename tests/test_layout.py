@@ -141,6 +141,12 @@ def test_a_whole_section_is_on_every_rank_beside_the_divided_one() -> None:
     assert spans(parts, 3, 4) == ((6, 14),)  # neighbours across sections are one span
 
 
+def test_a_section_begins_where_all_blocks_of_the_one_before_end() -> None:
+    parts = [Section(2, 3, repeat=2), Section(2, 1)]
+    assert spans(parts, 0, 2) == ((0, 3), (6, 9), (12, 13))
+    assert spans(parts, 1, 2) == ((3, 6), (9, 12), (13, 14))
+
+
 def test_one_rank_holds_the_axis_as_one_span() -> None:
     parts = [Section(8, 4), Section(2, 4, sharers=8), Section(2, 4, sharers=8)]
     assert spans(parts, 0, 1) == ((0, 48),)

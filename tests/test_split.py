@@ -30,6 +30,7 @@ from splitting import (
 )
 
 from shardkit import integrity, stream
+from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
 from shardkit.errors import (
     LayoutError,
@@ -41,7 +42,10 @@ from shardkit.errors import (
 )
 from shardkit.manifest import rank_name
 from shardkit.notation import Term
+from shardkit.plan import make_plan
 from shardkit.recipe import Recipe, Rule, UnitRule
+from shardkit.recipe_file import find_recipe
+from shardkit.split import split
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 WHOLE_BYTES = [dtype for dtype, bits in DTYPE_BITS.items() if bits >= 8]
@@ -285,6 +289,30 @@ def test_progress_counts_every_byte_that_is_written(tmp_path: Path) -> None:
     manifest = split_folder(source, tmp_path / "shards", 2, progress=told.append)
     headers = sum(len(read_header(tmp_path / "shards" / r.name).raw) + 8 for r in manifest.ranks)
     assert sum(told) == sum(rank.digest.size for rank in manifest.ranks) - headers
+
+
+class CountingCheckpoint(Checkpoint):
+    """A checkpoint that counts the bytes read from it."""
+
+    read = 0
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        self.read += len(view)
+        super().read_into(name, offset, view)
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+def test_each_source_byte_is_read_once_however_many_ranks_hold_it(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK", block)
+    with CountingCheckpoint(llama_source(tmp_path / "source", heads=8, kv=2)) as source:
+        source.sample()
+        sampled = source.read
+        recipe = find_recipe("llama")
+        plan = make_plan(source.specs(), recipe, source.config, 4)
+        split(source, plan, recipe, tmp_path / "shards")
+        assert source.read - 2 * sampled == sum(spec.nbytes for spec in source.specs())
 
 
 def append(path: Path) -> None:
