@@ -36,9 +36,16 @@ class Fields:
         """A string."""
         return string(self._table[key], self.name(key))
 
-    def strings(self, key: str) -> dict[str, str]:
-        """A table of strings."""
-        return {k: string(v, self.name(key)) for k, v in self.table(key).items()}
+    def labels(self, key: str) -> dict[str, str | int]:
+        """A table of strings and counts."""
+        return {
+            k: v if isinstance(v, str) else integer(v, f"{self.name(key)}: {shown(k)}")
+            for k, v in self.table(key).items()
+        }
+
+    def pairs(self, key: str) -> dict[str, str]:
+        """A list of pairs of strings, in its own order."""
+        return dict(self.items(key, _pair))
 
     def file_name(self, key: str) -> str:
         """The name of a file in the same folder."""
@@ -95,6 +102,12 @@ def file_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not is_plain_name(value):
         raise JsonError(f"{where}: {shown(value)} is not the name of a file in this folder")
     return value
+
+
+def _pair(value: Any, where: str) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise JsonError(f"{where}: is {shown(value)}, not a pair")
+    return string(value[0], where), string(value[1], where)
 
 
 def _of(kind: type[T], value: Any, where: str, words: str) -> T:

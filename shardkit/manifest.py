@@ -205,8 +205,9 @@ def _source_json(source: SourceRecord) -> dict[str, object]:
         "model_type": source.model_type,
         "sample": source.sample,
         "files": [
-            {"name": f.name, "size": f.size, "metadata": f.metadata, "tensors": list(f.tensors)}
+            {"name": f.name, "size": f.size, "tensors": list(f.tensors),
+             "metadata": [[key, value] for key, value in f.metadata.items()]}  # their order counts
             for f in source.files
         ],
         "index": {"name": index.name, "metadata": index.metadata} if index else None,
-    }
+    }  # fmt: skip

@@ -159,7 +159,7 @@ def _source(value: Any) -> SourceRecord:
     if fields.value("index") is not None:
         entry = Fields(fields.value("index"), "index", "name metadata")
         weight_map = {name: file.name for file in files for name in file.tensors}
-        index = Index(entry.file_name("name"), weight_map, entry.strings("metadata"))
+        index = Index(entry.file_name("name"), weight_map, entry.labels("metadata"))
     return SourceRecord(
         fields.string("id"), fields.string("revision"), fields.string("model_type"),
         fields.hex("sample"), files, index,
@@ -169,7 +169,7 @@ def _source(value: Any) -> SourceRecord:
 def _source_file(value: Any, where: str) -> SourceFile:
     fields = Fields(value, where, "name size metadata tensors")
     return SourceFile(
-        fields.file_name("name"), fields.integer("size"), fields.strings("metadata"),
+        fields.file_name("name"), fields.integer("size"), fields.pairs("metadata"),
         fields.items("tensors", string),
     )  # fmt: skip
 

@@ -278,7 +278,16 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     ),
     "a count that is a float": (changed("units", "heads", "count", to=12.0), "count: is 12.0"),
     "metadata of numbers": (
-        changed("source", "files", 0, "metadata", to={"n": 1}), "metadata: is 1, not a string",
+        changed("source", "files", 0, "metadata", to=[["n", 1]]), "metadata 0: is 1, not a string",
+    ),
+    "metadata of triples": (
+        changed("source", "files", 0, "metadata", to=[["n", "1", "2"]]), "not a pair",
+    ),
+    "metadata that says a thing twice": (
+        changed("source", "files", 0, "metadata", to=[["n", "1"], ["n", "1"]]), "not in canonical",
+    ),
+    "an index's metadata of lists": (
+        changed("source", "index", "metadata", to={"n": []}), "metadata: 'n': is []",
     ),
     "another split_id": (changed("split_id", to=SHA), "split_id is not that of this source"),
     "another style": (changed("tensors", K_PROJ, "style", to="vocab"), "split_id is not that"),

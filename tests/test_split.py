@@ -16,6 +16,7 @@ from blueprints import (
     FAMILIES,
     INDEX,
     contents,
+    file_of,
     llama,
     llama_config,
     specs_of,
@@ -116,6 +117,24 @@ def test_an_index_whose_total_size_is_wrong_comes_back_correct(
     index = json.loads((tmp_path / "merged" / INDEX).read_text())
     assert index["metadata"] == {"total_size": sum(spec.nbytes for spec in specs)}
     assert index["weight_map"] == {spec.name: "a.safetensors" for spec in specs}
+
+
+def test_metadata_comes_back_in_its_own_order(tmp_path: Path) -> None:
+    # The safetensors library writes a file's metadata in no order of its own.
+    source = llama_source(tmp_path / "source")
+    metadata = {"zeta": "1", "format": "pt", "alpha": "2"}
+    (source / "model.safetensors").write_bytes(file_of(specs_of(llama()), metadata))
+    check_round_trip(source, tmp_path, 2)
+
+
+def test_an_indexs_own_counts_and_strings_come_back(tmp_path: Path) -> None:
+    source = write_source(
+        tmp_path / "source", llama_config(), specs_of(llama()), lambda _: "a.safetensors"
+    )
+    index = json.loads((source / INDEX).read_text())
+    index["metadata"] |= {"total_parameters": 7048, "by": "someone"}
+    (source / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    check_round_trip(source, tmp_path, 2)
 
 
 def mixed_specs() -> list[TensorSpec]:

@@ -12,18 +12,19 @@ from shardkit.strict_json import shown
 
 SUFFIX = ".safetensors.index.json"
 MAX_BYTES = 256 << 20
+MAX_COUNT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index file: its name, the file each tensor is in, and the strings of its metadata.
+    """An index file: its name, the file each tensor is in, and its metadata's strings and counts.
 
     `total_size` is never trusted: real files state floats, zero, or count tied weights twice.
     """
 
     name: str
     weight_map: dict[str, str]
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str | int] = field(default_factory=dict)
 
 
 def read_index(folder: Path, name: str) -> Index:
@@ -48,8 +49,17 @@ def read_index(folder: Path, name: str) -> Index:
                 " file; convert the checkpoint to safetensors first"
             )
     metadata = table.get("metadata")
-    texts = metadata if isinstance(metadata, dict) else {}
-    return Index(name, weight_map, {k: v for k, v in texts.items() if isinstance(v, str)})
+    return Index(name, weight_map, _kept(metadata) if isinstance(metadata, dict) else {})
+
+
+def _kept(metadata: dict[str, Any]) -> dict[str, str | int]:
+    """Strings, and counts such as `total_parameters`; what else there is has no use here."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if isinstance(value, str) or (type(value) is int and 0 <= value < MAX_COUNT)
+        if key != "total_size"
+    }
 
 
 def index_bytes(index: Index, total_size: int) -> bytes:
