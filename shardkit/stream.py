@@ -19,8 +19,8 @@ from shardkit.checkpoint.source import Source
 from shardkit.layout import Span
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
-BLOCK = 4 << 20  # bytes per buffer
-SLOTS = 6  # buffers: read ahead while others are hashed and written
+BLOCK = 1 << 20  # bytes per buffer: what is hashed is still in a core's cache when written
+SLOTS = 8  # buffers: read ahead while others are hashed and written
 FLUSH = 2 << 20  # bytes written to a file before the kernel is told to start on them
 SYNC_FILE_RANGE_WRITE = 2
 MANY = 4  # parts of a block beyond which they are packed before they are written
@@ -34,13 +34,10 @@ class Sink(Protocol):
     """What receives one output file's bytes, in order."""
 
     def start(self, name: str) -> None:
-        """The next bytes to hash are those of tensor `name`."""
+        """The next bytes are those of tensor `name`."""
 
-    def hash(self, parts: Sequence[memoryview]) -> None:
-        """Take the next bytes into the digests."""
-
-    def write(self, parts: Sequence[memoryview]) -> None:
-        """Write the next bytes; called in step with `hash`, from another thread."""
+    def feed(self, parts: Sequence[memoryview]) -> None:
+        """Take the next bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +100,16 @@ class FileSink:
     def __init__(self, fd: int, first: bytes) -> None:
         """`first` is the file's header, the bytes before the first tensor."""
         self.fd = fd
-        self._hashed = 0
-        self._written = 0
+        self.size = 0
         self._flushed = 0
         self._sha256 = hashlib.sha256()
         self._starts: list[tuple[str, int]] = []
         self._ends: list[str] = []
-        self.hash([memoryview(first)])
-        self.write([memoryview(first)])
-
-    @property
-    def size(self) -> int:
-        """The bytes written so far."""
-        return self._written
+        self.feed([memoryview(first)])
 
     @property
     def sha256(self) -> str:
-        """The digest of everything hashed so far."""
+        """The digest of everything written so far."""
         return self._sha256.hexdigest()
 
     @property
@@ -129,26 +119,21 @@ class FileSink:
         return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
 
     def start(self, name: str) -> None:
-        """The next bytes to hash are those of tensor `name`."""
+        """The next bytes are those of tensor `name`."""
         self._ends.append(self.sha256)
-        self._starts.append((name, self._hashed))
+        self._starts.append((name, self.size))
 
-    def hash(self, parts: Sequence[memoryview]) -> None:
-        """Take the next bytes into the digests."""
-        for part in parts:
-            self._sha256.update(part)
-            self._hashed += len(part)
-
-    def write(self, parts: Sequence[memoryview]) -> None:
-        """Write the next bytes.  Raises OSError."""
+    def feed(self, parts: Sequence[memoryview]) -> None:
+        """Hash and write the next bytes.  Raises OSError."""
         for view in parts:
+            self._sha256.update(view)
             while view:
                 count = os.write(self.fd, view)
-                self._written += count
+                self.size += count
                 view = view[count:]
-        if self._written - self._flushed >= FLUSH:
-            start_write_back(self.fd, self._flushed, self._written - self._flushed)
-            self._flushed = self._written
+        if self.size - self._flushed >= FLUSH:
+            start_write_back(self.fd, self._flushed, self.size - self._flushed)
+            self._flushed = self.size
 
 
 class _Copier:
@@ -162,7 +147,7 @@ class _Copier:
         self._pool = pool
         self._progress = progress
         self._slots = [_Slot(bytearray(BLOCK)) for _ in range(SLOTS)]
-        self._last: dict[tuple[int, str], Future[None]] = {}
+        self._last: dict[int, Future[None]] = {}
         self._turn = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -176,7 +161,7 @@ class _Copier:
     def _run(self, job: Job) -> None:
         view = byte_view(job.spec, job.dim)
         for sink, _ in job.takes:
-            self._submit((sink, "hash"), self._sinks[sink].start, job.spec.name)
+            self._submit(sink, self._sinks[sink].start, job.spec.name)
         if view.outer > 1 and view.row <= BLOCK and all(_ascending(s) for _, s in job.takes):
             self._by_rows(job, view)
         else:
@@ -222,17 +207,14 @@ class _Copier:
         return slot
 
     def _feed(self, sink: int, slot: _Slot, parts: Sequence[memoryview]) -> None:
-        slot.busy.append(self._submit((sink, "hash"), self._sinks[sink].hash, parts))
-        slot.busy.append(self._submit((sink, "write"), self._sinks[sink].write, parts))
+        slot.busy.append(self._submit(sink, self._sinks[sink].feed, parts))
         self._progress(sum(map(len, parts)))
 
-    def _submit(
-        self, consumer: tuple[int, str], task: Callable[..., None], *args: object
-    ) -> Future[None]:
-        """Run a task in a thread, after the consumer's task before it."""
-        before = self._last.get(consumer)
+    def _submit(self, sink: int, task: Callable[..., None], *args: object) -> Future[None]:
+        """Run a task in a thread, after the sink's task before it."""
+        before = self._last.get(sink)
         future = self._pool.submit(_in_turn, before, task, *args)
-        self._last[consumer] = future
+        self._last[sink] = future
         return future
 
 

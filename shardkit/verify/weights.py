@@ -33,17 +33,14 @@ class CompareSink:
         self._name = name
         self._at[name] = 0
 
-    def hash(self, parts: Sequence[memoryview]) -> None:
-        """Compare the next bytes.  Runs in step with `start`."""
+    def feed(self, parts: Sequence[memoryview]) -> None:
+        """Compare the next bytes with the file's."""
         for part in parts:
             at = self._at[self._name]
             found = os.pread(self._fd, len(part), self._pieces[self._name].offset + at)
             if self._name not in self.faults and found != bytes(part):
                 self.faults[self._name] = self._fault(at, found, bytes(part))
             self._at[self._name] = at + len(part)
-
-    def write(self, parts: Sequence[memoryview]) -> None:
-        """Nothing is written."""
 
     def _fault(self, at: int, found: bytes, expected: bytes) -> str:
         pairs = zip(found, expected, strict=False)
