@@ -1,6 +1,7 @@
 """The ranks of one model: how they find each other, agree, and sum and gather tensors."""
 
 import atexit
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from shardkit.errors import RanksError
 
 JOIN_TIMEOUT = 60.0  # seconds for every rank to arrive
 COLLECTIVE_TIMEOUT = 300.0  # seconds for one collective, never torch's own 30 minutes
+LEAVE_TIMEOUT = 5.0  # seconds a rank that is done waits for the others to be done
 REPORT_BYTES = 4096
 
 
@@ -83,6 +85,21 @@ class TensorParallelGroup:
                         f" {reports[0].get(key)}: every rank must load the same shard folder"
                     )
 
+    def leave(self) -> None:
+        """Leave the process group, together with the others if they come within a few seconds.
+
+        A rank that is still in a collective when its peer leaves fails; and a process group that
+        outlives the interpreter aborts the process, so nothing may hold on to it.
+        """
+        store, self.store, self.process_group = self.store, None, None
+        if store is None or not dist.is_initialized():
+            return
+        with contextlib.suppress(RuntimeError, OSError):
+            store.set(f"shardkit/left/{self.tp_rank}", "1")
+            left = [f"shardkit/left/{rank}" for rank in range(self.tp_size)]
+            store.wait(left, timedelta(seconds=LEAVE_TIMEOUT))
+        dist.destroy_process_group()
+
     def _by_store(self, mine: bytes) -> list[bytes]:
         """Exchange through the rendezvous store, which needs no working collective."""
         assert self.store is not None
@@ -139,14 +156,9 @@ def connect(
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).split("\n")[0]
         raise RanksError(f"rank {rank} of {size} could not join the others: {reason}") from None
-    atexit.register(leave)
-    return TensorParallelGroup(rank, size, device, dist.group.WORLD, store)
-
-
-def leave() -> None:
-    """Leave the process group; a rank that exits without may take others down as they exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    group = TensorParallelGroup(rank, size, device, dist.group.WORLD, store)
+    atexit.register(group.leave)
+    return group
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
