@@ -60,8 +60,19 @@ def make_source(folder: Path, gib: float) -> int:
         for spec in specs:
             for start in range(0, spec.nbytes, CHUNK):
                 file.write(os.urandom(min(CHUNK, spec.nbytes - start)))
+        file.flush()
         os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    warm(folder / "model.safetensors")
     return sum(spec.nbytes for spec in specs)
+
+
+def warm(path: Path) -> None:
+    """Have the file in the page cache as it is after a read from disk, not after being written."""
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def run(command: list[str], source: Path, out: Path, tp_size: int) -> tuple[float, float]:

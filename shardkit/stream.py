@@ -16,14 +16,13 @@ from itertools import pairwise, zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
-from shardkit.layout import Span
+from shardkit.layout import Span, length
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
-BLOCK = 1 << 20  # bytes per buffer: what is hashed is still in a core's cache when written
+BLOCK = 2 << 20  # bytes per buffer: what is hashed is still in a core's cache when written
 SLOTS = 8  # buffers: read ahead while others are hashed and written
-FLUSH = 2 << 20  # bytes written to a file before the kernel is told to start on them
+FLUSH = 4 << 20  # bytes written to a file before the kernel is told to start on them
 SYNC_FILE_RANGE_WRITE = 2
-MANY = 4  # parts of a block beyond which they are packed before they are written
 Progress = Callable[[int], object]
 
 
@@ -69,19 +68,12 @@ class _Slot:
         self.busy.clear()
         self.used = 0
 
-    def pack(self, parts: Sequence[memoryview]) -> Sequence[memoryview]:
-        """The parts one after another; the room for them is made anew only where it is short."""
-        if len(parts) <= MANY:
-            return parts
-        size = sum(map(len, parts))
+    def room(self, size: int) -> memoryview:
+        """A part of `staged` to pack `size` bytes into, made anew only where it is short."""
         if self.used + size > len(self.staged):
             self.staged, self.used = bytearray(max(size, len(self.data))), 0
-        packed = memoryview(self.staged)[self.used : self.used + size]
         self.used += size
-        at = 0
-        for part in parts:
-            packed[at : (at := at + len(part))] = part
-        return (packed,)
+        return memoryview(self.staged)[self.used - size : self.used]
 
 
 def copy(source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: Progress) -> None:
@@ -176,7 +168,10 @@ class _Copier:
         for start in range(0, total, step):
             slot, data = self._read(job, start, min(start + step, total))
             for sink, spans in job.takes:
-                self._feed(sink, slot, slot.pack(row_parts(view, spans, data)))
+                room = slot.room(len(data) // view.row * length(spans) * view.inner)
+                work = self._submit(sink, self._feed_rows, sink, view, spans, data, room)
+                slot.busy.append(work)
+                self._progress(len(room))
 
     def _by_runs(self, job: Job, view: ByteView) -> None:
         """Long runs, each sink's in its own order, and the sinks in turn, so that all are busy.
@@ -210,6 +205,12 @@ class _Copier:
         slot.busy.append(self._submit(sink, self._sinks[sink].feed, parts))
         self._progress(sum(map(len, parts)))
 
+    def _feed_rows(
+        self, sink: int, view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview
+    ) -> None:
+        pack(view, spans, data, room)
+        self._sinks[sink].feed([room])
+
     def _submit(self, sink: int, task: Callable[..., None], *args: object) -> Future[None]:
         """Run a task in a thread, after the sink's task before it."""
         before = self._last.get(sink)
@@ -235,11 +236,14 @@ def chunks(view: ByteView, spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
                 yield start, min(start + BLOCK, last)
 
 
-def row_parts(view: ByteView, spans: Sequence[Span], data: memoryview) -> Sequence[memoryview]:
-    """What the spans hold of `data`, which is whole rows, in order."""
+def pack(view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview) -> None:
+    """Fill `room` with what the spans hold of `data`, which is whole rows, in order."""
     cuts = [(first * view.inner, last * view.inner) for first, last in spans]
-    rows = range(0, len(data), view.row)
-    return [data[row + first : row + last] for row in rows for first, last in cuts]
+    at = 0
+    for row in range(0, len(data), view.row):
+        for first, last in cuts:
+            room[at : at + last - first] = data[row + first : row + last]
+            at += last - first
 
 
 def start_write_back(fd: int, offset: int, count: int) -> None:

@@ -1,5 +1,6 @@
 """Options that several commands share, and the opening of what they name."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,6 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import click
-from tqdm import tqdm
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.folder import open_checkpoint
@@ -47,8 +47,13 @@ def open_source(source: str, revision: str | None) -> Checkpoint:
 @contextmanager
 def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on stderr if that is a terminal; the threads of a copy may all advance it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm  # costs more than many a plan, and nobody would see it
+
     lock = Lock()
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
 
         def advance(count: int) -> None:
             with lock:
