@@ -6,21 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint sweep bench clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/shardkit demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-
-sweep: $(VENV)/dev
-	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -37,6 +38,7 @@ class Ranks:
         """Start them and wait until all have joined.  Timeouts in seconds.  Raises RanksError."""
         self.size = size
         self.request_timeout = request_timeout
+        self._turn = threading.Lock()  # requests of several threads go one after another
         self._store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False,
             timeout=timedelta(seconds=JOIN_TIMEOUT),
@@ -75,15 +77,16 @@ class Ranks:
         Raises RanksError, naming the rank and the cause, for an error, a death or a silence; unless
         every rank answered, all of them are then stopped.
         """
-        if not self._processes:
-            raise RanksError("the ranks have stopped; launch them again")
         message = Message({"do": do, **header}, tensors or {})
-        for rank, sock in enumerate(self._socks):
-            try:
-                send(sock, message)
-            except OSError:
-                self._fail(self._death(rank))
-        return self._collect(time.monotonic() + self.request_timeout, on_token)
+        with self._turn:
+            if not self._processes:
+                raise RanksError("the ranks have stopped; launch them again")
+            for rank, sock in enumerate(self._socks):
+                try:
+                    send(sock, message)
+                except OSError:
+                    self._fail(self._death(rank))
+            return self._collect(time.monotonic() + self.request_timeout, on_token)
 
     def close(self) -> None:
         """Stop every rank, by force if need be."""
