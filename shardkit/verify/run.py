@@ -17,6 +17,8 @@ from shardkit.verify.report import Check, Report
 from shardkit.verify.weights import check_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from shardkit.verify.joined import JoinedRanks
 
 Level = Literal["files", "weights", "numerics"]
@@ -110,8 +112,9 @@ def _join(request: Request) -> JoinedRanks:
     return JoinedRanks(connect(request.device, WAIT), request.folder, _dtype(request.dtype))
 
 
-def _dtype(name: str | None):  # type: ignore[no-untyped-def]
+def _dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of a name."""
     import torch
 
-    return getattr(torch, name) if name else None
+    found: torch.dtype | None = getattr(torch, name) if name else None
+    return found
