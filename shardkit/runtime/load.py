@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.checkpoint.folder import MAX_COMPANION
-from shardkit.errors import ManifestError, ShardkitError
+from shardkit.errors import ManifestError
 from shardkit.files import read_small
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
@@ -51,14 +51,14 @@ def load(
     manifest, error = None, ""
     try:
         manifest = prepare(folder, group.tp_rank, group.tp_size)
-    except ShardkitError as fault:
-        error = str(fault)
+    except Exception as fault:  # whatever it is, the other ranks must hear of it
+        error = str(fault) or type(fault).__name__
     group.agree({"manifest": manifest.sha256 if manifest else ""}, error)
     assert manifest is not None
     model, error = None, ""
     try:
         model = build(folder, manifest, group, dtype)
-    except Exception as fault:  # whatever it is, the other ranks must hear of it
+    except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
     group.agree({}, error)
     assert model is not None
@@ -210,10 +210,9 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> N
     left = set(missing)
     model.tie_weights(missing_keys=left, recompute_mapping=False)
     left = {name for name in left if _is_meta(model, name)}
-    before = model._keys_to_ignore_on_load_missing or []
+    computed = model._keys_to_ignore_on_load_missing or []
     for name in left:
-        computed = any(re.search(pattern, name) for pattern in before)
-        if not computed:
+        if not any(re.search(pattern, name) for pattern in computed):
             raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
