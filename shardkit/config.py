@@ -1,4 +1,4 @@
-"""Unit counts from a checkpoint's config.json, without building a model.
+"""Counts from a checkpoint's config.json, without building a model.
 
 A count is a bounded positive integer of the JSON.  Where the JSON leaves a field out, the default
 is the model family's config class's own (Mistral's 8 kv heads, say), and only then is transformers
@@ -16,6 +16,12 @@ from shardkit.recipe import Recipe, UnitRule
 MAX_COUNT = 1 << 32
 
 
+def serves(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether a recipe is for this config: its `when` conditions hold, defaults included."""
+    conditions = recipe.when.get(str(config.get("model_type")), {})
+    return all(_value(config, field) == value for field, value in conditions.items())
+
+
 def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
     """The recipe's units with the config's counts.  Raises RecipeError naming the field."""
     counts = {name: unit_count(name, recipe, config) for name in recipe.units}
@@ -28,22 +34,50 @@ def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
     return units
 
 
+def resolve_counts(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, int]:
+    """The recipe's counts that are factors of an axis.  Raises RecipeError naming the field.
+
+    One that the config lacks is left out: a recipe may serve configs that have no such axis.
+    """
+    found = {name: _count(rule, config) for name, rule in recipe.counts.items()}
+    return {name: count for name, count in found.items() if count is not None}
+
+
 def unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> int | None:
     """How many units of a kind there are; None for as many as the axis is long."""
     rule = recipe.units[name]
     if not rule.fields:
         return None
-    for field in rule.fields:
-        if (value := _get(config, field)) is not None:
-            return _checked(value, field)
-    absent = [field for field in rule.fields if not _has(config, field)]
-    if absent and (value := _class_default(config, rule)) is not None:
-        return _checked(value, rule.fields[0])
+    if (count := _count(rule, config)) is not None:
+        return count
     if rule.shared_by:
         return unit_count(rule.shared_by, recipe, config)
     raise RecipeError(
         f"config.json: no {' or '.join(rule.fields)}, which recipe {recipe.name!r} needs"
     )
+
+
+def _count(rule: UnitRule, config: Mapping[str, Any]) -> int | None:
+    """The first field that the config states, or else the first its class has a default for."""
+    for field in rule.fields:
+        if _get(config, field.partition(" / ")[0]) is not None:
+            return _number(config, field)
+    for field in rule.fields:
+        name = field.partition(" / ")[0]
+        if not _has(config, name) and type(_default(config, name)) is int:
+            return _number(config, field)
+    return None
+
+
+def _number(config: Mapping[str, Any], field: str) -> int:
+    name, _, per = field.partition(" / ")
+    value = _checked(_value(config, name), name)
+    if not per:
+        return value
+    by = int(per) if per.isdigit() else _checked(_value(config, per), per)
+    if value % by:
+        raise RecipeError(f"config.json: {name} {value} is no multiple of {per} {by}")
+    return value // by
 
 
 def _checked(value: object, field: str) -> int:
@@ -52,20 +86,31 @@ def _checked(value: object, field: str) -> int:
     return value
 
 
+def _value(config: Mapping[str, Any], field: str) -> Any:
+    """A field of the config, or where it is left out, its class's default."""
+    return _get(config, field) if _has(config, field) else _default(config, field)
+
+
 def _get(config: Mapping[str, Any], field: str) -> Any:
+    """A field, `text_config.num_heads` of a nested table, `num_heads.0` of a list."""
     value: Any = config
     for key in field.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
     return value
 
 
 def _has(config: Mapping[str, Any], field: str) -> bool:
     *path, last = field.split(".")
     parent = _get(config, ".".join(path)) if path else config
-    return isinstance(parent, Mapping) and last in parent
+    return last in parent if isinstance(parent, Mapping) else _get(config, field) is not None
 
 
-def _class_default(config: Mapping[str, Any], rule: UnitRule) -> Any:
+def _default(config: Mapping[str, Any], field: str) -> Any:
     """The default that the family's config class declares; None where it has none, or is unknown.
 
     The class is read, never built: building one derives some fields from the defaults of others.
@@ -75,6 +120,15 @@ def _class_default(config: Mapping[str, Any], rule: UnitRule) -> Any:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    declared = inspect.signature(CONFIG_MAPPING[model_type]).parameters
-    values = (declared[field].default for field in rule.fields if field in declared)
-    return next((value for value in values if type(value) is int), None)
+    cls: Any = CONFIG_MAPPING[model_type]
+    *path, last = field.split(".")
+    for at, key in enumerate(path):
+        stated = _get(config, ".".join([*path[: at + 1], "model_type"]))
+        cls = CONFIG_MAPPING[stated] if stated in CONFIG_MAPPING else cls.sub_configs.get(key)
+        if not hasattr(cls, "sub_configs"):
+            return None
+    declared = inspect.signature(cls).parameters
+    names = [name for name, theirs in cls.attribute_map.items() if theirs == last]
+    names.append(cls.attribute_map.get(last, last))
+    values = (declared[name].default for name in [last, *names] if name in declared)
+    return next((value for value in values if type(value) in (int, bool, str)), None)

@@ -65,18 +65,20 @@ class Collectives:
     expert_stacks: int = 0
     embedding: int = 0
     output: int = 0
+    norms: int = 0
+    gathered: int = 0
     encoder: int = 0
     tied: bool = False
 
     @property
     def all_reduces(self) -> int:
         """Sums over ranks."""
-        return self.row_parallel + self.expert_stacks + self.embedding
+        return self.row_parallel + self.expert_stacks + self.embedding + self.norms
 
     @property
     def all_gathers(self) -> int:
-        """Concatenations over ranks: the logits."""
-        return self.output
+        """Concatenations over ranks: the logits, and inputs of modules that run whole."""
+        return self.output + self.gathered
 
 
 def generates(plan: Plan, config: Mapping[str, Any]) -> bool:
@@ -145,6 +147,8 @@ def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         expert_stacks=len(stacks),
         embedding=int(embedding),
         output=int(output),
+        norms=sum(p.style == "norm" for p in plan.placements),
+        gathered=sum(p.style == "gather" for p in plan.placements),
         encoder=before + (both and embedding),
         tied=output and not stored,
     )

@@ -8,6 +8,7 @@ section as an array `[repeat, units, size]` whose middle dimension is divided ov
     gpt_neox qkv         [q0 k0 v0 | q1 k1 v1 | …]        Section(units=32, size=3 * 128)
     phi3 qkv             [Q | K | V], fewer K and V       three sections
     llama k_proj         [k0 … k7], shared by 32 heads    Section(units=8, size=128, sharers=32)
+    falcon qkv           [q0 q1 k0 v0 | q2 q3 k1 v1 | …]  Section(2, 64, sharers=4, beside=2)
 
 Units are dealt out evenly, the first ranks holding one more where they do not divide: 9 heads over
 2 ranks are 5 + 4.  Units that others share (kv heads, shared by query heads) follow their sharers:
@@ -50,7 +51,9 @@ class Section:
     """A stretch of an axis read as `[repeat, units, size]`; the units are divided over the ranks.
 
     `sharers` is the number of units of another kind that share these (query heads sharing kv
-    heads); 0 where nothing does.  `whole` keeps the section on every rank.
+    heads); 0 where nothing does.  `whole` keeps the section on every rank.  With `beside`, the
+    axis is `[repeat, units, sharers/units + beside, size]`: each unit's sharers, then as many
+    indices of its own, which go wherever one of the sharers does.
     """
 
     units: int
@@ -58,9 +61,15 @@ class Section:
     repeat: int = 1
     sharers: int = 0
     whole: bool = False
+    beside: int = 0
+
+    @property
+    def each(self) -> int:
+        """How many indices one unit takes."""
+        return (self.sharers // self.units + self.beside if self.beside else 1) * self.size
 
     def __len__(self) -> int:
-        return self.repeat * self.units * self.size
+        return self.repeat * self.units * self.each
 
 
 def deal(units: int, tp_rank: int, tp_size: int) -> range:
@@ -111,15 +120,19 @@ def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span
 
     Raises LayoutError where a rank would be left without a unit, or hold too many spans.
     """
-    if (most := sum(s.repeat * max(s.sharers, 1) for s in sections)) > MAX_SPANS:
+    if (most := sum(s.repeat * max(s.sharers << bool(s.beside), 1) for s in sections)) > MAX_SPANS:
         raise LayoutError(f"an axis of {most} stretches, more than the {MAX_SPANS} allowed")
     found: list[Span] = []
     offset = 0
     for section in sections:
-        units, size = held(section, tp_rank, tp_size), section.size
+        parts = _beside(section, tp_rank, tp_size) if section.beside else None
+        units = parts or [
+            Span(first * section.size, last * section.size)
+            for first, last in held(section, tp_rank, tp_size)
+        ]
         for block in range(section.repeat):
-            base = offset + block * section.units * size
-            found += (Span(base + first * size, base + last * size) for first, last in units)
+            base = offset + block * section.units * section.each
+            found += (Span(base + first, base + last) for first, last in units)
         offset += len(section)
     return joined(found)
 
@@ -165,6 +178,30 @@ def tile(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...
     if covered != axis_length:
         raise LayoutError(f"the ranks hold indices up to {covered} of an axis of {axis_length}")
     return tuple(tiles)
+
+
+def _beside(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
+    """A rank's spans of one block of a section whose units lie beside their sharers.
+
+    Where units are expanded, each local sharer comes with a copy of its own.
+    """
+    ratio, size = section.sharers // section.units, section.size
+    own = deal(section.sharers, tp_rank, tp_size)
+    expand = sharing(section.units, section.sharers, tp_size) == "expand"
+    sets = [range(s, s + 1) for s in own] if expand else _by_unit(own, ratio)
+    found = []
+    for sharers in sets:
+        unit = sharers.start // ratio
+        start, end = unit * section.each, (unit + 1) * section.each
+        first = start + (sharers.start - unit * ratio) * size
+        found += [Span(first, first + len(sharers) * size), Span(end - section.beside * size, end)]
+    return found
+
+
+def _by_unit(own: range, ratio: int) -> list[range]:
+    """A rank's sharers, those of one unit together."""
+    units = range(own.start // ratio, (own.stop - 1) // ratio + 1)
+    return [range(max(own.start, u * ratio), min(own.stop, (u + 1) * ratio)) for u in units]
 
 
 def _ratios(own: range, ratio: int) -> set[int]:

@@ -194,6 +194,7 @@ def _section_json(section: Section) -> dict[str, object]:
         "size": section.size,
         "sharers": section.sharers,
         "whole": section.whole,
+        "beside": section.beside,
     }
 
 

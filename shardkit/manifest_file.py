@@ -122,12 +122,13 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_units(plan: Plan) -> None:
-    for name in (
-        *(name for rule in plan.attributes for name in (rule.times, rule.per or rule.times)),
-        *(rule.unit for rule in plan.arguments),
-    ):
+    ratios = [name for a in plan.attributes if a.per for name in (a.times, a.per)]
+    for name in (*ratios, *(rule.unit for rule in plan.arguments)):
         if name not in plan.units or plan.units[name].count is None:
             raise JsonError(f"local: {shown(name)} is no unit with a count")
+    for attribute in plan.attributes:
+        if attribute.times not in plan.units:
+            raise JsonError(f"local: {shown(attribute.times)} is no unit")
 
 
 def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
@@ -187,9 +188,10 @@ def _placement(name: str, value: Any) -> Placement:
     dim = fields.integer("dim", len(shape) - 1, -1)
     parts = fields.items("sections", lambda part, where: _section(part, f"{name}: {where}"))
     spec = TensorSpec(name, fields.string("dtype"), shape)
-    if dim == -1 and not parts:
-        return Placement(spec, style)
-    if dim == -1 or style in ("replicate", "ignore") or sum(map(len, parts)) != shape[dim]:
+    whole = style in ("replicate", "ignore", "once", "gather")
+    if dim == -1 and (not parts or (style == "gather" and sum(map(len, parts)) == shape[-1])):
+        return Placement(spec, style, None, parts)
+    if dim == -1 or whole or sum(map(len, parts)) != shape[dim]:
         raise JsonError(f"{name}: its sections are not those of a dimension that is divided")
     if style == "row" and any(part.whole or part.sharers for part in parts):
         raise JsonError(f"{name}: ranks share a section, and a sum would count it twice")
@@ -197,13 +199,15 @@ def _placement(name: str, value: Any) -> Placement:
 
 
 def _section(value: Any, where: str) -> Section:
-    fields = Fields(value, where, "repeat units size sharers whole")
+    fields = Fields(value, where, "repeat units size sharers whole beside")
     section = Section(
         fields.integer("units", MAX_DIM, 1), fields.integer("size", MAX_DIM),
         fields.integer("repeat", MAX_DIM, 1), fields.integer("sharers", MAX_DIM),
-        fields.boolean("whole"),
+        fields.boolean("whole"), fields.integer("beside", MAX_DIM),
     )  # fmt: skip
-    if section.repeat * section.units * max(section.size, 1) > MAX_DIM:
+    if section.beside and section.sharers < section.units:
+        raise JsonError(f"{where}: {section.sharers} units cannot share {section.units}")
+    if section.repeat * section.units * max(section.each, 1) > MAX_DIM:
         raise JsonError(f"{where}: larger than the {MAX_DIM} indices allowed")
     return section
 

@@ -8,30 +8,47 @@ the unit that is divided over the ranks.  What is left over is the unit's own si
     "heads 3"                        [heads, 3, …]          gpt_neox: q, k, v side by side per head
     "heads + kv_heads + kv_heads"    three sections         phi3 qkv_proj
     "heads + 2"                      the 2 on every rank    one k and v for all heads
+    "kv_heads (heads + 2)"           [kv_heads, heads/kv_heads + 2, …]   falcon: k and v beside q
+    "heads width + groups state"     sizes that differ, by counts        mamba2 conv1d
+    "experts ffn"                    [experts, ffn, …]      dbrx: experts stacked in one axis
 
 Unit counts come from the config; sizes from the tensor's own length, so no recipe states a head
-dimension.  Text is parsed, never evaluated.
+dimension unless sections differ in it.  Text is parsed, never evaluated.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shardkit.errors import RecipeError
 from shardkit.layout import Section
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+PLUS = re.compile(r"\+(?![^()]*\))")  # outside brackets
+BESIDE = re.compile(rf"\s*({NAME.pattern})\s*\(\s*({NAME.pattern})\s*\+\s*([0-9]{{1,7}})\s*\)\s*")
 MAX_FACTOR = 1 << 20
+
+Factors = tuple[int | str, ...]  # numbers, and the names of counts
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One section of an axis as written: `outer` blocks of `unit`s, each of `inner` pieces."""
+    """One section of an axis as written: blocks (`outer`) of `unit`s, each of `inner` pieces.
 
-    outer: int
+    With `beside`, each unit follows the `sharer`s that share it, as that many pieces of its own.
+    """
+
+    outer: Factors
     unit: str | None
-    inner: int = 1
+    inner: Factors = ()
+    sharer: str = ""
+    beside: int = 0
+
+    @property
+    def counts(self) -> set[str]:
+        """The names of the counts it has as factors."""
+        return {factor for factor in self.outer + self.inner if isinstance(factor, str)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,67 +62,106 @@ class Unit:
     sharers: int = 0
 
 
-def parse_axis(text: str) -> tuple[Term, ...]:
-    """The terms of an axis notation.  Raises RecipeError with the word that is wrong."""
-    return tuple(_parse_term(section, text) for section in text.split("+"))
+@dataclass(frozen=True, slots=True)
+class _Sized:
+    """A term with its numbers: `outer` blocks of `count` units of `inner` pieces."""
+
+    term: Term
+    outer: int
+    count: int
+    inner: int
+
+    @property
+    def pieces(self) -> int:
+        return self.outer * self.count * self.inner
+
+
+def parse_axis(text: str, counts: Collection[str] = ()) -> tuple[Term, ...]:
+    """The terms of an axis notation; `counts` are the names that are factors, not units.
+
+    Raises RecipeError with the word that is wrong.
+    """
+    return tuple(_parse_term(section, text, counts) for section in PLUS.split(text))
 
 
 def sections(
-    terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]
+    terms: tuple[Term, ...],
+    axis_length: int,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[Section, ...]:
     """The sections of an axis of `axis_length` indices.
 
     Raises RecipeError where the length is no multiple of what the terms count.
     """
-    counts = [_count(term, terms, axis_length, units) for term in terms]
-    # A section without a unit is all count: its factors are not blocks of anything.
-    written = sum(
-        (t.outer if t.unit else 1) * n * t.inner for t, n in zip(terms, counts, strict=True)
-    )
+    sized = [_sized(term, terms, axis_length, units, counts or {}) for term in terms]
+    written = sum(s.pieces for s in sized)
     if written == 0 or axis_length % written:
-        parts = " + ".join(_shown(t, n) for t, n in zip(terms, counts, strict=True))
+        parts = " + ".join(map(_shown, sized))
         raise RecipeError(f"axis of {axis_length} is no multiple of {parts} = {written}")
     size = axis_length // written
-    return tuple(
-        Section(n, t.inner * size, t.outer, units[t.unit].sharers)
-        if t.unit
-        else Section(n, size, whole=True)
-        for t, n in zip(terms, counts, strict=True)
-    )
+    return tuple(_section(s, size, units) for s in sized)
 
 
-def _count(term: Term, terms: tuple[Term, ...], axis_length: int, units: Mapping[str, Unit]) -> int:
+def _section(sized: _Sized, size: int, units: Mapping[str, Unit]) -> Section:
+    term = sized.term
     if term.unit is None:
-        return term.outer
-    count = units[term.unit].count
-    if count is not None:
-        return count
-    if any(other.unit != term.unit for other in terms):
-        raise RecipeError(f"unit {term.unit!r} has no count, so it cannot stand beside another")
-    return axis_length // sum(t.outer * t.inner for t in terms)
+        return Section(sized.pieces, size, whole=True)
+    sharers = units[term.unit].sharers
+    if term.beside:
+        return Section(sized.count, size, 1, sharers, beside=term.beside)
+    return Section(sized.count, sized.inner * size, sized.outer, sharers)
 
 
-def _parse_term(section: str, text: str) -> Term:
+def _sized(
+    term: Term,
+    terms: tuple[Term, ...],
+    axis_length: int,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int],
+) -> _Sized:
+    outer, inner = _product(term.outer, counts), _product(term.inner, counts)
+    if term.unit is None:
+        return _Sized(term, outer, 1, 1)
+    count, sharers = units[term.unit].count, units[term.unit].sharers
+    if count is None:
+        if any(other.unit != term.unit for other in terms):
+            raise RecipeError(f"unit {term.unit!r} has no count, so it cannot stand beside another")
+        each = sum(_product(t.outer, counts) * _product(t.inner, counts) for t in terms)
+        count = axis_length // each
+    return _Sized(term, outer, count, sharers // count + term.beside if term.beside else inner)
+
+
+def _product(factors: Factors, counts: Mapping[str, int]) -> int:
+    if absent := [f for f in factors if isinstance(f, str) and f not in counts]:
+        raise RecipeError(f"count {absent[0]!r}: config.json does not tell it")
+    return math.prod(counts[f] if isinstance(f, str) else f for f in factors)
+
+
+def _parse_term(section: str, text: str, counts: Collection[str]) -> Term:
+    if found := BESIDE.fullmatch(section):
+        unit, sharer, beside = found.groups()
+        if not 1 <= int(beside) <= MAX_FACTOR or {unit, sharer} & set(counts):
+            raise RecipeError(f"axis {text!r}: {section.strip()!r} is not UNIT (SHARER + NUMBER)")
+        return Term((), unit, (), sharer, int(beside))
     words = section.split()
-    names = [i for i, word in enumerate(words) if NAME.fullmatch(word)]
-    wrong = [w for i, w in enumerate(words) if i not in names and not _is_factor(w)]
+    named = [i for i, word in enumerate(words) if NAME.fullmatch(word) and word not in counts]
+    wrong = [w for w in words if not NAME.fullmatch(w) and not _is_factor(w)]
     if wrong or not words:
         raise RecipeError(f"axis {text!r}: {' '.join(wrong) or 'empty section'!r} is no unit")
-    if len(names) > 1:
-        raise RecipeError(f"axis {text!r}: a section divides one unit, not {len(names)}")
-    if not names:
-        return Term(math.prod(map(int, words)), None)
-    at = names[0]
-    outer, inner = (math.prod(map(int, part)) for part in (words[:at], words[at + 1 :]))
-    return Term(outer, words[at], inner)
+    if len(named) > 1:
+        raise RecipeError(f"axis {text!r}: a section divides one unit, not {len(named)}")
+    factors = tuple(word if NAME.fullmatch(word) else int(word) for word in words)
+    if not named:
+        return Term(factors, None)
+    at = named[0]
+    return Term(factors[:at], words[at], factors[at + 1 :])
 
 
 def _is_factor(word: str) -> bool:
     return word.isascii() and word.isdigit() and len(word) < 8 and 1 <= int(word) <= MAX_FACTOR
 
 
-def _shown(term: Term, count: int) -> str:
-    if term.unit is None:
-        return str(count)
-    factors = [n for n in (term.outer, count, term.inner) if n != 1] or [1]
+def _shown(sized: _Sized) -> str:
+    factors = [n for n in (sized.outer, sized.count, sized.inner) if n != 1] or [1]
     return "*".join(map(str, factors))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shardkit.config import resolve_units
+from shardkit.config import resolve_counts, resolve_units
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import Section, Span, Tile, length, spans, tile
 from shardkit.notation import Unit, sections
@@ -20,6 +20,7 @@ class Placement:
     """One tensor's layout, whatever the number of ranks.
 
     `dim` None: not divided.  Style `ignore`: kept on rank 0 only, for a merge, and never loaded.
+    Style `gather`: whole, and the sections are those of the input that its module gathers.
     """
 
     spec: TensorSpec
@@ -109,21 +110,27 @@ def make_plan(
     Raises RecipeError for a tensor no rule or two rules name, and LayoutError for a `tp_size` that
     cannot work.
     """
-    units = resolve_units(recipe, config)
-    placements = tuple(place(spec, recipe, units) for spec in specs)
+    units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
+    placements = tuple(place(spec, recipe, units, counts) for spec in specs)
     plan = Plan(tp_size, placements, units, recipe.attributes, recipe.arguments)
     plan.check()
     return plan
 
 
-def place(spec: TensorSpec, recipe: Recipe, units: Mapping[str, Unit]) -> Placement:
+def place(
+    spec: TensorSpec,
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int] | None = None,
+) -> Placement:
     """One tensor's placement.  Raises RecipeError."""
     rule = recipe.rule_for(spec.name)
     dim = rule.dim(len(spec.shape))
-    if dim is None:
+    axis = -1 if rule.style == "gather" and spec.shape else dim
+    if axis is None:
         return Placement(spec, rule.style)
     try:
-        parts = sections(rule.terms, spec.shape[dim], units)
+        parts = sections(rule.terms, spec.shape[axis], units, counts)
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
     return Placement(spec, rule.style, dim, parts)

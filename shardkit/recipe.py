@@ -13,20 +13,23 @@ from typing import Literal
 from shardkit.errors import RecipeError
 from shardkit.notation import Term
 
-Style = Literal["column", "row", "vocab", "replicate", "ignore"]
+Style = Literal["column", "row", "vocab", "norm", "gather", "once", "replicate", "ignore"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How the tensors that `pattern` names are placed.
 
-    `in_out` says that weights are stored `[in, out]` (Conv1D, Embedding) instead of `[out, in]`.
+    `in_out` says that weights are stored `[in, out]` (Conv1D, Embedding) instead of `[out, in]`;
+    `at` is the sharded dimension where it is neither.  `reason` says why something large is whole.
     """
 
     pattern: str
     style: Style
     terms: tuple[Term, ...] = ()
     in_out: bool = False
+    at: int | None = None
+    reason: str = ""
 
     def dim(self, ndim: int) -> int | None:
         """The sharded dimension of an `ndim`-dimensional tensor; None where a rank holds it whole.
@@ -36,8 +39,10 @@ class Rule:
         """
         if ndim == 0 or not self.terms:
             return None
+        if self.at is not None:
+            return min(self.at, ndim - 1)
         match self.style:
-            case "column":
+            case "column" | "norm":
                 return ndim - 1 if self.in_out or ndim == 1 else ndim - 2
             case "row" if ndim > 1:
                 return ndim - 2 if self.in_out else ndim - 1
@@ -49,9 +54,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class UnitRule:
-    """Where a unit's count comes from: the first of `fields` the config has; empty for any count.
+    """Where a count comes from: the first of `fields` the config has; empty for any count.
 
-    `shared_by` names the unit that shares this one (query heads sharing kv heads).
+    A field may be a ratio, `n_head / 4`.  `shared_by` names the unit that shares this one (query
+    heads sharing kv heads).
     """
 
     fields: tuple[str, ...]
@@ -60,7 +66,10 @@ class UnitRule:
 
 @dataclass(frozen=True, slots=True)
 class LocalAttribute:
-    """A module attribute that shrinks on a rank, as `times` does, or as the ratio `times/per`."""
+    """A module attribute that shrinks on a rank, as `times` does, or as the ratio `times/per`.
+
+    Of a list of modules, one for each unit, a rank keeps its own.
+    """
 
     module: str
     attribute: str
@@ -91,6 +100,8 @@ class Recipe:
     model_types: tuple[str, ...]
     rules: tuple[Rule, ...]
     units: Mapping[str, UnitRule] = field(default_factory=dict)
+    counts: Mapping[str, UnitRule] = field(default_factory=dict)
+    when: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     attributes: tuple[LocalAttribute, ...] = ()
     arguments: tuple[LocalArgument, ...] = ()
     base_model_prefix: str = ""
@@ -128,7 +139,7 @@ def tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]
 
 def module_pattern(pattern: str) -> re.Pattern[str]:
     """The modules a `[local]` or `[arguments]` pattern names, wherever the model nests them."""
-    return re.compile(r"(?:.*\.)?" + _body(pattern))
+    return re.compile(r"(?:.*\.)?" + _body(pattern.removesuffix("?")))
 
 
 def _body(pattern: str) -> str:

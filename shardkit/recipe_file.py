@@ -12,48 +12,17 @@ from shardkit.errors import RecipeError
 from shardkit.notation import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
 
-UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore")
-DIVIDED: tuple[Style, ...] = ("column", "row")
+UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore", "once")
+DIVIDED: tuple[Style, ...] = ("column", "row", "norm", "gather")
 KEYS = {
-    "model_types", "notes", "base_model_prefix", "in_out", "units", "local", "arguments",
-    *get_args(Style),
+    "model_types", "when", "notes", "base_model_prefix", "in_out", "units", "counts", "whole",
+    "local", "arguments", *get_args(Style),
 }  # fmt: skip
 PATTERN = re.compile(r"(?:[^{}\s]|\{[^{}*\s]+\})+")
+FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
+COUNT = re.compile(rf"{FIELD}(?: / (?:{FIELD}|[1-9][0-9]{{0,3}}))?", re.ASCII)
 MAX_BYTES = 1 << 20
 MAX_DIM = 8  # of a forward argument
-HERE = Path(__file__).parent
-
-
-def recipe_folder() -> Path:
-    """The bundled recipes: inside an installed package, beside it in a checkout."""
-    installed = HERE / "recipes"
-    return installed if installed.is_dir() else HERE.parent / "recipes"
-
-
-def bundled() -> list[Path]:
-    """Every bundled recipe file, by name."""
-    return sorted(recipe_folder().glob("*.toml"))
-
-
-def find_recipe(model_type: str, name_or_path: str | None = None) -> Recipe:
-    """The recipe that serves `model_type`, or the one asked for by name or path.
-
-    Raises RecipeError where there is none: no layout is ever guessed.
-    """
-    if name_or_path is not None:
-        path = Path(name_or_path)
-        if path.suffix != ".toml":
-            path = recipe_folder() / f"{name_or_path}.toml"
-        return load_recipe(path)
-    for path in bundled():
-        recipe = load_recipe(path)
-        if model_type in recipe.model_types:
-            return recipe
-    known = ", ".join(sorted(t for path in bundled() for t in load_recipe(path).model_types))
-    raise RecipeError(
-        f"model_type {model_type!r}: no recipe serves it (known: {known});"
-        " write one (recipes/README.md) and pass it with --recipe FILE.toml"
-    )
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -76,6 +45,7 @@ def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
     if unknown := sorted(table.keys() - KEYS):
         raise RecipeError(f"unknown keys: {', '.join(unknown)}")
     units = dict(_units(_table(table, "units")))
+    counts = dict(_counts(_table(table, "counts"), units))
     model_types = _strings(table, "model_types")
     if not model_types:
         raise RecipeError("model_types is missing or empty")
@@ -83,8 +53,10 @@ def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         name=name,
         sha256=sha256,
         model_types=model_types,
-        rules=tuple(_rules(table, units)),
+        rules=tuple(_rules(table, units, counts)),
         units=units,
+        counts=counts,
+        when=_when(_table(table, "when"), model_types),
         attributes=tuple(_attributes(_table(table, "local"), units)),
         arguments=tuple(_arguments(_table(table, "arguments"), units)),
         base_model_prefix=_string(table.get("base_model_prefix", ""), "base_model_prefix"),
@@ -95,19 +67,42 @@ def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _rules(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[Rule]:
+def _rules(
+    table: dict[str, Any], units: dict[str, UnitRule], counts: dict[str, UnitRule]
+) -> Iterator[Rule]:
     for style in UNDIVIDED:
         yield from (Rule(_pattern(style, p), style) for p in _strings(table, style))
+    for pattern, reason in _table(table, "whole").items():
+        why = _string(reason, f"whole.{pattern}")
+        yield Rule(_pattern("whole", pattern), "replicate", reason=why)
     for pattern in _strings(table, "vocab"):
-        yield Rule(_pattern("vocab", pattern), "vocab", (Term(1, "vocab"),))
+        yield Rule(_pattern("vocab", pattern), "vocab", (Term((), "vocab"),))
     in_out, used = set(_strings(table, "in_out")), set()
     for style in DIVIDED:
-        for pattern, text in _table(table, style).items():
-            terms = _terms(f"{style}.{pattern}", text, units)
-            yield Rule(_pattern(style, pattern), style, terms, pattern in in_out)
-            used.add(pattern)
+        for pattern, entry in _table(table, style).items():
+            key = f"{style}.{pattern}"
+            text, at = _axis_and_dim(key, entry)
+            terms = _terms(key, text, units, counts)
+            yield Rule(_pattern(style, pattern), style, terms, pattern in in_out, at)
+            if style in ("column", "row") and at is None:
+                used.add(pattern)
     if unused := sorted(in_out - used):
         raise RecipeError(f"in_out names no column or row rule: {', '.join(unused)}")
+
+
+def _axis_and_dim(key: str, entry: Any) -> tuple[Any, int | None]:
+    """A rule's axis, and the dimension it states, as `"heads"` or `{ axis = "heads", dim = 0 }`."""
+    if not isinstance(entry, dict):
+        return entry, None
+    if entry.keys() != {"axis", "dim"} or key.startswith(("norm.", "gather.")):
+        raise RecipeError(f'{key}: must be "AXIS", or for column or row {{ axis = …, dim = N }}')
+    return entry["axis"], _dim(key, entry["dim"])
+
+
+def _dim(key: str, dim: Any) -> int:
+    if type(dim) is not int or not 0 <= dim < MAX_DIM:
+        raise RecipeError(f"{key}: dim is {dim!r}, not 0 to {MAX_DIM - 1}")
+    return dim
 
 
 def _check_rules(recipe: Recipe) -> None:
@@ -128,6 +123,9 @@ def _check_units(recipe: Recipe) -> None:
     used |= {unit.shared_by for unit in recipe.units.values()}
     used |= {name for rule in recipe.attributes for name in (rule.times, rule.per)}
     used |= {rule.unit for rule in recipe.arguments} | {"vocab"}
+    factors = {name for rule in recipe.rules for term in rule.terms for name in term.counts}
+    if unused := sorted(recipe.counts.keys() - factors):
+        raise RecipeError(f"counts.{unused[0]}: no rule uses it")
     if unused := sorted(recipe.units.keys() - used):
         raise RecipeError(f"units.{unused[0]}: no rule uses it")
     for name, unit in recipe.units.items():
@@ -139,27 +137,62 @@ def _check_units(recipe: Recipe) -> None:
                 f"units.{name}: only a unit with a count can be shared, and only by one with a"
                 " count that is not shared itself"
             )
+    for rule in recipe.rules:
+        for term in rule.terms:
+            if term.beside and recipe.units[term.unit or ""].shared_by != term.sharer:
+                raise RecipeError(
+                    f"{rule.style}.{rule.pattern}: {term.unit} is not shared_by {term.sharer}"
+                )
 
 
 def _units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
     yield "vocab", UnitRule(())
     for name, value in table.items():
-        if name in KEYS:
-            raise RecipeError(f"units.{name}: a key of the recipe; put it above the first table")
-        if not NAME.fullmatch(name):
-            raise RecipeError(f"units.{name}: not a name a unit can have")
+        _check_name("units", name)
         entry = value if isinstance(value, dict) else {"count": value}
         if unknown := sorted(entry.keys() - {"count", "shared_by"}):
             raise RecipeError(f"units.{name}: unknown keys: {', '.join(unknown)}")
-        count = entry.get("count")
-        fields = [count] if isinstance(count, str) else count
-        if not isinstance(fields, list) or not fields:
-            raise RecipeError(f"units.{name}: must name a config field, or be '*', not {value!r}")
-        fields = [_string(f, f"units.{name}") for f in fields]
         shared_by = _string(entry.get("shared_by", ""), f"units.{name}.shared_by")
         if shared_by and shared_by not in table:
             raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is no unit")
-        yield name, UnitRule(() if fields == ["*"] else tuple(fields), shared_by)
+        count = entry.get("count")
+        fields = () if count == "*" else _fields(f"units.{name}", count, " or be '*',")
+        yield name, UnitRule(fields, shared_by)
+
+
+def _counts(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[tuple[str, UnitRule]]:
+    for name, value in table.items():
+        _check_name("counts", name)
+        if name in units:
+            raise RecipeError(f"counts.{name}: a unit has that name")
+        yield name, UnitRule(_fields(f"counts.{name}", value))
+
+
+def _check_name(key: str, name: str) -> None:
+    if name in KEYS:
+        raise RecipeError(f"{key}.{name}: a key of the recipe; put it above the first table")
+    if not NAME.fullmatch(name):
+        raise RecipeError(f"{key}.{name}: not a name a unit can have")
+
+
+def _fields(key: str, value: Any, otherwise: str = "") -> tuple[str, ...]:
+    fields = [value] if isinstance(value, str) else value
+    if not isinstance(fields, list) or not fields:
+        raise RecipeError(f"{key}: must name a config field,{otherwise} not {value!r}")
+    for field in fields:
+        if not COUNT.fullmatch(_string(field, key)):
+            raise RecipeError(f"{key}: {field!r} is no config field, nor a ratio of two")
+    return tuple(fields)
+
+
+def _when(table: dict[str, Any], model_types: tuple[str, ...]) -> dict[str, dict[str, object]]:
+    for model_type in table:
+        if model_type not in model_types:
+            raise RecipeError(f"when.{model_type}: not one of model_types")
+        for field, value in _table(table, model_type, "when.").items():
+            if type(value) not in (bool, int, str):
+                raise RecipeError(f"when.{model_type}.{field}: {value!r} is no plain value")
+    return table
 
 
 def _attributes(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[LocalAttribute]:
@@ -167,8 +200,9 @@ def _attributes(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[L
         for attribute, text in _table(table, module, "local.").items():
             key = f"local.{module}.{attribute}"
             names = _string(text, key).split("/")
-            if len(names) > 2 or not all(name in units and units[name].fields for name in names):
-                raise RecipeError(f"{key}: {text!r} is no unit with a count, nor a ratio of two")
+            counted = [name in units and bool(units[name].fields) for name in names]
+            if not (len(names) < 3 and all(counted)) and text not in units:
+                raise RecipeError(f"{key}: {text!r} is no unit, nor a ratio of two with counts")
             yield LocalAttribute(_pattern("local", module), attribute, *names)
         if not entry:
             raise RecipeError(f"local.{module}: is empty")
@@ -184,9 +218,7 @@ def _arguments(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[Lo
             outer = words[:1] == ["*"]
             if len(words) != 1 + outer or not units.get(words[-1], UnitRule(())).fields:
                 raise RecipeError(f"{key}: {entry['axis']!r} is no unit with a count, nor '* UNIT'")
-            dim = entry["dim"]
-            if type(dim) is not int or not 0 <= dim < MAX_DIM:
-                raise RecipeError(f"{key}: dim is {dim!r}, not 0 to {MAX_DIM - 1}")
+            dim = _dim(key, entry["dim"])
             yield LocalArgument(_pattern("arguments", module), argument, dim, words[-1], outer)
 
 
@@ -196,8 +228,10 @@ def _pattern(key: str, pattern: str) -> str:
     return pattern
 
 
-def _terms(key: str, text: Any, units: dict[str, UnitRule]) -> tuple[Term, ...]:
-    terms = parse_axis(_string(text, key))
+def _terms(
+    key: str, text: Any, units: dict[str, UnitRule], counts: dict[str, UnitRule]
+) -> tuple[Term, ...]:
+    terms = parse_axis(_string(text, key), counts)
     if unknown := sorted({t.unit for t in terms if t.unit and t.unit not in units}):
         raise RecipeError(f"{key}: {', '.join(unknown)} is no unit; declare it under [units]")
     return terms

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
+from shardkit.catalog import find_recipe, recipe_folder
 from shardkit.checkpoint import open_checkpoint
 from shardkit.manifest import Manifest
 from shardkit.plan import make_plan
 from shardkit.recipe import Recipe
-from shardkit.recipe_file import find_recipe, load_recipe, recipe_folder
+from shardkit.recipe_file import load_recipe
 from shardkit.split import split
 
 
 def cut(source: Path, out: Path, tp_size: int, recipe: Recipe | None = None) -> Manifest:
     """Split a checkpoint folder, by its own recipe unless another is given."""
     with open_checkpoint(str(source)) as checkpoint:
-        recipe = recipe or find_recipe(checkpoint.model_type)
+        recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
         return split(checkpoint, plan, recipe, out)
 

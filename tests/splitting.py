@@ -4,12 +4,12 @@ from pathlib import Path
 
 from blueprints import tensor_bytes
 
+from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, make_plan
 from shardkit.recipe import Recipe
-from shardkit.recipe_file import find_recipe
 from shardkit.shards import ShardedCheckpoint
 from shardkit.split import merge, no_progress, reshard, split
 from shardkit.stream import Progress
@@ -25,7 +25,7 @@ def split_folder(
 ) -> Manifest:
     """Split with the recipe of the source's model type, or another."""
     with Checkpoint(source) as checkpoint:
-        recipe = recipe or find_recipe(checkpoint.model_type)
+        recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
         return split(checkpoint, plan, recipe, out, progress)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from shardkit.catalog import find_recipe
 from shardkit.costs import KvCache, collectives, compute_dtype, generates, kv_cache
 from shardkit.groups import (
     collapsed,
@@ -15,7 +16,7 @@ from shardkit.groups import (
     total_bytes,
 )
 from shardkit.plan import Plan, make_plan
-from shardkit.recipe_file import find_recipe, load_recipe
+from shardkit.recipe_file import load_recipe
 from shardkit.tensor import TensorSpec
 
 LLAMA: dict[str, Any] = {
@@ -47,7 +48,9 @@ def llama(tp_size: int, dtype: str = "F32", **config: Any) -> Plan:
         f"{layer}.mlp.down_proj.weight": (16, 32),
         "model.norm.weight": (16,),
     }
-    return make_plan(specs(shapes, dtype), find_recipe("llama"), {**LLAMA, **config}, tp_size)
+    return make_plan(
+        specs(shapes, dtype), find_recipe({"model_type": "llama"}), {**LLAMA, **config}, tp_size
+    )
 
 
 def t5(tp_size: int) -> Plan:
@@ -61,7 +64,7 @@ def t5(tp_size: int) -> Plan:
             shapes |= {f"{attention}.o.weight": (16, 32)}
         shapes |= {f"{mlp}.DenseReluDense.wi.weight": (32, 16)}
         shapes |= {f"{mlp}.DenseReluDense.wo.weight": (16, 32)}
-    return make_plan(specs(shapes), find_recipe("t5"), T5, tp_size)
+    return make_plan(specs(shapes), find_recipe({"model_type": "t5"}), T5, tp_size)
 
 
 def test_an_encoder_s_sums_are_counted_once_per_prompt() -> None:
@@ -189,7 +192,7 @@ def test_layer_numbers_are_collapsed(names: list[str], expected: str) -> None:
 def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
     names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
     shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
-    plan = make_plan(specs(shapes), find_recipe("llama"), LLAMA, 2)
+    plan = make_plan(specs(shapes), find_recipe({"model_type": "llama"}), LLAMA, 2)
     found = [(g.pattern, g.count, g.rank_bytes) for g in groups(plan)]
     assert found == [
         ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),

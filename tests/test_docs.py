@@ -8,9 +8,10 @@ import click
 import pytest
 
 from shardkit import errors
+from shardkit.catalog import bundled
 from shardkit.cli import COMMANDS, main
 from shardkit.manifest_file import parse_manifest
-from shardkit.recipe_file import KEYS, bundled, load_recipe
+from shardkit.recipe_file import KEYS, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -19,7 +19,7 @@ LAYERS = [  # a module imports from the rows above its own only; a package count
     {"notation", "json_fields", "checkpoint"},
     {"recipe"},
     {"recipe_file", "config"},
-    {"plan"},
+    {"plan", "catalog"},
     {"groups", "costs", "manifest"},
     {"manifest_file"},
     {"shards", "stream", "publish"},

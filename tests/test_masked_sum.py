@@ -8,10 +8,10 @@ import torch
 import transformers
 from families import VARIANTS, make
 from harness import altered
-from masked_sum import load, misses, placed_parameters, plan_of
 
+from shardkit.catalog import find_recipe
 from shardkit.recipe import Recipe
-from shardkit.recipe_file import find_recipe
+from shardkit.verify.masked_sum import load, misses, placed_parameters, plan_of
 
 ROUNDING = 1e-5  # sound layouts miss by some 5e-7
 WRONG = 0.05  # the mildest fault misses by twice that
@@ -82,7 +82,7 @@ def source(tmp_path_factory: pytest.TempPathFactory):
 
 
 def own_recipe(source: Path) -> Recipe:
-    return find_recipe(transformers.AutoConfig.from_pretrained(source).model_type)
+    return find_recipe(transformers.AutoConfig.from_pretrained(source).to_dict())
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

@@ -40,8 +40,8 @@ def test_a_section_without_a_unit_is_whole_on_every_rank() -> None:
 
 
 def test_numbers_multiply() -> None:
-    assert parse_axis("2 3 heads 4 5") == (Term(6, "heads", 20),)
-    assert parse_axis("2 3") == (Term(6, None),)
+    assert parse_axis("2 3 heads 4 5") == (Term((2, 3), "heads", (4, 5)),)
+    assert parse_axis("2 3") == (Term((2, 3), None),)
 
 
 def test_spaces_are_free() -> None:

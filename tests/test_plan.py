@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from blueprints import FAMILIES, Shapes, llama, llama_config, specs_of
 
+from shardkit.catalog import find_recipe
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.plan import Placement, Plan, make_plan
-from shardkit.recipe_file import find_recipe
 from shardkit.tensor import TensorSpec
 
 
 def plan_of(shapes: Shapes, config: dict[str, Any], tp_size: int, dtype: str = "BF16") -> Plan:
-    recipe = find_recipe(config["model_type"])
+    recipe = find_recipe(config)
     return make_plan(specs_of(shapes, dtype), recipe, config, tp_size)
 
 
@@ -222,7 +222,7 @@ def test_a_scalar_under_a_divided_name_is_whole() -> None:
 
 
 def kv_heads(config: dict[str, Any]) -> int | None:
-    recipe = find_recipe(config["model_type"])
+    recipe = find_recipe(config)
     return make_plan([], recipe, config, 1).units["kv_heads"].count
 
 
@@ -246,7 +246,7 @@ def test_a_default_that_depends_on_another_field_follows_this_configs_own(heads:
 def test_a_field_that_nobody_knows_is_refused() -> None:
     config = {"model_type": "unheard-of", "num_attention_heads": 8}
     with pytest.raises(RecipeError, match=r"config.json: no intermediate_size, .* 'llama'"):
-        make_plan([], find_recipe("llama"), config, 1)
+        make_plan([], find_recipe({"model_type": "llama"}), config, 1)
 
 
 @pytest.mark.parametrize("value", [-8, 0, 8.0, "8", True, [8], {"n": 8}, 1 << 33, 1e400])
@@ -264,7 +264,7 @@ def test_heads_that_are_no_multiple_of_their_kv_heads_are_refused() -> None:
 def test_a_model_type_that_is_no_string_is_not_looked_up() -> None:
     config = {"model_type": ["llama"], "num_attention_heads": 8}
     with pytest.raises(RecipeError, match="no intermediate_size"):
-        make_plan([], find_recipe("llama"), config, 1)
+        make_plan([], find_recipe({"model_type": "llama"}), config, 1)
 
 
 def test_the_same_layout_over_another_size_needs_no_recipe() -> None:

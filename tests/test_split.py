@@ -31,6 +31,7 @@ from splitting import (
 )
 
 from shardkit import integrity, stream
+from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
 from shardkit.errors import (
@@ -45,7 +46,6 @@ from shardkit.manifest import rank_name
 from shardkit.notation import Term
 from shardkit.plan import make_plan
 from shardkit.recipe import Recipe, Rule, UnitRule
-from shardkit.recipe_file import find_recipe
 from shardkit.split import split
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
@@ -250,12 +250,12 @@ def test_packed_dtypes_are_cut_between_bytes_only(dtype: str, tmp_path: Path) ->
 
 def expert_recipe() -> Recipe:
     """Stacked experts `[experts, out, in]`, and the same transposed."""
-    ffn = (Term(1, "ffn"),)
+    ffn = (Term((), "ffn"),)
     rules = (
         Rule("up", "column", ffn), Rule("down", "row", ffn),
-        Rule("gate", "column", (Term(2, "ffn"),)),
+        Rule("gate", "column", (Term((2,), "ffn"),)),
         Rule("up_t", "column", ffn, True), Rule("down_t", "row", ffn, True),
-        Rule("kv", "column", (Term(1, "heads"), Term(1, "kv")), True),
+        Rule("kv", "column", (Term((), "heads"), Term((), "kv")), True),
         Rule("norm", "replicate"), Rule("mask", "ignore"),
     )  # fmt: skip
     units = {
@@ -328,7 +328,7 @@ def test_each_source_byte_is_read_once_however_many_ranks_hold_it(
     with CountingCheckpoint(llama_source(tmp_path / "source", heads=8, kv=2)) as source:
         source.sample()
         sampled = source.read
-        recipe = find_recipe("llama")
+        recipe = find_recipe({"model_type": "llama"})
         plan = make_plan(source.specs(), recipe, source.config, 4)
         split(source, plan, recipe, tmp_path / "shards")
         assert source.read - 2 * sampled == sum(spec.nbytes for spec in source.specs())

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.text import plural, say, say_json, size
@@ -14,7 +15,6 @@ from shardkit.groups import blocking_tensor, total_bytes
 from shardkit.manifest import NAME, Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.plan import make_plan
-from shardkit.recipe_file import find_recipe
 
 
 @click.command()
@@ -116,7 +116,7 @@ def _serving(checkpoint: Checkpoint) -> dict[str, Any]:
     """The recipe that serves a checkpoint and the sizes it divides over, or why none does."""
     name = None
     try:
-        recipe = find_recipe(checkpoint.model_type)
+        recipe = find_recipe(checkpoint.config)
         name = recipe.name
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, 1)
     except (RecipeError, LayoutError) as error:

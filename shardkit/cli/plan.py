@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import JSON, RECIPE, REVISION, TP, open_source
 from shardkit.cli.report import plan_sizes, say_plan_sizes
@@ -13,12 +14,14 @@ from shardkit.costs import Collectives, KvCache, collectives, kv_cache
 from shardkit.groups import Group, blocking_tensor, groups, total_bytes
 from shardkit.plan import Plan, make_plan
 from shardkit.recipe import Recipe
-from shardkit.recipe_file import find_recipe
 
 STYLES = {
     "vocab": "Vocab-parallel",
     "column": "Column-parallel",
     "row": "Row-parallel",
+    "norm": "Norms over a divided width, one small all-reduce each",
+    "gather": "Run whole on gathered inputs, one all-gather each",
+    "once": "Replicated, but added by rank 0 alone",
     "replicate": "Replicated",
     "ignore": "Kept on rank 0 for a merge, never loaded",
 }
@@ -44,7 +47,7 @@ def plan(
       shardkit plan models/llama --tp 8 --json
     """
     with open_source(source, revision) as checkpoint:
-        found = find_recipe(checkpoint.model_type, recipe)
+        found = find_recipe(checkpoint.config, recipe)
         made = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
     if as_json:
         say_json(plan_json(checkpoint, found, made))

@@ -5,6 +5,7 @@ from time import perf_counter
 
 import click
 
+from shardkit.catalog import find_recipe
 from shardkit.cli.options import (
     FOLDER,
     JSON,
@@ -20,7 +21,6 @@ from shardkit.costs import generates
 from shardkit.groups import groups, stored_bytes
 from shardkit.plan import Plan, make_plan
 from shardkit.publish import check_absent, check_space
-from shardkit.recipe_file import find_recipe
 from shardkit.split import split as write_split
 
 
@@ -52,7 +52,7 @@ def split(
       shardkit split org/name out --tp 8 --revision main --dry-run
     """
     with open_source(source, revision) as checkpoint:
-        found = find_recipe(checkpoint.model_type, recipe)
+        found = find_recipe(checkpoint.config, recipe)
         plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
         total = sum(stored_bytes(groups(plan), tp_size))
         if dry_run:

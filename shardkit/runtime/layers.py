@@ -94,11 +94,11 @@ class VocabParallelEmbedding(nn.Embedding):
 def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
     """Turn a linear layer, or a module of bare expert weights, into its row-parallel form."""
     if _is_linear(module):
-        _become(module, RowParallelLinear, group=group)
+        become(module, RowParallelLinear, group=group)
     elif is_conv1d(module):
-        _become(module, RowParallelConv1D, group=group)
+        become(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
-        _become(module, _mixed(RowParallelSubclass, type(module)), group=group)
+        become(module, _mixed(RowParallelSubclass, type(module)), group=group)
     else:
         module.register_forward_hook(_summed(group))
 
@@ -110,9 +110,9 @@ def make_vocab_parallel(
     if isinstance(module, nn.Embedding):
         module.padding_idx = None  # only training uses it, and it may be another rank's row
         cls = _mixed(VocabParallelEmbedding, type(module))
-        _become(module, cls, group=group, first_row=first_row, rows=sum(sizes))
+        become(module, cls, group=group, first_row=first_row, rows=sum(sizes))
     elif isinstance(module, nn.Linear):
-        _become(module, _mixed(ParallelLMHead, type(module)), group=group, sizes=tuple(sizes))
+        become(module, _mixed(ParallelLMHead, type(module)), group=group, sizes=tuple(sizes))
     elif isinstance(getattr(module, "weight", None), torch.Tensor):
         raise ManifestError(f"{type(module).__name__}: a layer with no vocab-parallel form")
 
@@ -120,12 +120,15 @@ def make_vocab_parallel(
 def make_column_parallel(module: nn.Module) -> None:
     """Name a plain linear layer for what it now is."""
     if _is_linear(module):
-        _become(module, ColumnParallelLinear)
+        become(module, ColumnParallelLinear)
 
 
 def fit_widths(module: nn.Module) -> None:
     """Set a layer's recorded widths to those of the weight it now has."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1:
+        channels = module.weight.shape[0]
+        module.groups = module.in_channels = module.out_channels = channels
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return
     if isinstance(module, nn.Linear):
@@ -157,7 +160,7 @@ def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _become(module: nn.Module, cls: type[nn.Module], **state: object) -> None:
+def become(module: nn.Module, cls: type[nn.Module], **state: object) -> None:
     """Give a module another class and what that class needs, its parameters untouched."""
     module.__class__ = cls
     for name, value in state.items():

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from os import close
 from pathlib import Path
@@ -22,7 +22,7 @@ from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
-from shardkit.runtime.localize import localize
+from shardkit.runtime.localize import localize, select_modules
 from shardkit.runtime.names import Conversion, conversions
 from shardkit.shards import open_shard
 
@@ -98,13 +98,16 @@ def build(
     model.requires_grad_(False).eval()
     loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
     plan = conversions(model, loaded)
-    placed = check_shapes(model, manifest, plan)
+    placed = check_shapes(model, manifest.placements, plan)
     missing = model.state_dict().keys() - placed.keys()
     tied = tie_placements(model, placed, missing)
     localize(model, manifest, {**placed, **tied}, group)
     shard = folder / manifest.ranks[group.tp_rank].name
     fill(model, shard, plan, group.device, dtype)
+    if group.tp_rank:
+        clear(model, [name for name, placement in placed.items() if placement.style == "once"])
     finish(model, missing, group.device)
+    select_modules(model, manifest.plan, group.tp_rank)
     for module in model.modules():
         fit_widths(module)
     suit_experts(model)
@@ -136,7 +139,7 @@ def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
 
 
 def check_shapes(
-    model: PreTrainedModel, manifest: Manifest, plan: list[Conversion]
+    model: PreTrainedModel, placements: Mapping[str, Placement], plan: list[Conversion]
 ) -> dict[str, Placement]:
     """Each of the model's tensors that the shards make, and the placement it is made of.
 
@@ -145,7 +148,7 @@ def check_shapes(
     """
     state, placed = model.state_dict(), {}
     for conversion in plan:
-        sources = [manifest.placements[name] for name, _ in conversion.sources]
+        sources = [placements[name] for name, _ in conversion.sources]
         whole = {p.spec.name: torch.empty(p.spec.shape, device="meta") for p in sources}
         for name, tensor in conversion.run(whole, model).items():
             if name not in state or state[name].shape != tensor.shape:
@@ -190,6 +193,12 @@ def fill(
                 if any(part in name for part in keep):
                     wanted = torch.float32
                 put(owner, leaf, tensor.to(wanted))
+
+
+def clear(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Zero what only rank 0 adds: a bias inside a region that is summed over the ranks."""
+    for name in names:
+        model.get_parameter_or_buffer(name).zero_()
 
 
 def put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
@@ -237,7 +246,13 @@ def suit_experts(model: PreTrainedModel) -> None:
 
     The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
     """
-    stacked = [p for p in model.parameters() if p.ndim == 3]
+    stacked = [
+        parameter
+        for module in model.modules()
+        if hasattr(module, "has_gate")  # as transformers marks those whose kernel can be chosen
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
     if any(_unsuited(parameter) for parameter in stacked):
         model.set_experts_implementation("eager")
 

@@ -1,18 +1,18 @@
 """Makes a model built whole on the meta device into one rank's part of it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardkit.errors import LayoutError, ManifestError
-from shardkit.layout import Section, spans
+from shardkit.layout import Section, Span, deal, spans
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, Plan
 from shardkit.recipe import LocalArgument, LocalAttribute, module_pattern
-from shardkit.runtime import layers
+from shardkit.runtime import layers, norms
 from shardkit.runtime.group import TensorParallelGroup
 
 
@@ -27,38 +27,57 @@ def localize(
     `placed` gives the placement on disk that each of the model's own tensors is made of.
     Raises ManifestError where the model is not the one the manifest describes.
     """
-    styles: dict[str, tuple[str, Placement]] = {}
+    owned: dict[str, dict[str, Placement]] = {}
     for name, placement in placed.items():
         module, _, leaf = name.rpartition(".")
-        if leaf != "bias" or module not in styles:
-            styles[module] = (leaf, placement)
-    for path, (_, placement) in styles.items():
-        _swap(model.get_submodule(path), placement, group)
+        owned.setdefault(module, {})[leaf] = placement
+    for path, placements in owned.items():
+        _swap(model.get_submodule(path), path, placements, group)
     for attribute in manifest.plan.attributes:
         _shrink(model, attribute, manifest.plan, group.tp_rank)
     for argument in manifest.plan.arguments:
         _slice(model, argument, manifest.plan, group.tp_rank)
 
 
-def _swap(module: nn.Module, placement: Placement, group: TensorParallelGroup) -> None:
-    if placement.style == "row":
+def _swap(
+    module: nn.Module, path: str, placements: Mapping[str, Placement], group: TensorParallelGroup
+) -> None:
+    """Give a module its parallel form, which follows from its weights' placements together."""
+    by_style = {p.style: p for leaf, p in placements.items() if leaf != "bias" or p.dim is not None}
+    if any(p.style == "row" and p.dim is not None for p in placements.values()):
         layers.make_row_parallel(module, group)
-    elif placement.style == "column":
+    elif found := by_style.get("vocab"):
+        held = [_held(found, rank, group) for rank in range(group.tp_size)]
+        sizes = [len(indices) for indices in held]
+        layers.make_vocab_parallel(module, group, int(held[group.tp_rank][0]), sizes)
+    elif found := by_style.get("norm"):
+        parts = [_held(found, rank, group) for rank in range(group.tp_size)]
+        norms.make_sharded_norm(module, path, group, parts)
+    elif found := by_style.get("gather"):
+        parts = [
+            _indices(spans(found.sections, rank, group.tp_size)) for rank in range(group.tp_size)
+        ]
+        norms.make_gathered(module, group, parts)
+    elif "column" in by_style:
         layers.make_column_parallel(module)
-    elif placement.style == "vocab" and placement.dim is not None:
-        held = [placement.spans(rank, group.tp_size) for rank in range(group.tp_size)]
-        sizes = [sum(stop - start for start, stop in parts) for parts in held]
-        layers.make_vocab_parallel(module, group, held[group.tp_rank][0].start, sizes)
+
+
+def _held(placement: Placement, tp_rank: int, group: TensorParallelGroup) -> torch.Tensor:
+    return _indices(placement.spans(tp_rank, group.tp_size))
+
+
+def _indices(parts: Iterable[Span]) -> torch.Tensor:
+    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in parts])
 
 
 def matching(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
-    """The modules a pattern names.  Raises ManifestError where it names none."""
+    """The modules a pattern names.  Raises ManifestError where it names none, unless by `?`."""
     compiled, found = module_pattern(pattern), False
     for name, module in model.named_modules():
         if compiled.fullmatch(name):
             found = True
             yield module
-    if not found:
+    if not found and not pattern.endswith("?"):
         raise ManifestError(f"{type(model).__name__} has no module {pattern!r}")
 
 
@@ -74,16 +93,46 @@ def local_value(full: int, times: tuple[int, int], per: tuple[int, int]) -> int:
 
 
 def _shrink(model: nn.Module, rule: LocalAttribute, plan: Plan, tp_rank: int) -> None:
-    times = plan.local(rule.times, tp_rank), plan.units[rule.times].count or 0
+    for module in matching(model, rule.module):
+        owner, name = _owner(module, rule.attribute.removesuffix("?"))
+        full = getattr(owner, name, None)
+        if isinstance(full, nn.ModuleList) or (full is None and rule.attribute.endswith("?")):
+            continue
+        if type(full) is not int:
+            raise ManifestError(f"{rule.module}: no integer attribute {name!r}")
+        setattr(owner, name, shrunk(full, rule, plan, tp_rank))
+
+
+def shrunk(full: int, rule: LocalAttribute, plan: Plan, tp_rank: int) -> int:
+    """An attribute's local value: scaled as its units are, or dealt out where they have no count.
+
+    Raises LayoutError where that is no whole number.
+    """
+    count = plan.units[rule.times].count
+    if count is None:
+        return len(deal(full, tp_rank, plan.tp_size))
     per = (1, 1)
     if rule.per:
         per = plan.local(rule.per, tp_rank), plan.units[rule.per].count or 0
-    for module in matching(model, rule.module):
-        owner, name = _owner(module, rule.attribute)
-        full = getattr(owner, name, None)
-        if type(full) is not int:
-            raise ManifestError(f"{rule.module}: no integer attribute {rule.attribute!r}")
-        setattr(owner, name, local_value(full, times, per))
+    return local_value(full, (plan.local(rule.times, tp_rank), count), per)
+
+
+def select_modules(model: nn.Module, plan: Plan, tp_rank: int) -> None:
+    """Of each list of modules that has one for each unit, keep the rank's own, once it is filled.
+
+    Raises ManifestError for a list of another length.
+    """
+    for rule in plan.attributes:
+        for module in matching(model, rule.module):
+            full = getattr(module, rule.attribute.removesuffix("?"), None)
+            if not isinstance(full, nn.ModuleList):
+                continue
+            unit = plan.units[rule.times]
+            if len(full) != unit.count:
+                raise ManifestError(f"{rule.module}.{rule.attribute}: {len(full)} modules")
+            held = spans([Section(unit.count, 1, 1, unit.sharers)], tp_rank, plan.tp_size)
+            own = nn.ModuleList(full[i] for i in _indices(held).tolist())
+            setattr(module, rule.attribute.removesuffix("?"), own)
 
 
 def _owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
@@ -100,8 +149,7 @@ def _owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
 def _slice(model: nn.Module, rule: LocalArgument, plan: Plan, tp_rank: int) -> None:
     unit = plan.units[rule.unit]
     count = unit.count or 0
-    held = spans([Section(count, 1, 1, unit.sharers)], tp_rank, plan.tp_size)
-    index = torch.cat([torch.arange(start, stop) for start, stop in held])
+    index = _indices(spans([Section(count, 1, 1, unit.sharers)], tp_rank, plan.tp_size))
 
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         value = kwargs.get(rule.argument)

@@ -1,6 +1,6 @@
 """Records what named modules put out, the first tensor of each, in the order they ran."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,9 +33,3 @@ class Trace:
                 self.outputs[name] = first.detach().clone()
 
         return hook
-
-
-def tensors_of(output: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model's output, by name; nested ones (caches, hidden states) left out."""
-    items = output.items() if isinstance(output, Mapping) else enumerate(output)
-    return {str(k): v for k, v in items if isinstance(v, torch.Tensor)}

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from shardkit.errors import RanksError
+from shardkit.runtime.forward import fitted, tensors_of, uncached
 from shardkit.runtime.group import JOIN_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.load import load
-from shardkit.runtime.trace import Trace, tensors_of
+from shardkit.runtime.trace import Trace
 from shardkit.runtime.wire import Message, receive, send
 
 PR_SET_PDEATHSIG = 1
@@ -60,7 +61,7 @@ class Worker:
     def forward(self, message: Message) -> Message:
         """The model's outputs; only rank 0 sends them, since every rank has the same."""
         with self.asked(message) as (model, inputs):
-            found = tensors_of(model(**inputs, **message.header["options"]))
+            found = tensors_of(model(**inputs, **self.options(message)))
         return self.answer({"counts": self.group.counts}, found)
 
     def generate(self, message: Message) -> Message:
@@ -82,8 +83,14 @@ class Worker:
     def trace(self, message: Message) -> Message:
         """The outputs of the modules named, as this rank has them."""
         with self.asked(message) as (model, inputs), Trace(model, message.header["modules"]) as t:
-            model(**inputs, **message.header["options"])
+            model(**inputs, **self.options(message))
         return Message({"order": list(t.outputs)}, t.outputs)
+
+    def options(self, message: Message) -> dict[str, Any]:
+        """The options asked for; without any, those of a forward pass without a cache."""
+        asked = message.header["options"]
+        assert self.model is not None
+        return uncached(self.model) if asked is None else dict(asked)
 
     def answer(self, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
         """An answer with tensors from rank 0, and without from the others."""
@@ -96,7 +103,7 @@ class Worker:
             raise RanksError("no model is loaded")
         self.group.counts.update(all_reduce=0, all_gather=0)
         with torch.inference_mode():
-            yield self.model, {k: t.to(self.group.device) for k, t in message.tensors.items()}
+            yield self.model, fitted(message.tensors, self.model, self.group.device)
 
 
 class TokenStreamer(BaseStreamer):  # type: ignore[misc]

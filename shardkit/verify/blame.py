@@ -48,7 +48,7 @@ def blame(
 def placements_by_tensor(manifest: Manifest, unsharded: Unsharded) -> dict[str, Placement]:
     """The placement on disk that each of the model's own tensors is made of."""
     loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
-    return check_shapes(unsharded.model, manifest, conversions(unsharded.model, loaded))
+    return check_shapes(unsharded.model, manifest.placements, conversions(unsharded.model, loaded))
 
 
 def _held(placement: Placement | None, tp_rank: int, tp_size: int) -> Sequence[Span]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from shardkit.runtime.forward import fitted, tensors_of, uncached
 from shardkit.runtime.group import TensorParallelGroup
 from shardkit.runtime.load import load
-from shardkit.runtime.trace import Trace, tensors_of
+from shardkit.runtime.trace import Trace
 from shardkit.verify.inputs import make_inputs
 from shardkit.verify.models import Tensors, greedy, judged, prompt
 
-STOP, FORWARD, GENERATE, TRACE = range(4)
+STOP, FORWARD, GENERATE, TRACE, SEARCH = range(5)
 
 
 class JoinedRanks:
@@ -26,8 +27,8 @@ class JoinedRanks:
         self.group = group
         self.tp_size = group.tp_size
         self.model: PreTrainedModel = load(folder, group=group, dtype=dtype)
-        found = make_inputs(self.model.config)
-        self.inputs = {name: value.to(group.device) for name, value in found.items()}
+        self.options = uncached(self.model)
+        self.inputs = fitted(make_inputs(self.model), self.model, group.device)
 
     def load(self, _folder: Path, _dtype: torch.dtype | None) -> torch.dtype:
         """The dtype of the model, which is loaded already."""
@@ -44,6 +45,11 @@ class JoinedRanks:
         self._tell(GENERATE, steps)
         return self._generate(steps)
 
+    def search(self, _inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
+        """The token ids that beam search finds."""
+        self._tell(SEARCH, steps, beams)
+        return self._search(steps, beams)
+
     def trace(self, _inputs: Tensors, _modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """What rank 0's modules put out."""
         self._tell(TRACE)
@@ -56,22 +62,24 @@ class JoinedRanks:
     def follow(self) -> None:
         """Do what rank 0 does until it stops."""
         while True:
-            told = self.group.broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
+            told = self.group.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
             if told[0] == STOP:
                 return
             if told[0] == FORWARD:
                 self._forward()
             elif told[0] == GENERATE:
                 self._generate(told[1])
+            elif told[0] == SEARCH:
+                self._search(told[1], told[2])
             else:
                 self._trace()
 
-    def _tell(self, what: int, number: int = 0) -> None:
-        self.group.broadcast(torch.tensor([what, number]))
+    def _tell(self, what: int, *numbers: int) -> None:
+        self.group.broadcast(torch.tensor([what, *numbers, 0, 0][:3]))
 
     def _forward(self) -> torch.Tensor:
         with torch.inference_mode():
-            return judged(tensors_of(self.model(**self.inputs, use_cache=False))).cpu()
+            return judged(tensors_of(self.model(**self.inputs, **self.options))).cpu()
 
     def _generate(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
@@ -81,8 +89,13 @@ class JoinedRanks:
             )  # fmt: skip
         return made.sequences.cpu(), torch.stack(made.logits, 1).cpu()
 
+    def _search(self, steps: int, beams: int) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = self.model.generate(**prompt(self.inputs), **greedy(steps, beams))
+        return found.cpu()
+
     def _trace(self) -> dict[str, torch.Tensor]:
         names = [name for name, _ in self.model.named_modules() if name]
         with torch.inference_mode(), Trace(self.model, names) as trace:
-            self.model(**self.inputs, use_cache=False)
+            self.model(**self.inputs, **self.options)
         return {name: value.cpu() for name, value in trace.outputs.items()}

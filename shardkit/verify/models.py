@@ -8,11 +8,13 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from shardkit.errors import CheckpointError
+from shardkit.runtime.forward import fitted, tensors_of, uncached
 from shardkit.runtime.load import model_class, suit_experts
 from shardkit.runtime.ranks import Ranks
-from shardkit.runtime.trace import Trace, tensors_of
+from shardkit.runtime.trace import Trace
 
 Tensors = Mapping[str, torch.Tensor]
+CPU = torch.device("cpu")
 OUTPUTS = ("logits", "last_hidden_state", "prediction_logits", "start_logits")
 
 
@@ -29,6 +31,9 @@ class Sharded(Protocol):
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
+
+    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
+        """The token ids that beam search finds."""
 
     def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """For each rank, what the named modules put out."""
@@ -50,7 +55,7 @@ class LocalRanks:
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
         """The output that is judged, which every rank has."""
-        return judged(self.ranks.ask("forward", inputs, options={"use_cache": False})[0].tensors)
+        return judged(self.ranks.ask("forward", inputs, options=None)[0].tensors)
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
@@ -60,11 +65,16 @@ class LocalRanks:
         )[0].tensors  # fmt: skip
         return found["ids"], found["logits"]
 
+    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
+        """The token ids that beam search finds."""
+        return self.ranks.ask(
+            "generate", prompt(inputs), options=greedy(steps, beams), seed=None, stream=False,
+            with_logits=False,
+        )[0].tensors["ids"]  # fmt: skip
+
     def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """For each rank, what the named modules put out."""
-        answers = self.ranks.ask(
-            "trace", inputs, modules=list(modules), options={"use_cache": False}
-        )
+        answers = self.ranks.ask("trace", inputs, modules=list(modules), options=None)
         return [dict(answer.tensors) for answer in answers]
 
 
@@ -85,21 +95,35 @@ class Unsharded:
     def forward(self, inputs: Tensors) -> torch.Tensor:
         """The output that is judged."""
         with torch.inference_mode():
-            return judged(tensors_of(self.model(**inputs, use_cache=False)))
+            return judged(tensors_of(self._run(inputs)))
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
         with torch.inference_mode():
             made: Any = self.model.generate(
-                **prompt(inputs), **greedy(steps), output_logits=True, return_dict_in_generate=True
+                **fitted(prompt(inputs), self.model, CPU),
+                **greedy(steps),
+                output_logits=True,
+                return_dict_in_generate=True,
             )
         return made.sequences, torch.stack(made.logits, 1)
+
+    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
+        """The token ids that beam search finds."""
+        with torch.inference_mode():
+            found: torch.Tensor = self.model.generate(
+                **fitted(prompt(inputs), self.model, CPU), **greedy(steps, beams)
+            )
+        return found
 
     def trace(self, inputs: Tensors, modules: Iterable[str]) -> dict[str, torch.Tensor]:
         """What the named modules put out, in the order they ran."""
         with torch.inference_mode(), Trace(self.model, modules) as trace:
-            self.model(**inputs, use_cache=False)
+            self._run(inputs)
         return trace.outputs
+
+    def _run(self, inputs: Tensors) -> Any:
+        return self.model(**fitted(inputs, self.model, CPU), **uncached(self.model))
 
 
 def judged(outputs: Tensors) -> torch.Tensor:
@@ -113,9 +137,9 @@ def prompt(inputs: Tensors) -> dict[str, torch.Tensor]:
     return {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
 
 
-def greedy(steps: int) -> dict[str, Any]:
-    """Generate exactly `steps` tokens, the likeliest each."""
+def greedy(steps: int, beams: int = 1) -> dict[str, Any]:
+    """Generate exactly `steps` tokens, the likeliest each, or the likeliest of some beams."""
     return {
-        "do_sample": False, "num_beams": 1, "max_new_tokens": steps, "min_new_tokens": steps,
+        "do_sample": False, "num_beams": beams, "max_new_tokens": steps, "min_new_tokens": steps,
         "pad_token_id": 0,
     }  # fmt: skip

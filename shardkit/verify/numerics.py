@@ -22,16 +22,18 @@ def check_numerics(
     source: Path,
     sharded: Sharded,
     dtype: torch.dtype | None = None,
+    beams: int = 0,
 ) -> Check:
     """Run both on the same inputs: outputs, and for a generator cached decoding and its choices.
 
-    `dtype` None is the checkpoint's own.  The reference is the unsharded model in float64, or in
+    `dtype` None is the checkpoint's own.  `beams` also compares beam search, where a model has it.
+    The reference is the unsharded model in float64, or in
     float32 for a 16-bit dtype.  Raises RanksError or CheckpointError where one cannot run at all.
     """
     dtype = sharded.load(folder, dtype)
     reference = Unsharded(source, WIDER.get(dtype, torch.float32))
     unsharded = Unsharded(source, dtype)
-    inputs = make_inputs(reference.model.config)
+    inputs = make_inputs(reference.model)
     truth, own, ours = (m.forward(inputs) for m in (reference, unsharded, sharded))
     found = judge(ours, own, truth, dtype)
     numbers: dict[str, object] = {
@@ -45,6 +47,8 @@ def check_numerics(
     elif reference.model.can_generate():
         numbers |= {"kl_divergence": divergence(ours, truth), "top1": agreement(ours, truth)}
         faults = _decode(reference, unsharded, sharded, inputs, dtype, numbers)
+        if beams and not faults:
+            faults = _beam_search(unsharded, sharded, inputs, beams, numbers)
     summary = (
         f"{numbers['dtype']} error {found.sharded.max:.2g} against {numbers['reference_dtype']};"
         f" the unsharded model's own is {found.unsharded.max:.2g}, allowed {found.allowed.max:.2g}"
@@ -79,6 +83,20 @@ def _decode(
         tied = tied or same < length
     numbers["greedy"] = "differs" if faults else "equal up to a tie" if tied else "equal"
     return faults
+
+
+def _beam_search(
+    unsharded: Unsharded, sharded: Sharded, inputs: Tensors, beams: int, numbers: dict[str, object]
+) -> list[str]:
+    """Beam search gives equal tokens; a model that has none is said to."""
+    try:
+        theirs = unsharded.search(inputs, STEPS, beams)
+    except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        numbers["beams"] = f"none unsharded: {type(error).__name__}"
+        return []
+    ours = sharded.search(inputs, STEPS, beams)
+    numbers["beams"] = "equal" if torch.equal(ours, theirs) else "differ"
+    return [] if numbers["beams"] == "equal" else [f"beam search over {beams} beams differs"]
 
 
 def _common(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -6,47 +6,55 @@ both ends of the vocabulary) must then sum over the ranks to what the whole mode
 round trip proves nothing of the kind: a wrong layout merges back bit for bit.
 
 Each such layer's output is replaced by the whole model's as it runs, so every region of every rank
-starts from true inputs, whatever residuals and norms lie between.
+starts from true inputs, whatever residuals and norms lie between.  So is what a norm over a divided
+width puts out, for a rank's own part: alone, it would normalise by that part's mean.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.errors import VerifyError
 from shardkit.plan import Placement, Plan, make_plan
 from shardkit.recipe import Recipe
-from shardkit.runtime.load import model_class
+from shardkit.runtime.forward import uncached
+from shardkit.runtime.load import check_shapes, model_class
 from shardkit.runtime.names import conversions
 from shardkit.verify.inputs import make_inputs
 
-logging.disable_progress_bar()
-
 WEIGHTS = "model.safetensors"
 SUMMED = ("row", "vocab")
+GIVEN = ("norm", "gather")
 Outputs = dict[str, list[torch.Tensor]]
-Hook = Callable[[torch.nn.Module, object, torch.Tensor], torch.Tensor | None]
+Hook = Callable[[torch.nn.Module, object, Any], Any]
 
 
 def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[str, float]:
-    """By how much each summed layer of a model misses its output, relative to its largest value."""
+    """By how much each summed layer of a model misses its output, relative to its largest value.
+
+    `source` is a small checkpoint of one file.  Raises VerifyError for a weight that nothing runs.
+    """
     model, plan = load(source), plan_of(source, recipe, tp_size)
-    layers = summed_layers(model, plan)
-    truth = record(model, layers)
-    assert {layers[name] for name in truth} == set(layers.values()), "a weight that nothing runs"
-    sums = {name: [torch.zeros_like(t) for t in outputs] for name, outputs in truth.items()}
+    layers, given = owners(model, plan, SUMMED), owners(model, plan, GIVEN)
+    inputs = make_inputs(model)
+    truth = record(model, inputs, [*layers, *given])
+    if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
+        raise VerifyError(f"{source}: nothing ran {idle[0]}, so its layout is not proven")
+    sums = {name: [torch.zeros_like(t) for t in truth[name]] for name in layers if name in truth}
     for tp_rank in range(tp_size):
         local = load(write_masked(source, plan, tp_rank, scratch / str(tp_rank)))
-        for name, parts in record(local, layers, truth).items():
-            for total, part in zip(sums[name], parts, strict=True):
+        found = record(local, inputs, [*layers, *given], truth)
+        for name, totals in sums.items():
+            for total, part in zip(totals, found[name], strict=True):
                 total += part
-    return {name: max(map(miss, sums[name], truth[name])) for name in truth}
+    return {name: max(map(miss, totals, truth[name])) for name, totals in sums.items()}
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -64,21 +72,20 @@ def plan_of(source: Path, recipe: Recipe, tp_size: int) -> Plan:
 
 def placed_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
     """Each of the model's parameters, tied ones by all their names, and its placement on disk."""
-    placed = {p.spec.name: p for p in plan.placements if p.style != "ignore"}
-    made = {
-        id(model.get_parameter_or_buffer(c.target)): placed[c.sources[0][0]]
-        for c in conversions(model, placed)
-    }
+    stored = {p.spec.name: p for p in plan.placements if p.style != "ignore"}
+    made = check_shapes(model, stored, conversions(model, stored))
+    by_tensor = {id(model.get_parameter_or_buffer(name)): p for name, p in made.items()}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: made[id(parameter)] for name, parameter in named}
+    return {name: by_tensor[id(tensor)] for name, tensor in named if id(tensor) in by_tensor}
 
 
-def summed_layers(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-    """The modules that own a row- or vocab-parallel weight, and its name on disk."""
+def owners(model: PreTrainedModel, plan: Plan, styles: Iterable[str]) -> dict[str, str]:
+    """The modules that own a weight of one of these styles, and its name on disk."""
     return {
         name.rpartition(".")[0]: placement.spec.name
         for name, placement in placed_parameters(model, plan).items()
-        if placement.style in SUMMED and len(placement.spec.shape) > 1
+        if placement.style in styles
+        and (len(placement.spec.shape) > 1 or placement.style not in SUMMED)
     }
 
 
@@ -97,7 +104,7 @@ def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
 def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int) -> torch.Tensor:
     """The tensor, zero outside the rank's spans; a row-parallel bias is rank 0's alone."""
     if placement.dim is None:
-        return tensor * 0 if placement.style == "row" and tp_rank else tensor
+        return tensor * 0 if placement.style in ("row", "once") and tp_rank else tensor
     shape = [1] * tensor.ndim
     shape[placement.dim] = -1
     kept = torch.zeros(tensor.shape[placement.dim], dtype=torch.bool)
@@ -106,20 +113,30 @@ def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: in
     return tensor * kept.view(shape)
 
 
-def record(model: PreTrainedModel, layers: Iterable[str], truth: Outputs | None = None) -> Outputs:
+def record(
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    layers: Iterable[str],
+    truth: Outputs | None = None,
+) -> Outputs:
     """What the named layers put out, call by call; `truth`, where given, takes its place."""
     found: Outputs = {}
 
     def hook_of(name: str) -> Hook:
-        def hook(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor | None:
-            calls = found.setdefault(name, [])
-            calls.append(output.clone())  # models add residuals in place
-            return None if truth is None else truth[name][len(calls) - 1].clone()
+        def hook(_module: object, _args: object, output: Any) -> Any:
+            calls, first = found.setdefault(name, []), output
+            if isinstance(output, tuple):
+                first = output[0]
+            calls.append(first.clone())  # models add residuals in place
+            if truth is None:
+                return None
+            given = truth[name][len(calls) - 1].clone()
+            return (given, *output[1:]) if isinstance(output, tuple) else given
 
         return hook
 
     with torch.inference_mode(), hooks(model, {name: hook_of(name) for name in layers}):
-        model(**make_inputs(model.config), use_cache=False)
+        model(**inputs, **uncached(model))
     return found
 
 

@@ -1,0 +1,53 @@
+"""The bundled recipes, and which of them serves a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.config import serves
+from shardkit.errors import RecipeError
+from shardkit.recipe import Recipe
+from shardkit.recipe_file import load_recipe
+
+HERE = Path(__file__).parent
+
+
+def recipe_folder() -> Path:
+    """The bundled recipes: inside an installed package, beside it in a checkout."""
+    installed = HERE / "recipes"
+    return installed if installed.is_dir() else HERE.parent / "recipes"
+
+
+def bundled() -> list[Path]:
+    """Every bundled recipe file, by name."""
+    return sorted(recipe_folder().glob("*.toml"))
+
+
+def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> Recipe:
+    """The recipe that serves a config's model_type, or the one asked for by name or path.
+
+    Raises RecipeError where there is none: no layout is ever guessed.
+    """
+    model_type = config.get("model_type")
+    if name_or_path is not None:
+        path = Path(name_or_path)
+        if path.suffix != ".toml":
+            path = recipe_folder() / f"{name_or_path}.toml"
+        return load_recipe(path)
+    mentioned = [p for p in bundled() if f'"{model_type}"' in p.read_text(encoding="utf-8")]
+    found = [recipe for recipe in map(load_recipe, mentioned) if model_type in recipe.model_types]
+    fitting = [recipe for recipe in found if serves(recipe, config)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if found:
+        names = ", ".join(recipe.name for recipe in fitting or found)
+        what = "more than one of them serves" if fitting else "none of them serves"
+        raise RecipeError(
+            f"model_type {model_type!r} has the recipes {names}, but {what} this config;"
+            " choose one with --recipe NAME"
+        )
+    raise RecipeError(
+        f"model_type {model_type!r}: no recipe serves it (`shardkit recipes list` shows those"
+        " known); draft one with `shardkit recipes draft`, or write one (recipes/README.md), and"
+        " pass it with --recipe FILE.toml"
+    )

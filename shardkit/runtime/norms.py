@@ -1,0 +1,81 @@
+"""Modules that need their whole width while a rank has a part of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardkit.errors import ManifestError
+from shardkit.runtime import layers
+from shardkit.runtime.group import TensorParallelGroup
+
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+
+
+class ShardedRMSNorm(nn.Module):
+    """Mixed into an RMS norm: its width is divided, and one small all-reduce finds the whole mean.
+
+    The class's own forward, whatever its formula, normalises by the mean over the rank's part; the
+    result is then scaled to the mean over all of them.  An index that several ranks hold (kv
+    heads) counts once.
+    """
+
+    group: TensorParallelGroup
+    share: torch.Tensor
+    width: int
+    epsilon: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., rank's width]` to the same."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        square = wide.square()
+        share = self.share.to(x.device, square.dtype)
+        whole = self.group.all_reduce((square * share).sum(-1, keepdim=True)) / self.width
+        scale = torch.sqrt((square.mean(-1, keepdim=True) + self.epsilon) / (whole + self.epsilon))
+        part: torch.Tensor = super().forward(wide)
+        return (part * scale).to(x.dtype)
+
+
+def make_sharded_norm(
+    module: nn.Module, path: str, group: TensorParallelGroup, parts: Sequence[torch.Tensor]
+) -> None:
+    """Turn an RMS norm into its sharded form; `parts` are the indices each rank holds.
+
+    Raises ManifestError for a module that is no such norm: one with a bias, say.
+    """
+    found = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
+    if len(found) != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
+        raise ManifestError(f"{path}: {type(module).__name__} is no RMS norm; use [gather] for it")
+    held = torch.cat(list(parts)).bincount()
+    share = held[parts[group.tp_rank]].double().reciprocal()
+    cls = type(f"ShardedRMSNorm[{type(module).__name__}]", (ShardedRMSNorm, type(module)), {})
+    layers.become(module, cls, group=group, share=share, width=len(held), epsilon=float(found[0]))
+
+
+def make_gathered(
+    module: nn.Module, group: TensorParallelGroup, parts: Sequence[torch.Tensor]
+) -> None:
+    """Run a module whole: its inputs of a rank's width are gathered, its output is cut again.
+
+    `parts` are the indices of the whole width that each rank holds, in the order it holds them.
+    """
+    mine, order = parts[group.tp_rank], torch.cat(list(parts))
+    sizes = [len(part) for part in parts]
+    first = torch.full((int(order.max()) + 1,), -1)
+    for at, index in enumerate(order.tolist()):
+        first[index] = at if first[index] < 0 else first[index]
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.shape[-1:] != mine.shape:
+            return value
+        return group.all_gather(value, sizes).index_select(-1, first.to(value.device))
+
+    def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return tuple(map(gather, args)), {name: gather(v) for name, v in kwargs.items()}
+
+    def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_select(-1, mine.to(output.device))
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after)
