@@ -20,15 +20,9 @@ from shardkit.verify.numerics import check_numerics
 from shardkit.verify.report import Check
 
 ROUNDING = 1e-5  # of a summed layer; sound layouts miss by some 5e-7, the mildest fault by 0.1
-FOREIGN = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-)
+FOREIGN = (
+    AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
