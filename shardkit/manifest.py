@@ -188,13 +188,13 @@ def placement_json(placement: Placement) -> dict[str, object]:
 
 
 def _section_json(section: Section) -> dict[str, object]:
-    return {
+    beside = {"beside": section.beside} if section.beside else {}
+    return beside | {
         "repeat": section.repeat,
         "units": section.units,
         "size": section.size,
         "sharers": section.sharers,
         "whole": section.whole,
-        "beside": section.beside,
     }
 
 

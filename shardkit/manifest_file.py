@@ -199,11 +199,12 @@ def _placement(name: str, value: Any) -> Placement:
 
 
 def _section(value: Any, where: str) -> Section:
-    fields = Fields(value, where, "repeat units size sharers whole beside")
+    beside = isinstance(value, dict) and "beside" in value  # left out where there is nothing
+    fields = Fields(value, where, "repeat units size sharers whole" + " beside" * beside)
     section = Section(
         fields.integer("units", MAX_DIM, 1), fields.integer("size", MAX_DIM),
         fields.integer("repeat", MAX_DIM, 1), fields.integer("sharers", MAX_DIM),
-        fields.boolean("whole"), fields.integer("beside", MAX_DIM),
+        fields.boolean("whole"), fields.integer("beside", MAX_DIM, 1) if beside else 0,
     )  # fmt: skip
     if section.beside and section.sharers < section.units:
         raise JsonError(f"{where}: {section.sharers} units cannot share {section.units}")
