@@ -68,13 +68,19 @@ class UnitRule:
 class LocalAttribute:
     """A module attribute that shrinks on a rank, as `times` does, or as the ratio `times/per`.
 
-    Of a list of modules, one for each unit, a rank keeps its own.
+    Of a list of modules, one for each unit, a rank keeps its own.  `times` is a unit, or a tensor
+    of the module (`conv1d.weight`) along whose divided dimension the attribute is counted.
     """
 
     module: str
     attribute: str
     times: str
     per: str = ""
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether `times` names a tensor; no unit's name has a dot."""
+        return "." in self.times
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +134,14 @@ class Recipe:
 def tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]:
     """The tensors a recipe pattern names: a module's weight and bias, or exactly that tensor.
 
-    A name may lack the base model's prefix, as checkpoints saved from the base model do.
+    A name may lack the base model's prefix, as checkpoints saved from the base model do, and old
+    checkpoints call the weight and bias of a norm gamma and beta.
     """
     head = ""
     if base_model_prefix and pattern.startswith(base_model_prefix + "."):
         head = f"(?:{re.escape(base_model_prefix)}\\.)?"
         pattern = pattern[len(base_model_prefix) + 1 :]
-    return re.compile(head + _body(pattern) + r"(?:\.weight|\.bias)?")
+    return re.compile(head + _body(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
 
 
 def module_pattern(pattern: str) -> re.Pattern[str]:
@@ -143,10 +150,13 @@ def module_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _body(pattern: str) -> str:
-    """`*` is one number and `{a,b}` is either; everything else stands for itself."""
+    """`*` is one number and `{a,b}` is either; everything else stands for itself.
+
+    `*` is itself too: transformers 5 saves such a name where it undoes a renaming by pattern.
+    """
     parts = re.split(r"(\*|\{[^{}]*\})", pattern)
     return "".join(
-        r"\d+"
+        r"(?:\d+|\*)"
         if part == "*"
         else "(?:" + "|".join(map(re.escape, part[1:-1].split(","))) + ")"
         if part.startswith("{")

@@ -150,7 +150,12 @@ def test_a_tensor_that_two_rules_name_is_refused_with_both() -> None:
     ("pattern", "named", "not_named"),
     [
         ("a.b", ["a.b", "a.b.weight", "a.b.bias"], ["a.b.scale", "x.a.b", "a.bb", "aXb"]),
-        ("h.*.ln", ["h.0.ln.weight", "h.127.ln"], ["h.x.ln", "h..ln", "h.0.1.ln", "h.-1.ln"]),
+        ("a.b", ["a.b.gamma", "a.b.beta"], ["a.b.weight.gamma", "a.b.delta"]),
+        (
+            "h.*.ln",
+            ["h.0.ln.weight", "h.127.ln", "h.*.ln"],
+            ["h.x.ln", "h.**.ln", "h..ln", "h.0.1.ln", "h.-1.ln"],
+        ),
         ("h.{q,k}_proj", ["h.q_proj", "h.k_proj.bias"], ["h.v_proj", "h.q,k_proj"]),
         ("h.{a.b,c}.d", ["h.a.b.d", "h.c.d"], ["h.aXb.d"]),
         ("p.wte", ["p.wte.weight", "wte.weight"], ["q.wte.weight", "p.p.wte.weight"]),
