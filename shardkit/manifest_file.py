@@ -127,7 +127,7 @@ def _check_units(plan: Plan) -> None:
         if name not in plan.units or plan.units[name].count is None:
             raise JsonError(f"local: {shown(name)} is no unit with a count")
     for attribute in plan.attributes:
-        if attribute.times not in plan.units:
+        if attribute.times not in plan.units and not (attribute.by_tensor and not attribute.per):
             raise JsonError(f"local: {shown(attribute.times)} is no unit")
 
 

@@ -20,6 +20,7 @@ KEYS = {
 }  # fmt: skip
 PATTERN = re.compile(r"(?:[^{}\s]|\{[^{}*\s]+\})+")
 FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
+TENSOR = re.compile(rf"{FIELD}\.(?:weight|bias)", re.ASCII)  # of a module
 COUNT = re.compile(rf"{FIELD}(?: / (?:{FIELD}|[1-9][0-9]{{0,3}}))?", re.ASCII)
 MAX_BYTES = 1 << 20
 MAX_DIM = 8  # of a forward argument
@@ -201,8 +202,11 @@ def _attributes(table: dict[str, Any], units: dict[str, UnitRule]) -> Iterator[L
             key = f"local.{module}.{attribute}"
             names = _string(text, key).split("/")
             counted = [name in units and bool(units[name].fields) for name in names]
-            if not (len(names) < 3 and all(counted)) and text not in units:
-                raise RecipeError(f"{key}: {text!r} is no unit, nor a ratio of two with counts")
+            tensor = TENSOR.fullmatch(text)
+            if not (len(names) < 3 and all(counted)) and text not in units and not tensor:
+                raise RecipeError(
+                    f"{key}: {text!r} is no unit, nor a ratio of two with counts, nor MODULE.weight"
+                )
             yield LocalAttribute(_pattern("local", module), attribute, *names)
         if not entry:
             raise RecipeError(f"local.{module}: is empty")

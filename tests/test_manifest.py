@@ -268,6 +268,13 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     "an attribute of no unit": (
         changed("local", "attributes", 0, "times", to="x"), "local: 'x' is no unit",
     ),
+    "an attribute of a tensor and a unit": (
+        both(
+            changed("local", "attributes", 0, "times", to="k_proj.weight"),
+            changed("local", "attributes", 0, "per", to="heads"),
+        ),
+        "local: 'k_proj.weight' is no unit",
+    ),
     "an attribute without a count": (
         changed("local", "attributes", 0, "per", to="vocab"), "local: 'vocab' is no unit with",
     ),

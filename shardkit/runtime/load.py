@@ -22,7 +22,7 @@ from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
-from shardkit.runtime.localize import localize, select_modules
+from shardkit.runtime.localize import localize, select
 from shardkit.runtime.names import Conversion, conversions
 from shardkit.shards import open_shard
 
@@ -107,7 +107,7 @@ def build(
     if group.tp_rank:
         clear(model, [name for name, placement in placed.items() if placement.style == "once"])
     finish(model, missing, group.device)
-    select_modules(model, manifest.plan, group.tp_rank)
+    select(model, manifest.plan, placed, group.tp_rank)
     for module in model.modules():
         fit_widths(module)
     suit_experts(model)

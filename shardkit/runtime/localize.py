@@ -15,6 +15,8 @@ from shardkit.recipe import LocalArgument, LocalAttribute, module_pattern
 from shardkit.runtime import layers, norms
 from shardkit.runtime.group import TensorParallelGroup
 
+LISTS = (nn.ModuleList, torch.Tensor)  # of which a rank keeps its own, once they are filled
+
 
 def localize(
     model: nn.Module,
@@ -34,7 +36,7 @@ def localize(
     for path, placements in owned.items():
         _swap(model.get_submodule(path), path, placements, group)
     for attribute in manifest.plan.attributes:
-        _shrink(model, attribute, manifest.plan, group.tp_rank)
+        _shrink(model, attribute, manifest.plan, placed, group.tp_rank)
     for argument in manifest.plan.arguments:
         _slice(model, argument, manifest.plan, group.tp_rank)
 
@@ -70,13 +72,13 @@ def _indices(parts: Iterable[Span]) -> torch.Tensor:
     return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in parts])
 
 
-def matching(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
+def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules a pattern names.  Raises ManifestError where it names none, unless by `?`."""
     compiled, found = module_pattern(pattern), False
     for name, module in model.named_modules():
         if compiled.fullmatch(name):
             found = True
-            yield module
+            yield name, module
     if not found and not pattern.endswith("?"):
         raise ManifestError(f"{type(model).__name__} has no module {pattern!r}")
 
@@ -92,15 +94,24 @@ def local_value(full: int, times: tuple[int, int], per: tuple[int, int]) -> int:
     return value
 
 
-def _shrink(model: nn.Module, rule: LocalAttribute, plan: Plan, tp_rank: int) -> None:
-    for module in matching(model, rule.module):
+def _shrink(
+    model: nn.Module,
+    rule: LocalAttribute,
+    plan: Plan,
+    placed: Mapping[str, Placement],
+    tp_rank: int,
+) -> None:
+    for path, module in matching(model, rule.module):
         owner, name = _owner(module, rule.attribute.removesuffix("?"))
         full = getattr(owner, name, None)
-        if isinstance(full, nn.ModuleList) or (full is None and rule.attribute.endswith("?")):
+        if isinstance(full, LISTS) or (full is None and rule.attribute.endswith("?")):
             continue
         if type(full) is not int:
             raise ManifestError(f"{rule.module}: no integer attribute {name!r}")
-        setattr(owner, name, shrunk(full, rule, plan, tp_rank))
+        if rule.by_tensor:
+            setattr(owner, name, len(_own(full, rule, path, placed, plan, tp_rank)))
+        else:
+            setattr(owner, name, shrunk(full, rule, plan, tp_rank))
 
 
 def shrunk(full: int, rule: LocalAttribute, plan: Plan, tp_rank: int) -> int:
@@ -117,22 +128,45 @@ def shrunk(full: int, rule: LocalAttribute, plan: Plan, tp_rank: int) -> int:
     return local_value(full, (plan.local(rule.times, tp_rank), count), per)
 
 
-def select_modules(model: nn.Module, plan: Plan, tp_rank: int) -> None:
-    """Of each list of modules that has one for each unit, keep the rank's own, once it is filled.
+def select(model: nn.Module, plan: Plan, placed: Mapping[str, Placement], tp_rank: int) -> None:
+    """Of lists of modules and of buffers that are divided, keep the rank's own, once filled.
 
-    Raises ManifestError for a list of another length.
+    Raises ManifestError for one of another length.
     """
     for rule in plan.attributes:
-        for module in matching(model, rule.module):
-            full = getattr(module, rule.attribute.removesuffix("?"), None)
-            if not isinstance(full, nn.ModuleList):
-                continue
-            unit = plan.units[rule.times]
-            if len(full) != unit.count:
-                raise ManifestError(f"{rule.module}.{rule.attribute}: {len(full)} modules")
-            held = spans([Section(unit.count, 1, 1, unit.sharers)], tp_rank, plan.tp_size)
-            own = nn.ModuleList(full[i] for i in _indices(held).tolist())
-            setattr(module, rule.attribute.removesuffix("?"), own)
+        name = rule.attribute.removesuffix("?")
+        for path, module in matching(model, rule.module):
+            full = getattr(module, name, None)
+            if isinstance(full, torch.Tensor):
+                own = _own(full.shape[-1], rule, path, placed, plan, tp_rank)
+                setattr(module, name, full.index_select(-1, own.to(full.device)))
+            elif isinstance(full, nn.ModuleList):
+                setattr(module, name, _own_modules(full, rule, plan, tp_rank))
+
+
+def _own_modules(
+    full: nn.ModuleList, rule: LocalAttribute, plan: Plan, tp_rank: int
+) -> nn.ModuleList:
+    unit = plan.units.get(rule.times)
+    if unit is None or len(full) != unit.count:
+        raise ManifestError(f"{rule.module}.{rule.attribute}: {len(full)} modules")
+    held = spans([Section(unit.count, 1, 1, unit.sharers)], tp_rank, plan.tp_size)
+    return nn.ModuleList(full[i] for i in _indices(held).tolist())
+
+
+def _own(
+    full: int,
+    rule: LocalAttribute,
+    path: str,
+    placed: Mapping[str, Placement],
+    plan: Plan,
+    tp_rank: int,
+) -> torch.Tensor:
+    """The indices that a rank holds of the tensor along which an attribute is counted."""
+    found = placed.get(f"{path}.{rule.times}")
+    if found is None or found.dim is None or found.spec.shape[found.dim] != full:
+        raise ManifestError(f"{path}.{rule.attribute}: {full} is no length of a {rule.times}")
+    return _indices(found.spans(tp_rank, plan.tp_size))
 
 
 def _owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
@@ -157,7 +191,7 @@ def _slice(model: nn.Module, rule: LocalArgument, plan: Plan, tp_rank: int) -> N
             kwargs = {**kwargs, rule.argument: own_part(value, rule, count, index)}
         return args, kwargs
 
-    for module in matching(model, rule.module):
+    for _, module in matching(model, rule.module):
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

@@ -1,0 +1,53 @@
+"""What shrinks on a rank beside the weights: attributes and buffers counted along a tensor."""
+
+import pytest
+import torch
+from torch import nn
+
+from shardkit.errors import ManifestError
+from shardkit.layout import Section
+from shardkit.plan import Placement, Plan
+from shardkit.recipe import LocalAttribute
+from shardkit.runtime.localize import _shrink, select
+from shardkit.tensor import TensorSpec
+
+# Six heads of width 4, and one group of 3 that all of them share: ranks hold 12 + 3 each.
+SECTIONS = (Section(6, 4), Section(1, 3, sharers=6))
+SPEC = TensorSpec("layers.0.mixer.conv1d.weight", "F32", (27, 1, 4))
+PLACED = {SPEC.name: Placement(SPEC, "column", 0, SECTIONS)}
+
+
+class Mixer(nn.Module):
+    def __init__(self, conv_dim: int) -> None:
+        super().__init__()
+        self.conv_dim = conv_dim
+        self.register_buffer("scales", torch.arange(27.0)[None], persistent=False)
+
+
+def model_of(conv_dim: int = 27) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": Mixer(conv_dim)})])})
+
+
+def plan_of(*rules: LocalAttribute) -> Plan:
+    return Plan(2, tuple(PLACED.values()), {}, rules)
+
+
+def test_an_attribute_is_as_long_as_the_rank_s_part_of_its_tensor() -> None:
+    rule, model = LocalAttribute("layers.*.mixer", "conv_dim", "conv1d.weight"), model_of()
+    _shrink(model, rule, plan_of(rule), PLACED, 1)
+    assert model.get_submodule("layers.0.mixer").conv_dim == 15
+
+
+def test_a_buffer_is_cut_as_its_tensor_is() -> None:
+    rule, model = LocalAttribute("layers.*.mixer", "scales", "conv1d.weight"), model_of()
+    _shrink(model, rule, plan_of(rule), PLACED, 1)
+    select(model, plan_of(rule), PLACED, 1)
+    scales = model.get_submodule("layers.0.mixer").scales
+    assert scales.tolist() == [[*range(12, 24), 24, 25, 26]]
+
+
+@pytest.mark.parametrize(("length", "tensor"), [(26, "conv1d.weight"), (27, "conv2d.weight")])
+def test_an_attribute_of_another_length_is_refused(length: int, tensor: str) -> None:
+    rule, model = LocalAttribute("layers.*.mixer", "conv_dim", tensor), model_of(length)
+    with pytest.raises(ManifestError, match=rf"conv_dim: {length} is no length of a {tensor}"):
+        _shrink(model, rule, plan_of(rule), PLACED, 0)
