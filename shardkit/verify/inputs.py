@@ -1,30 +1,67 @@
 """Inputs that any model of a kind can be run on, from its config alone, the same every time."""
 
 import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-BATCH = 2
+from shardkit.verify.images import BATCH, image_token, image_tokens, make_images
+
 LENGTH = 24
 SEED = 20
+START = 1  # tokens before an image's
+RESERVED = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
 def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Token ids `[2, up to 24]`, and the decoder's own for an encoder-decoder."""
+    """Images and token ids `[2, up to 24]`, as the model takes them, and an encoder-decoder's own.
+
+    Where the text has places for images, each row has as many more as one image fills.  The model
+    tells how many by running its vision, so every rank of a sharded one must call it.
+    """
+    inputs = make_images(model)
+    taken = inspect.signature(model.forward).parameters
+    if "input_ids" in taken:
+        inputs |= _texts(model, inputs)
+    return {name: value for name, value in inputs.items() if name in taken}
+
+
+def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     config: Any = model.config
     text = config.get_text_config()
-    vocabulary = int(text.vocab_size)
     longest = int(getattr(text, "max_position_embeddings", None) or LENGTH)
+    longest = longest if longest > 0 else LENGTH  # -1 is any length
+    longest = LENGTH if longest < 1 else longest  # -1 says that there is no limit
     generator = torch.Generator().manual_seed(SEED)
+    plain = _plain_tokens(config, int(text.vocab_size))
 
     def ids(length: int) -> torch.Tensor:
-        return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
+        return plain[torch.randint(0, len(plain), (BATCH, length), generator=generator)]
 
     inputs = {"input_ids": ids(min(LENGTH, longest))}
+    if places := image_tokens(model, images):
+        inputs = _with_places(inputs["input_ids"], image_token(model) or 0, places)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids(min(LENGTH // 2, longest))
-    taken = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in taken}
+    return inputs
+
+
+def _plain_tokens(config: Any, vocabulary: int) -> torch.Tensor:
+    """The token ids that stand for text, and not for what is seen or heard."""
+    stated = config.to_dict().items()
+    reserved = [value for name, value in stated if RESERVED.fullmatch(name) and value is not None]
+    every = torch.arange(vocabulary)
+    return every[~torch.isin(every, torch.tensor(reserved, dtype=torch.int64))]
+
+
+def _with_places(ids: torch.Tensor, token: int, places: int) -> dict[str, torch.Tensor]:
+    """The same text with places for an image, and what tells them apart where a model asks."""
+    image = torch.full((len(ids), places), token)
+    ids = torch.cat([ids[:, :START], image, ids[:, START:]], 1)
+    kinds = torch.zeros_like(ids)
+    kinds[:, START : START + places] = 1
+    return {"input_ids": ids, "token_type_ids": kinds, "mm_token_type_ids": kinds}
