@@ -1,6 +1,7 @@
 """The two models that are compared: the unsharded one here, the sharded one over its ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,17 +90,20 @@ class Unsharded:
         )
         self.model: PreTrainedModel = model.eval()
         suit_experts(self.model)
+        if dtype == torch.float64:  # a few classes make parameters that stay float32
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.double()
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"{folder}: {missing[0]} is not in the checkpoint")
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
         """The output that is judged."""
-        with torch.inference_mode():
+        with self._running():
             return judged(tensors_of(self._run(inputs)))
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
-        with torch.inference_mode():
+        with self._running():
             made: Any = self.model.generate(
                 **fitted(prompt(inputs), self.model, CPU),
                 **greedy(steps),
@@ -110,7 +114,7 @@ class Unsharded:
 
     def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
         """The token ids that beam search finds."""
-        with torch.inference_mode():
+        with self._running():
             found: torch.Tensor = self.model.generate(
                 **fitted(prompt(inputs), self.model, CPU), **greedy(steps, beams)
             )
@@ -118,9 +122,21 @@ class Unsharded:
 
     def trace(self, inputs: Tensors, modules: Iterable[str]) -> dict[str, torch.Tensor]:
         """What the named modules put out, in the order they ran."""
-        with torch.inference_mode(), Trace(self.model, modules) as trace:
+        with self._running(), Trace(self.model, modules) as trace:
             self._run(inputs)
         return trace.outputs
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Without gradients; in float64, so are the constants that models make as they run."""
+        before = torch.get_default_dtype()
+        if self.model.dtype == torch.float64:
+            torch.set_default_dtype(torch.float64)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_default_dtype(before)
 
     def _run(self, inputs: Tensors) -> Any:
         return self.model(**fitted(inputs, self.model, CPU), **uncached(self.model))
