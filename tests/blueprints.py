@@ -151,7 +151,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], Shapes]] = {
         GPT_NEOX,
     ),
     "bloom": ({"model_type": "bloom", "n_head": 8}, BLOOM),
-    "falcon": ({"model_type": "falcon", "num_attention_heads": 6, "num_kv_heads": 2}, FALCON),
+    "falcon": (
+        {
+            "model_type": "falcon",
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+        },
+        FALCON,
+    ),
     "t5": ({"model_type": "t5", "num_heads": 8, "d_ff": 24}, T5),
     "bert": ({"model_type": "bert", "num_attention_heads": 8, "intermediate_size": 24}, BERT),
     "bart": (

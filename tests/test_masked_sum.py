@@ -25,7 +25,11 @@ FAULTS: dict[str, tuple[str, *tuple[tuple[str, str], ...]]] = {
     "Conv1D cut along its inputs": ("gpt2", ('"transformer.h.*.mlp.c_fc",', "")),
     "each head's q, k and v read as blocks": ("gpt_neox", ('"heads 3"', '"3 heads"')),
     "the same with alibi": ("bloom", ('"heads 3"', '"3 heads"')),
-    "groups read as blocks": ("falcon-grouped", ('value" = "groups"', 'value" = "2 groups"')),
+    "kv heads read apart from their q": ("falcon-grouped", ("kv_heads (heads + 2)", QKV)),
+    "one k and v divided with q": ("falcon-7b", ('"heads + 2"', '"any"'), ANY),
+    "one k and v divided among blocks": ("gpt_bigcode", ('"heads + 2"', '"any"'), ANY),
+    "quarters read head by head": ("codegen", ('"4 3 quarter"', '"4 quarter 3"')),
+    "quarters read as one": ("codegen", ('"4 quarter"', '"quarter"')),
     "gate and up cut as one axis": ("phi3", ('"2 ffn"', '"any"'), ANY),
     "gate and up read in pairs": ("phi3", ('"2 ffn"', '"ffn 2"')),
     "k and v of other ranks' heads": ("phi3", (QKV, "heads + kv_heads 2")),
@@ -57,8 +61,7 @@ DIFFERENT = {
 
 
 def has_plan(name: str) -> bool:
-    cls = getattr(transformers, VARIANTS[name].model)
-    return bool(cls.config_class.base_model_tp_plan)
+    return bool(VARIANTS[name].model_class.config_class.base_model_tp_plan)
 
 
 @pytest.fixture(scope="module", autouse=True)
