@@ -9,7 +9,7 @@ from shardkit.manifest import Manifest
 from shardkit.verify.blame import blame
 from shardkit.verify.inputs import make_inputs
 from shardkit.verify.models import Sharded, Tensors, Unsharded
-from shardkit.verify.numbers import Judgement, agreement, divergence, judge
+from shardkit.verify.numbers import Judgement, agreement, divergence, judge, worst
 from shardkit.verify.report import Check
 
 STEPS = 12
@@ -37,17 +37,19 @@ def check_numerics(
     unsharded = Unsharded(source, dtype)
     inputs = make_inputs(reference.model)
     truth, own, ours = (m.forward(inputs) for m in (reference, unsharded, sharded))
-    found = judge(ours, own, truth, dtype)
+    output, found = worst(ours, own, truth, dtype)
     numbers: dict[str, object] = {
         "dtype": _name(dtype),
         "reference_dtype": _name(reference.model.dtype),
+        "output": output,
         **_shown(found),
     }
     faults = []
     if not found.good:
-        faults = [_told("outputs", found), *blame(manifest, reference, unsharded, sharded, inputs)]
+        faults = [_told(output, found), *blame(manifest, reference, unsharded, sharded, inputs)]
     elif reference.model.can_generate():
-        numbers |= {"kl_divergence": divergence(ours, truth), "top1": agreement(ours, truth)}
+        mine, theirs = ours["logits"], truth["logits"]
+        numbers |= {"kl_divergence": divergence(mine, theirs), "top1": agreement(mine, theirs)}
         faults = _decode(reference, unsharded, sharded, inputs, dtype, numbers)
         if beams and not faults:
             faults = _beam_search(unsharded, sharded, inputs, beams, numbers)
@@ -74,9 +76,7 @@ def _decode(
     try:
         true_ids, truth = reference.generate(inputs, STEPS)
     except UNABLE:  # a class whose generate is for one dtype: then every token must be the same
-        alike = torch.equal(our_ids, their_ids)
-        numbers["greedy"] = "equal" if alike else "differs"
-        return [] if alike else ["cached decoding chooses other tokens"]
+        return _same_tokens(our_ids, their_ids, numbers)
     length = ours.shape[1]
     faults = []
     tied = False
@@ -90,6 +90,12 @@ def _decode(
         tied = tied or same < length
     numbers["greedy"] = "differs" if faults else "equal up to a tie" if tied else "equal"
     return faults
+
+
+def _same_tokens(ours: torch.Tensor, theirs: torch.Tensor, numbers: dict[str, object]) -> list[str]:
+    alike = torch.equal(ours, theirs)
+    numbers["greedy"] = "equal" if alike else "differs"
+    return [] if alike else ["cached decoding chooses other tokens"]
 
 
 def _beam_search(
