@@ -147,6 +147,78 @@ def test_a_section_begins_where_all_blocks_of_the_one_before_end() -> None:
     assert spans(parts, 1, 2) == ((3, 6), (9, 12), (13, 14))
 
 
+def test_units_beside_their_sharers_go_where_those_go() -> None:
+    # Falcon's [q0 q1 q2 k0 v0 | q3 q4 q5 k1 v1], of width 2, over the ranks that share it.
+    section = Section(2, 2, sharers=6, beside=2)
+    assert (section.each, len(section)) == (10, 20)
+    assert spans([section], 0, 1) == ((0, 20),)
+    assert [spans([section], rank, 2) for rank in range(2)] == [((0, 10),), ((10, 20),)]
+    # three ranks of two query heads: the middle one's use different kv heads, so it holds both
+    assert spans([section], 0, 3) == ((0, 4), (6, 10))
+    assert spans([section], 1, 3) == ((4, 12), (16, 20))
+    assert spans([section], 2, 3) == ((12, 20),)
+
+
+def test_units_beside_their_sharers_are_copied_for_each_where_ratios_are_unequal() -> None:
+    # [q0 … q6 k0 v0 | q7 … q13 k1 v1]: rank 1 of 4 has q4 to q7, each then with its own k and v.
+    assert sharing(2, 14, 4) == "expand"
+    found = indices(spans([Section(2, 1, sharers=14, beside=2)], 1, 4))
+    assert found == [4, 7, 8, 5, 7, 8, 6, 7, 8, 9, 16, 17]
+
+
+def test_units_beside_their_sharers_are_replicated_where_ranks_outnumber_them() -> None:
+    section = Section(2, 1, sharers=8, beside=2)  # [q0 q1 q2 q3 k0 v0 | q4 q5 q6 q7 k1 v1]
+    assert sharing(2, 8, 4) == "replicate"
+    held_by = [indices(spans([section], rank, 4)) for rank in range(4)]
+    assert held_by == [[0, 1, 4, 5], [2, 3, 4, 5], [6, 7, 10, 11], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("units", range(1, 7))
+def test_grouped_shards_are_the_separate_ones_in_the_order_attention_reads(units: int) -> None:
+    """Whatever the sharing, a rank's shard is, for each kv head it holds, its heads, then its own.
+
+    Separate q, k and v of the same model say which those are.
+    """
+    for sharers, tp_size in sharings(units):
+        ratio = sharers // units
+        section = Section(units, 1, sharers=sharers, beside=2)
+        for rank in range(tp_size):
+            heads = list(deal(sharers, rank, tp_size))
+            kv = indices(held(Section(units, 1, sharers=sharers), rank, tp_size))
+            per = len(heads) // len(kv)
+            expected = []
+            for at, unit in enumerate(kv):
+                own = heads[at * per : (at + 1) * per]
+                assert {head // ratio for head in own} == {unit}
+                expected += [unit * (ratio + 2) + head % ratio for head in own]
+                expected += [unit * (ratio + 2) + ratio, unit * (ratio + 2) + ratio + 1]
+            assert indices(spans([section], rank, tp_size)) == expected
+            assert length(spans([section], rank, tp_size)) == len(heads) + 2 * len(kv)
+
+
+@pytest.mark.parametrize("units", range(1, 7))
+def test_grouped_shards_tile_their_axis(units: int) -> None:
+    for sharers, tp_size in sharings(units):
+        parts = [Section(units, 3, sharers=sharers, beside=2), Section(2, 1)]
+        if tp_size > 2:
+            parts = parts[:1]
+        by_rank = [spans(parts, rank, tp_size) for rank in range(tp_size)]
+        whole = sum(map(len, parts))
+        assert [t.start for t in tile(by_rank, whole)][:1] == [0]
+        assert sum(t.stop - t.start for t in tile(by_rank, whole)) == whole
+
+
+def test_a_grouped_section_repeats_and_is_followed_by_others() -> None:
+    parts = [Section(2, 1, repeat=2, sharers=2, beside=1), Section(2, 1)]
+    assert indices(spans(parts, 0, 2)) == [0, 1, 4, 5, 8]
+    assert indices(spans(parts, 1, 2)) == [2, 3, 6, 7, 9]
+
+
+def test_a_grouped_axis_over_more_ranks_than_sharers_is_refused() -> None:
+    with pytest.raises(LayoutError, match="6 units cannot be divided over tp_size 7"):
+        spans([Section(2, 4, sharers=6, beside=2)], 0, 7)
+
+
 def test_one_rank_holds_the_axis_as_one_span() -> None:
     parts = [Section(8, 4), Section(2, 4, sharers=8), Section(2, 4, sharers=8)]
     assert spans(parts, 0, 1) == ((0, 48),)

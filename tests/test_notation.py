@@ -55,6 +55,58 @@ def test_a_unit_without_a_count_divides_anyhow() -> None:
     assert resolved("ffn + ffn", 14) == (Section(7, 1), Section(7, 1))
 
 
+def test_a_unit_stands_beside_the_sharers_it_is_stored_with() -> None:
+    assert parse_axis("kv_heads (heads + 2)") == (Term((), "kv_heads", (), "heads", 2),)
+    # 2 kv heads, each with its 4 query heads and then 2 of its own: 12 pieces of 4
+    assert resolved("kv_heads (heads + 2)", 48) == (Section(2, 4, sharers=8, beside=2),)
+    assert resolved("kv_heads (heads + 1)", 40) == (Section(2, 4, sharers=8, beside=1),)
+    assert parse_axis(" kv_heads(heads+2) ") == parse_axis("kv_heads (heads + 2)")
+
+
+def test_a_section_with_sharers_stands_beside_others() -> None:
+    grouped, q = Section(2, 4, sharers=8, beside=2), Section(8, 4)
+    assert resolved("kv_heads (heads + 2) + heads", 80) == (grouped, q)
+    assert resolved("heads + kv_heads (heads + 2)", 80) == (q, grouped)
+
+
+def test_counts_are_factors_and_not_divided() -> None:
+    counts = {"experts": 4, "width": 6, "state": 5}
+    units = {**UNITS, "groups": Unit(2)}
+
+    def found(text: str, axis_length: int) -> tuple[Section, ...]:
+        return sections(parse_axis(text, counts), axis_length, units, counts)
+
+    assert parse_axis("experts ffn", counts) == (Term(("experts",), "ffn"),)
+    assert parse_axis("experts ffn", counts)[0].counts == {"experts"}
+    assert found("experts ffn", 28) == (Section(7, 1, repeat=4),)
+    assert found("heads width + groups state", 58) == (Section(8, 6), Section(2, 5))
+    assert found("2 heads width", 96) == (Section(8, 6, repeat=2),)
+    assert found("heads + experts", 12) == (Section(8, 1), Section(4, 1, whole=True))
+
+
+def test_a_count_that_the_config_lacks_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"count 'experts': config\.json does not tell it"):
+        sections(parse_axis("experts ffn", ("experts",)), 28, UNITS, {})
+
+
+@pytest.mark.parametrize(
+    "text", ["kv_heads (heads + 0)", "kv_heads (heads + 9999999)", "experts (heads + 2)",
+             "kv_heads (experts + 2)"],
+)  # fmt: skip
+def test_what_stands_beside_sharers_is_a_unit_and_some_pieces(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"is not UNIT \(SHARER \+ NUMBER\)"):
+        parse_axis(text, ("experts",))
+
+
+@pytest.mark.parametrize(
+    "text", ["2 kv_heads (heads + 2)", "kv_heads (heads)", "kv_heads (2 + heads)",
+             "kv_heads (heads + 2", "kv_heads (heads + kv_heads)", "(heads + 2)"],
+)  # fmt: skip
+def test_brackets_have_no_other_form(text: str) -> None:
+    with pytest.raises(RecipeError, match="axis "):
+        parse_axis(text)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -88,6 +140,7 @@ def test_a_word_that_is_no_unit_is_refused_by_name(text: str, word: str) -> None
         ("heads", 63, r"axis of 63 is no multiple of 8 = 8"),
         ("3 heads", 64, r"axis of 64 is no multiple of 3\*8 = 24"),
         ("heads + kv_heads + 2", 50, r"axis of 50 is no multiple of 8 \+ 2 \+ 2 = 12"),
+        ("kv_heads (heads + 2)", 50, r"axis of 50 is no multiple of 2\*6 = 12"),
         ("2 ffn", 7, r"axis of 7 is no multiple of 2\*3 = 6"),
         ("2 ffn", 1, r"axis of 1 is no multiple"),
     ],
