@@ -12,21 +12,33 @@ from shardkit.verify.images import BATCH, image_token, image_tokens, make_images
 
 LENGTH = 24
 SEED = 20
+FRAMES = 2  # of a spectrogram for each position, as the convolutions before it halve them
 START = 1  # tokens before an image's
 RESERVED = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
 def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Images and token ids `[2, up to 24]`, as the model takes them, and an encoder-decoder's own.
+    """Images, sound and token ids `[2, up to 24]`, as the model takes them, and a decoder's own.
 
     Where the text has places for images, each row has as many more as one image fills.  The model
     tells how many by running its vision, so every rank of a sharded one must call it.
     """
-    inputs = make_images(model)
+    inputs = {**make_images(model), **_sound(model)}
     taken = inspect.signature(model.forward).parameters
     if "input_ids" in taken:
         inputs |= _texts(model, inputs)
+    elif "decoder_input_ids" in taken:
+        inputs |= {"decoder_input_ids": _texts(model, {})["decoder_input_ids"]}
     return {name: value for name, value in inputs.items() if name in taken}
+
+
+def _sound(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A spectrogram `[2, bands, frames]` of the one length that a model that hears takes."""
+    config: Any = model.config
+    if model.main_input_name != "input_features" or not hasattr(config, "max_source_positions"):
+        return {}
+    shape = BATCH, int(config.num_mel_bins), FRAMES * int(config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(SEED))}
 
 
 def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -34,7 +46,6 @@ def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[s
     text = config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", None) or LENGTH)
     longest = longest if longest > 0 else LENGTH  # -1 is any length
-    longest = LENGTH if longest < 1 else longest  # -1 says that there is no limit
     generator = torch.Generator().manual_seed(SEED)
     plain = _plain_tokens(config, int(text.vocab_size))
 
