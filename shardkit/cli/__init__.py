@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": Entry("shardkit.cli.plan:plan", "Show what a split would hold and cost."),
     "inspect": Entry("shardkit.cli.inspect:inspect", "Say what a folder holds."),
     "generate": Entry("shardkit.cli.generate:generate", "Generate text from shards."),
+    "recipes": Entry("shardkit.cli.recipes:recipes", "List, show, check and draft recipes."),
     "demo": Entry("shardkit.cli.demo:demo", "Split, verify and run two small models here."),
 }
 

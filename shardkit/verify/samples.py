@@ -52,6 +52,12 @@ class Sample:
         """The model_type its config.json has."""
         return str(self.model_class.config_class.model_type)
 
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """What its config.json says, defaults included."""
+        found: dict[str, Any] = self.model_class.config_class(**self.config).to_dict()
+        return found
+
 
 def samples() -> list[Sample]:
     """Every bundled sample, in the order of its file."""

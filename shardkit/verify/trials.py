@@ -1,0 +1,103 @@
+"""Runs a recipe's proof on its samples, or on a model of one's own, and on recipes made wrong."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from shardkit.config import serves
+from shardkit.errors import RecipeError
+from shardkit.recipe import Recipe
+from shardkit.runtime.load import model_class
+from shardkit.runtime.ranks import Ranks
+from shardkit.verify.mutants import Mutant, mutants
+from shardkit.verify.proof import Proof, prove
+from shardkit.verify.samples import Sample, make_sample, samples, save_random
+
+BEAMS = 3
+MAX_PARAMETERS = 200_000_000  # of a model that is made up to check a recipe: seconds, not minutes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe's proof on one model at one tp_size."""
+
+    recipe: Recipe
+    model: str
+    tp_size: int
+    proof: Proof
+
+
+def served_samples(recipe: Recipe) -> list[Sample]:
+    """The bundled samples that a recipe serves."""
+    return [
+        sample
+        for sample in samples()
+        if sample.model_type in recipe.model_types and serves(recipe, sample.stored_config)
+    ]
+
+
+def make_models(recipe: Recipe, config: Path | None, folder: Path) -> dict[str, Path]:
+    """Small checkpoints to check a recipe on, by name: its samples, or one of a config's size.
+
+    Raises RecipeError where there is none, or it would be large.
+    """
+    if config is not None:
+        return {str(config): make_like(config, folder / "model")}
+    found = served_samples(recipe)
+    if not found:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: no bundled sample has its model_types"
+            f" ({', '.join(recipe.model_types)}); give a small config with --config DIR"
+        )
+    return {sample.name: make_sample(sample, folder / sample.name) for sample in found}
+
+
+def make_like(config: Path, folder: Path) -> Path:
+    """Save a model with random weights of a folder's config.json.  Raises RecipeError if large."""
+    try:
+        found = AutoConfig.from_pretrained(config)
+    except (OSError, ValueError) as error:
+        told = str(error).split("\n")[0]
+        raise RecipeError(f"{config}: no config of a model that can be built: {told}") from None
+    cls = model_class(found)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(found).parameters())
+    if size > MAX_PARAMETERS:
+        raise RecipeError(
+            f"{config}: {size:,} parameters, more than the {MAX_PARAMETERS:,} that a recipe is"
+            " checked on; give a config with fewer layers and smaller widths"
+        )
+    return save_random(cls, found, folder)
+
+
+def try_recipe(
+    recipe: Recipe, models: Iterable[tuple[str, Path]], tp_sizes: Iterable[int]
+) -> Iterator[Trial]:
+    """The recipe's proof on each model at each tp_size, as each is done."""
+    listed = list(models)
+    for tp_size in tp_sizes:
+        with Ranks(tp_size) as ranks:
+            for name, source in listed:
+                with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
+                    proof = prove(source, recipe, ranks, Path(scratch), BEAMS)
+                yield Trial(recipe, name, tp_size, proof)
+
+
+def caught(
+    recipe: Recipe, models: Sequence[tuple[Path, frozenset[str]]], ranks: Ranks, at_most: int
+) -> Iterator[tuple[Mutant, Proof]]:
+    """Errors planted in a recipe, and the proof of each, which must not pass.
+
+    `models` are checkpoints and the rules each uses; a mutant is tried on the first that uses its
+    rule.
+    """
+    used = frozenset[str]().union(*(rules for _, rules in models))
+    for mutant in islice(mutants(recipe, used), at_most):
+        source = next((m for m, rules in models if mutant.pattern in rules), models[0][0])
+        with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
+            yield mutant, prove(source, mutant.recipe, ranks, Path(scratch))
