@@ -84,7 +84,7 @@ def _takes_sizes(model: PreTrainedModel, vision: Any) -> bool:
 
 
 def _noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(SEED))
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ STOP, FORWARD, GENERATE, TRACE, SEARCH = range(5)
 class JoinedRanks:
     """Rank 0 calls the methods; every other rank calls `follow` and runs the same in step.
 
-    Every rank makes the same inputs from the config, so only what to do is sent.
+    Every rank makes the same inputs with the model, so only what to do is sent.
     """
 
     def __init__(self, group: TensorParallelGroup, folder: Path, dtype: torch.dtype | None) -> None:
@@ -35,8 +35,8 @@ class JoinedRanks:
         found: torch.dtype = self.model.dtype
         return found
 
-    def forward(self, _inputs: Tensors) -> torch.Tensor:
-        """The output that is judged, which every rank has."""
+    def forward(self, _inputs: Tensors) -> Tensors:
+        """The outputs that are judged, which every rank has."""
         self._tell(FORWARD)
         return self._forward()
 
@@ -77,9 +77,10 @@ class JoinedRanks:
     def _tell(self, what: int, *numbers: int) -> None:
         self.group.broadcast(torch.tensor([what, *numbers, 0, 0][:3]))
 
-    def _forward(self) -> torch.Tensor:
+    def _forward(self) -> Tensors:
         with torch.inference_mode():
-            return judged(tensors_of(self.model(**self.inputs, **self.options))).cpu()
+            found = judged(tensors_of(self.model(**self.inputs, **self.options)))
+        return {name: value.cpu() for name, value in found.items()}
 
     def _generate(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from shardkit.errors import CheckpointError
+from shardkit.runtime.experts import suit_experts
 from shardkit.runtime.forward import fitted, tensors_of, uncached
-from shardkit.runtime.load import model_class, suit_experts
+from shardkit.runtime.load import model_class
 from shardkit.runtime.ranks import Ranks
 from shardkit.runtime.trace import Trace
 
 Tensors = Mapping[str, torch.Tensor]
 CPU = torch.device("cpu")
-OUTPUTS = ("logits", "last_hidden_state", "prediction_logits", "start_logits")
 
 
 class Sharded(Protocol):
@@ -27,8 +27,8 @@ class Sharded(Protocol):
     def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
         """Load a shard folder; the dtype it has.  Raises RanksError."""
 
-    def forward(self, inputs: Tensors) -> torch.Tensor:
-        """The output that is judged, which every rank has."""
+    def forward(self, inputs: Tensors) -> Tensors:
+        """The outputs that are judged, which every rank has."""
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
@@ -54,8 +54,8 @@ class LocalRanks:
         found: torch.dtype = getattr(torch, answers[0].header["dtype"])
         return found
 
-    def forward(self, inputs: Tensors) -> torch.Tensor:
-        """The output that is judged, which every rank has."""
+    def forward(self, inputs: Tensors) -> Tensors:
+        """The outputs that are judged, which every rank has."""
         return judged(self.ranks.ask("forward", inputs, options=None)[0].tensors)
 
     def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +96,8 @@ class Unsharded:
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"{folder}: {missing[0]} is not in the checkpoint")
 
-    def forward(self, inputs: Tensors) -> torch.Tensor:
-        """The output that is judged."""
+    def forward(self, inputs: Tensors) -> Tensors:
+        """The outputs that are judged."""
         with self._running():
             return judged(tensors_of(self._run(inputs)))
 
@@ -142,10 +142,9 @@ class Unsharded:
         return self.model(**fitted(inputs, self.model, CPU), **uncached(self.model))
 
 
-def judged(outputs: Tensors) -> torch.Tensor:
-    """The output of a model that is judged: logits, or hidden states."""
-    name = next((name for name in OUTPUTS if name in outputs), next(iter(outputs)))
-    return outputs[name]
+def judged(outputs: Tensors) -> Tensors:
+    """The outputs of a model that are judged: all that are numbers, not ids."""
+    return {name: value for name, value in outputs.items() if value.is_floating_point()}
 
 
 def prompt(inputs: Tensors) -> dict[str, torch.Tensor]:
