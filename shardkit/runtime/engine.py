@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,8 @@ class Engine:
         name = "" if dtype is None else str(dtype).removeprefix("torch.")
         loaded = ranks.ask("load", folder=str(self.folder), dtype=name)
         self.dtype: torch.dtype = getattr(torch, loaded[0].header["dtype"])
+        if slow := loaded[0].header["slow"]:
+            warnings.warn(slow, RuntimeWarning, stacklevel=3)  # where launch was called
 
     def __enter__(self) -> "Engine":
         return self

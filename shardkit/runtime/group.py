@@ -63,13 +63,14 @@ class TensorParallelGroup:
             dist.broadcast(x, source, group=self.process_group)
         return x
 
-    def agree(self, report: Mapping[str, str], error: str = "") -> None:
+    def agree(self, report: Mapping[str, str], error: str = "", note: str = "") -> tuple[str, ...]:
         """Raise RanksError on every rank alike unless all report the same and none an error.
 
         A rank that could not do its part passes its `error` instead of raising it, so that the
-        others are not left waiting.
+        others are not left waiting.  Returns the different notes that the ranks have passed.
         """
-        mine = json.dumps({**report, "error": error[: REPORT_BYTES // 2]}).encode()
+        told = {"error": error[: REPORT_BYTES // 2], "note": note[: REPORT_BYTES // 8]}
+        mine = json.dumps({**report, **told}).encode()
         said = self._by_store(mine) if self.store is not None else self._by_gather(mine)
         reports: list[dict[str, str]] = [json.loads(text) for text in said]
         faults = [
@@ -84,6 +85,7 @@ class TensorParallelGroup:
                         f"rank {rank} has {key} {found.get(key)}, rank 0 has"
                         f" {reports[0].get(key)}: every rank must load the same shard folder"
                     )
+        return tuple(dict.fromkeys(found["note"] for found in reports if found["note"]))
 
     def leave(self) -> None:
         """Leave the process group, together with the others if they come within a few seconds.

@@ -1,6 +1,7 @@
 """Loads this rank's shard into a transformers model."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -20,6 +21,7 @@ from shardkit.files import read_small
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
+from shardkit.runtime.experts import slow_experts, suit_experts
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
 from shardkit.runtime.localize import localize, select
@@ -28,7 +30,6 @@ from shardkit.shards import open_shard
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                 "BF16": torch.bfloat16}  # fmt: skip
-GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
 
 
 def load(
@@ -44,10 +45,20 @@ def load(
     Under torchrun each rank calls it; alone it loads a folder of tp_size 1.  Every rank's outputs
     are the whole model's.  `dtype` None is the checkpoint's own.  `timeout` in seconds bounds each
     collective.  The ranks compare manifests before the first collective: with a wrong world size,
-    or a missing, foreign or damaged shard, every rank raises the same RanksError.
+    or a missing, foreign or damaged shard, every rank raises the same RanksError.  Rank 0 warns of
+    what makes the model slow here.
     """
     group = group or connect(device, timeout)
-    folder = Path(folder)
+    model, slow = load_told(Path(folder), group, dtype)
+    if slow and group.tp_rank == 0:
+        warnings.warn(slow, RuntimeWarning, stacklevel=2)
+    return model
+
+
+def load_told(
+    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, str]:
+    """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     manifest, error = None, ""
     try:
         manifest = prepare(folder, group.tp_rank, group.tp_size)
@@ -55,14 +66,15 @@ def load(
         error = str(fault) or type(fault).__name__
     group.agree({"manifest": manifest.sha256 if manifest else ""}, error)
     assert manifest is not None
-    model, error = None, ""
+    model, unsuited, error = None, "", ""
     try:
         model = build(folder, manifest, group, dtype)
+        unsuited = suit_experts(model)
     except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
-    group.agree({}, error)
+    found = group.agree({}, error, unsuited)
     assert model is not None
-    return model
+    return model, slow_experts(found) if found else ""
 
 
 def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
@@ -110,7 +122,6 @@ def build(
     select(model, manifest.plan, placed, group.tp_rank)
     for module in model.modules():
         fit_widths(module)
-    suit_experts(model)
     if model.can_generate() and "generation_config.json" in manifest.copied:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if model.can_generate() and group.tp_size > 1:
@@ -239,27 +250,6 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> N
 
 def _is_meta(model: PreTrainedModel, name: str) -> bool:
     return bool(model.get_parameter_or_buffer(name).device.type == "meta")
-
-
-def suit_experts(model: PreTrainedModel) -> None:
-    """Where stacked experts do not suit torch's grouped matmul, use transformers' plain loop.
-
-    The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
-    """
-    stacked = [
-        parameter
-        for module in model.modules()
-        if hasattr(module, "has_gate")  # as transformers marks those whose kernel can be chosen
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim == 3
-    ]
-    if any(_unsuited(parameter) for parameter in stacked):
-        model.set_experts_implementation("eager")
-
-
-def _unsuited(experts: torch.Tensor) -> bool:
-    rows = [width * experts.element_size() for width in experts.shape[1:]]
-    return experts.dtype == torch.float64 or any(row % GROUPED_ALIGNMENT for row in rows)
 
 
 def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:

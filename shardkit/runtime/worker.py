@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from shardkit.errors import RanksError
 from shardkit.runtime.forward import fitted, tensors_of, uncached
 from shardkit.runtime.group import JOIN_TIMEOUT, TensorParallelGroup, connect
-from shardkit.runtime.load import load
+from shardkit.runtime.load import load_told
 from shardkit.runtime.trace import Trace
 from shardkit.runtime.wire import Message, receive, send
 
@@ -55,8 +56,8 @@ class Worker:
         self.model = None
         name = message.header["dtype"]
         dtype = getattr(torch, name) if name else None
-        self.model = load(message.header["folder"], group=self.group, dtype=dtype)
-        return Message({"dtype": str(self.model.dtype).removeprefix("torch.")})
+        self.model, slow = load_told(Path(message.header["folder"]), self.group, dtype)
+        return Message({"dtype": str(self.model.dtype).removeprefix("torch."), "slow": slow})
 
     def forward(self, message: Message) -> Message:
         """The model's outputs; only rank 0 sends them, since every rank has the same."""

@@ -24,6 +24,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
 from shardkit.plan import Placement, Plan, make_plan
 from shardkit.recipe import Recipe
+from shardkit.runtime.experts import suit_experts
 from shardkit.runtime.forward import uncached
 from shardkit.runtime.load import check_shapes, model_class
 from shardkit.runtime.names import conversions
@@ -61,6 +62,7 @@ def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, as transformers itself loads it."""
     model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     assert isinstance(model, PreTrainedModel)
+    suit_experts(model)
     return model.eval()
 
 
