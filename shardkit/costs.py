@@ -19,7 +19,10 @@ LAYERS = (
 )  # fmt: skip
 HEAD_DIM = ("head_dim", "d_kv")
 HIDDEN = ("hidden_size", "d_model", "n_embd", "n_embed", "dim")
-HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
+HEADS = (
+    "decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads",
+    "attention_heads",
+)  # fmt: skip
 # The units of recipes that have no shared one, and whose keys and values are one per unit.
 HEAD_UNITS = ("groups", "decoder_heads", "heads")
 # A layer that is none of these keeps something other than keys and values.
@@ -30,7 +33,9 @@ UNUSUAL = (
     "linear_num_key_heads",
 )  # fmt: skip
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-OUTPUT_MODULES = ("lm_head", "embed_out", "decoder", "output")
+OUTPUT_MODULES = (
+    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head"
+)  # fmt: skip
 NO_GENERATION = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
     "ForMultipleChoice",
@@ -148,7 +153,7 @@ def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         embedding=int(embedding),
         output=int(output),
         norms=sum(p.style == "norm" for p in plan.placements),
-        gathered=sum(p.style == "gather" for p in plan.placements),
+        gathered=sum(p.style == "gather" or _is_recurrent(p) for p in plan.placements),
         encoder=before + (both and embedding),
         tied=output and not stored,
     )
@@ -156,6 +161,12 @@ def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
 
 def _row_weights(plan: Plan) -> list[Placement]:
     return [p for p in plan.placements if p.style == "row" and p.dim is not None]
+
+
+def _is_recurrent(placement: Placement) -> bool:
+    """Whether it is one layer's and direction's weight in an LSTM, which gathers at every token."""
+    leaf = placement.spec.name.rpartition(".")[2]
+    return placement.style == "column" and leaf.startswith("weight_hh_l")
 
 
 def _is_output(spec: TensorSpec) -> bool:

@@ -79,6 +79,15 @@ def test_a_decoder_s_cache_has_the_decoder_s_layers_and_stated_head_width() -> N
     assert cache == KvCache(layers=1, head_dim=8, dtype="F32", kv_heads=(2, 2))
 
 
+def test_an_lstm_gathers_once_for_each_layer() -> None:
+    shapes = {"embedding.weight": (11, 6), "output.weight": (11, 8)}
+    for layer, width in enumerate((6, 8)):
+        shapes |= {f"lstm.weight_ih_l{layer}": (32, width), f"lstm.weight_hh_l{layer}": (32, 8)}
+    config = {"model_type": "lstm", "hidden_size": 8}
+    found = collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
+    assert (found.gathered, found.output, found.all_reduces) == (2, 1, 1)
+
+
 def test_a_stated_head_width_wins_over_hidden_size_by_heads() -> None:
     # 16 / 4 heads would be 4; the k_proj itself says 8 rows of 1 kv head.
     cache = kv_cache(llama(2, num_key_value_heads=1), LLAMA)

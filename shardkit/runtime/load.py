@@ -21,6 +21,7 @@ from shardkit.files import read_small
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
+from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.experts import slow_experts, suit_experts
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
@@ -130,10 +131,9 @@ def build(
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The model class the config names, of transformers itself.  Raises ManifestError."""
+    """The model class the config names, of transformers or built in.  Raises ManifestError."""
     for name in config.architectures or ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        if (found := find_model_class(str(name))) is not None:
             return found
     raise ManifestError(
         f"config.json: architectures {config.architectures} names no model of transformers"

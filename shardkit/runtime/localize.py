@@ -14,6 +14,7 @@ from shardkit.plan import Placement, Plan
 from shardkit.recipe import LocalArgument, LocalAttribute, module_pattern
 from shardkit.runtime import layers, norms
 from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.lstm import make_parallel_lstm
 
 LISTS = (nn.ModuleList, torch.Tensor)  # of which a rank keeps its own, once they are filled
 
@@ -60,6 +61,8 @@ def _swap(
             _indices(spans(found.sections, rank, group.tp_size)) for rank in range(group.tp_size)
         ]
         norms.make_gathered(module, group, parts)
+    elif isinstance(module, nn.LSTM) and "column" in by_style:
+        make_parallel_lstm(module, path, placements, group)
     elif "column" in by_style:
         layers.make_column_parallel(module)
 

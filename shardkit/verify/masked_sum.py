@@ -7,7 +7,8 @@ round trip proves nothing of the kind: a wrong layout merges back bit for bit.
 
 Each such layer's output is replaced by the whole model's as it runs, so every region of every rank
 starts from true inputs, whatever residuals and norms lie between.  So is what a norm over a divided
-width puts out, for a rank's own part: alone, it would normalise by that part's mean.
+width puts out, for a rank's own part: alone, it would normalise by that part's mean.  So, too, is
+what an LSTM puts out, whose every step needs all ranks' units: real ranks alone prove it.
 """
 
 import shutil
@@ -43,7 +44,8 @@ def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[st
     `source` is a small checkpoint of one file.  Raises VerifyError for a weight that nothing runs.
     """
     model, plan = load(source), plan_of(source, recipe, tp_size)
-    layers, given = owners(model, plan, SUMMED), owners(model, plan, GIVEN)
+    layers = owners(model, plan, SUMMED)
+    given = [*owners(model, plan, GIVEN), *recurrent(model)]
     inputs = make_inputs(model)
     truth = record(model, inputs, [*layers, *given])
     if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
@@ -89,6 +91,11 @@ def owners(model: PreTrainedModel, plan: Plan, styles: Iterable[str]) -> dict[st
         if placement.style in styles
         and (len(placement.spec.shape) > 1 or placement.style not in SUMMED)
     }
+
+
+def recurrent(model: PreTrainedModel) -> list[str]:
+    """The modules that gather what all ranks put out at every step."""
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.LSTM)]
 
 
 def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from shardkit.catalog import recipe_folder
 from shardkit.errors import RecipeError
+from shardkit.runtime.classes import find_model_class
 
 NULL = "none"
 KEYS = {"model", "base", "config", "apart"}
@@ -41,8 +41,8 @@ class Sample:
 
     @property
     def model_class(self) -> Any:
-        """The class of transformers."""
-        found = getattr(transformers, self.model, None)
+        """The class of transformers, or built in."""
+        found = find_model_class(self.model)
         if found is None:
             raise RecipeError(f"sample {self.name}: transformers has no {self.model}")
         return found

@@ -1,0 +1,17 @@
+"""Model classes by name: transformers' own, and those built in here."""
+
+import transformers
+from transformers import PreTrainedModel
+
+from shardkit.runtime import lstm_model
+
+BUILT_IN = (lstm_model,)
+
+
+def find_model_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of a name that a config states under `architectures`; None for no model."""
+    for module in (transformers, *BUILT_IN):
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return None
