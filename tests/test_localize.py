@@ -51,3 +51,9 @@ def test_an_attribute_of_another_length_is_refused(length: int, tensor: str) -> 
     rule, model = LocalAttribute("layers.*.mixer", "conv_dim", tensor), model_of(length)
     with pytest.raises(ManifestError, match=rf"conv_dim: {length} is no length of a {tensor}"):
         _shrink(model, rule, plan_of(rule), PLACED, 0)
+
+
+def test_a_module_without_the_tensor_keeps_its_attribute_where_it_may_lack_it() -> None:
+    rule, model = LocalAttribute("layers.*.mixer", "conv_dim?", "out_proj.weight"), model_of()
+    _shrink(model, rule, plan_of(rule), PLACED, 1)
+    assert model.get_submodule("layers.0.mixer").conv_dim == 27

@@ -107,7 +107,8 @@ def _shrink(
     for path, module in matching(model, rule.module):
         owner, name = _owner(module, rule.attribute.removesuffix("?"))
         full = getattr(owner, name, None)
-        if isinstance(full, LISTS) or (full is None and rule.attribute.endswith("?")):
+        lacking = full is None or (rule.by_tensor and f"{path}.{rule.times}" not in placed)
+        if isinstance(full, LISTS) or (lacking and rule.attribute.endswith("?")):
             continue
         if type(full) is not int:
             raise ManifestError(f"{rule.module}: no integer attribute {name!r}")
