@@ -5,6 +5,7 @@ Converting commutes with sharding, so each rank converts its own shard.  The fun
 public API of transformers; this module is the only one that knows them.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -51,7 +52,7 @@ class Conversion:
 def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
     """The conversions that take these names on disk into the model.
 
-    Raises ManifestError for a name the model has no place for.
+    A name that the model's class says to skip (keys of a layer that uses another's) is left out.  Raises ManifestError for any other that the model has no place for.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -63,11 +64,18 @@ def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
+        if target not in state and skips(model, target):
+            continue
         if target not in state:
             raise ManifestError(f"{name}: {type(model).__name__} has no tensor {target!r} for it")
         group = ("", name) if pattern is None else (target, "")
         found[group].append((name, target if pattern is None else pattern))
     return [_conversion(group, sources, by_pattern) for group, sources in found.items()]
+
+
+def skips(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's class says that a tensor it lacks may be in a checkpoint."""
+    return any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def _conversion(

@@ -1,0 +1,34 @@
+"""Names on disk and in the model: what is left out, and what is refused."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shardkit.errors import ManifestError
+from shardkit.runtime.names import conversions
+
+EXTRA = "model.layers.1.self_attn.q_proj.weight"  # the model has one layer
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ManifestError, match="has no tensor"):
+        conversions(model, [*model.state_dict(), EXTRA])
+
+
+def test_a_tensor_that_the_model_s_class_skips_is_left_out(model: LlamaForCausalLM) -> None:
+    model._keys_to_ignore_on_load_unexpected = {r"layers\.1\.", r"layers\.0\."}
+    found = {conversion.target for conversion in conversions(model, [*model.state_dict(), EXTRA])}
+    assert found == set(model.state_dict())  # layer 0 too: what the model has is never skipped
