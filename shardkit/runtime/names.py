@@ -52,7 +52,8 @@ class Conversion:
 def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
     """The conversions that take these names on disk into the model.
 
-    A name that the model's class says to skip (keys of a layer that uses another's) is left out.  Raises ManifestError for any other that the model has no place for.
+    A name that the model's class says to skip (keys of a layer that uses another's) is left out.
+    Raises ManifestError for any other that the model has no place for.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
