@@ -23,6 +23,7 @@ HEADS = (
     "decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads",
     "attention_heads",
 )  # fmt: skip
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 # The units of recipes that have no shared one, and whose keys and values are one per unit.
 HEAD_UNITS = ("groups", "decoder_heads", "heads")
 # A layer that is none of these keeps something other than keys and values.
@@ -30,7 +31,7 @@ CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "at
 UNUSUAL = (
     "kv_lora_rank", "num_kv_shared_layers", "attn_layer_period", "attn_layer_indices",
     "hybrid_override_pattern", "layers_block_type", "ssm_cfg", "state_size", "mamba_d_state",
-    "linear_num_key_heads",
+    "linear_num_key_heads", "lru_width", "block_types", "ssm_state_size", "conv_L_cache",
 )  # fmt: skip
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 OUTPUT_MODULES = (
@@ -107,7 +108,7 @@ def kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
     if (unusual := _unusual(config)) is not None:
         return f"unknown: config.json has {unusual}, so not every layer keeps keys and values alike"
     layers, head_dim = _count(config, LAYERS), _head_dim(plan, config)
-    dtype, kv_heads = compute_dtype(plan, config), _local_kv_heads(plan)
+    dtype, kv_heads = compute_dtype(plan, config), _local_kv_heads(plan, config)
     if layers is None:
         return "unknown: config.json does not tell the number of layers"
     if head_dim is None:
@@ -174,8 +175,11 @@ def _is_output(spec: TensorSpec) -> bool:
     return len(spec.shape) == 1 or module.rpartition(".")[2] in OUTPUT_MODULES
 
 
-def _local_kv_heads(plan: Plan) -> tuple[int, ...] | None:
-    """Each rank's kv heads; a K and a V that stay whole are one head on every rank."""
+def _local_kv_heads(plan: Plan, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Each rank's kv heads; a K and a V that stay whole are one head on every rank.
+
+    A shared unit may be a set of several kv heads, where the config counts more of them.
+    """
     whole = {s.units for p in plan.placements for s in p.sections if s.whole}
     if whole:
         return (1,) * plan.tp_size if whole == {2} else None
@@ -184,7 +188,11 @@ def _local_kv_heads(plan: Plan) -> tuple[int, ...] | None:
     names = shared or [name for name in HEAD_UNITS if name in units][:1]
     if len(names) != 1:
         return None
-    return tuple(plan.local(names[0], tp_rank) for tp_rank in range(plan.tp_size))
+    sets = units[names[0]].count or 1
+    each, rest = divmod((shared and _count(config, KV_HEADS)) or sets, sets)
+    if rest:
+        return None
+    return tuple(each * plan.local(names[0], tp_rank) for tp_rank in range(plan.tp_size))
 
 
 def _head_dim(plan: Plan, config: Mapping[str, Any]) -> int | None:

@@ -95,6 +95,18 @@ def test_a_stated_head_width_wins_over_hidden_size_by_heads() -> None:
     assert cache.head_dim == 8
 
 
+def test_a_unit_of_two_kv_heads_counts_as_two() -> None:
+    config = {
+        "model_type": "diffllama", "num_attention_heads": 8, "num_key_value_heads": 4,
+        "hidden_size": 32, "num_hidden_layers": 3, "dtype": "float32",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.0.self_attn.{part}_proj.weight": (16, 32) for part in "kv"
+    }
+    plan = make_plan(specs(shapes), find_recipe(config), {**config, "intermediate_size": 8}, 2)
+    assert kv_cache(plan, config) == KvCache(layers=3, head_dim=4, dtype="F32", kv_heads=(2, 2))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
