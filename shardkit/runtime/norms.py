@@ -59,6 +59,7 @@ def make_gathered(
     """Run a module whole: its inputs of a rank's width are gathered, its output is cut again.
 
     `parts` are the indices of the whole width that each rank holds, in the order it holds them.
+    Inputs of one shape (what is normed, and its gate) are gathered together.
     """
     mine, order = parts[group.tp_rank], torch.cat(list(parts))
     sizes = [len(part) for part in parts]
@@ -66,16 +67,32 @@ def make_gathered(
     for at, index in enumerate(order.tolist()):
         first[index] = at if first[index] < 0 else first[index]
 
-    def gather(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.shape[-1:] != mine.shape:
-            return value
-        return group.all_gather(value, sizes).index_select(-1, first.to(value.device))
-
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return tuple(map(gather, args)), {name: gather(v) for name, v in kwargs.items()}
+        given = [*args, *kwargs.values()]
+        parted = [v for v in given if isinstance(v, torch.Tensor) and v.shape[-1:] == mine.shape]
+        alike = len({value.shape for value in parted}) == 1
+        packs = [parted] if alike else [[value] for value in parted]
+        whole = {
+            id(value): found.index_select(-1, first.to(found.device))
+            for pack in packs
+            for value, found in zip(pack, _gathered(pack, sizes, group), strict=True)
+        }
+        made = [whole.get(id(value), value) for value in given]
+        return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
 
     def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.index_select(-1, mine.to(output.device))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
+
+
+def _gathered(
+    pack: list[torch.Tensor], sizes: Sequence[int], group: TensorParallelGroup
+) -> list[torch.Tensor]:
+    """Tensors of one shape, each with every rank's part in its last dimension; one all-gather."""
+    count = len(pack)
+    found = group.all_gather(torch.cat(pack, -1), [count * size for size in sizes])
+    ranks = found.split([count * size for size in sizes], -1)
+    by_tensor = zip(*(rank.chunk(count, -1) for rank in ranks), strict=True)
+    return [torch.cat(parts, -1).to(t.dtype) for t, parts in zip(pack, by_tensor, strict=True)]
