@@ -133,7 +133,8 @@ def compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
 def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     """The collectives of one forward pass: one sum after each row-parallel weight, and the ends.
 
-    A stack of experts sums once for all of them.  A vocab-parallel embedding needs one sum, and a
+    A stack of experts is counted once; a model that runs them one by one through one module sums
+    once for each that is used.  A vocab-parallel embedding needs one sum, and a
     vocab-parallel output, stored or tied to the embedding, one gather.
     """
     if plan.tp_size == 1:
