@@ -93,6 +93,6 @@ def _gathered(
     """Tensors of one shape, each with every rank's part in its last dimension; one all-gather."""
     count = len(pack)
     found = group.all_gather(torch.cat(pack, -1), [count * size for size in sizes])
-    ranks = found.split([count * size for size in sizes], -1)
+    ranks = torch.split(found, [count * size for size in sizes], -1)
     by_tensor = zip(*(rank.chunk(count, -1) for rank in ranks), strict=True)
     return [torch.cat(parts, -1).to(t.dtype) for t, parts in zip(pack, by_tensor, strict=True)]
