@@ -37,9 +37,11 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 OUTPUT_MODULES = (
     "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head"
 )  # fmt: skip
+# Modules of a model of text that see: they run once for each image, not for each token.
+SEEING = {"vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"}
 NO_GENERATION = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
-    "ForMultipleChoice",
+    "ForMultipleChoice", "ForImageClassification", "VisionModel", "VisionModelWithProjection",
 )  # fmt: skip
 
 
@@ -63,8 +65,8 @@ class KvCache:
 class Collectives:
     """What the ranks exchange in one forward pass: one per generated token.
 
-    `encoder` counts the all-reduces of an encoder before a decoder, made once per prompt.  `tied`
-    says that the output layer is the embedding's own weight.
+    `encoder` counts the all-reduces of an encoder before a decoder, or of one that sees, made once
+    per prompt.  `tied` says that the output layer is the embedding's own weight.
     """
 
     row_parallel: int = 0
@@ -92,7 +94,7 @@ def generates(plan: Plan, config: Mapping[str, Any]) -> bool:
     if config.get("is_decoder") is True:
         return True
     layers = [p.spec.name.split(".") for p in _row_weights(plan)]
-    if layers and all("encoder" in name for name in layers):
+    if layers and all("encoder" in name for name in layers if not _sees(name)):
         return False
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
@@ -142,8 +144,10 @@ def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     names = [p.spec.name.split(".") for p in _row_weights(plan)]
     stacks = {tuple(name[: name.index("experts")]) for name in names if "experts" in name}
     dense = [name for name in names if "experts" not in name]
-    both = any("encoder" in n for n in dense) and any("decoder" in n for n in dense)
-    before = sum("encoder" in name for name in dense) if both else 0
+    text = [name for name in dense if not _sees(name)]
+    both = any("encoder" in n for n in text) and any("decoder" in n for n in text)
+    before = sum("encoder" in name for name in text) if both else 0
+    before += len(dense) - len(text) if generates(plan, config) else 0
     vocab = [p for p in plan.placements if p.style == "vocab"]
     outputs = [p for p in vocab if _is_output(p.spec)]
     stored = any(len(p.spec.shape) > 1 for p in outputs)
@@ -169,6 +173,10 @@ def _is_recurrent(placement: Placement) -> bool:
     """Whether it is one layer's and direction's weight in an LSTM, which gathers at every token."""
     leaf = placement.spec.name.rpartition(".")[2]
     return placement.style == "column" and leaf.startswith("weight_hh_l")
+
+
+def _sees(name: list[str]) -> bool:
+    return not SEEING.isdisjoint(name)
 
 
 def _is_output(spec: TensorSpec) -> bool:
