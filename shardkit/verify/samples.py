@@ -26,18 +26,23 @@ from shardkit.errors import RecipeError
 from shardkit.runtime.classes import find_model_class
 
 NULL = "none"
-KEYS = {"model", "base", "config", "apart"}
+KEYS = {"model", "base", "config", "apart", "as_built"}
 SEED = 7
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A small config.  `apart` says in a sentence where transformers itself cannot do all of it."""
+    """A small config.  `apart` says in a sentence where transformers itself cannot do all of it.
+
+    `as_built` saves it under the names that the model has in memory, its experts stacked, as some
+    checkpoints on the Hub are; otherwise it has the names of the first checkpoints.
+    """
 
     name: str
     model: str
     config: Mapping[str, Any]
     apart: str = ""
+    as_built: bool = False
 
     @property
     def model_class(self) -> Any:
@@ -74,21 +79,29 @@ def read_samples(path: Path) -> Iterator[Sample]:
         if not entry.keys() <= KEYS or "model" not in entry or (base and base not in bases):
             raise RecipeError(f"{path.name}: {name}: needs a model, and a base that is there")
         config = {**bases.get(base, {}), **entry.get("config", {})}
-        yield Sample(name, entry["model"], _nulls(config), entry.get("apart", ""))
+        apart, as_built = entry.get("apart", ""), entry.get("as_built", False)
+        yield Sample(name, entry["model"], _nulls(config), apart, as_built)
 
 
 def make_sample(sample: Sample, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a sample's model as transformers does, its weights from a seed.  Returns `folder`."""
     cls = sample.model_class
-    return save_random(cls, cls.config_class(**sample.config), folder, dtype)
+    config = cls.config_class(**sample.config)
+    return save_random(cls, config, folder, dtype, as_built=sample.as_built)
 
 
-def save_random(cls: Any, config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_random(
+    cls: Any,
+    config: Any,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    as_built: bool = False,
+) -> Path:
     """Save a model with weights from a seed, biases and norms made to matter.  Returns `folder`."""
     torch.manual_seed(0)
     model = cls(config)
     shake(model)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, save_original_format=not as_built)
     return folder
 
 
