@@ -134,12 +134,12 @@ class Recipe:
 def tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]:
     """The tensors a recipe pattern names: a module's weight and bias, or exactly that tensor.
 
-    A name may lack the base model's prefix, as checkpoints saved from the base model do, and old
-    checkpoints call the weight and bias of a norm gamma and beta.
+    A name may lack the base model's prefix, itself a pattern, as checkpoints saved from the base
+    model do, and old checkpoints call the weight and bias of a norm gamma and beta.
     """
     head = ""
     if base_model_prefix and pattern.startswith(base_model_prefix + "."):
-        head = f"(?:{re.escape(base_model_prefix)}\\.)?"
+        head = rf"(?:{_body(base_model_prefix)}\.)?"
         pattern = pattern[len(base_model_prefix) + 1 :]
     return re.compile(head + _body(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
 

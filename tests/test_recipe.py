@@ -168,6 +168,12 @@ def test_a_pattern_names_a_modules_weight_and_bias(
     assert [name for name in named + not_named if compiled.fullmatch(name)] == named
 
 
+def test_families_of_one_recipe_may_have_different_prefixes() -> None:
+    compiled = tensor_pattern("{p,q}.wte", "{p,q}")
+    names = ["p.wte.weight", "q.wte.weight", "wte.weight", "r.wte.weight", "p.q.wte.weight"]
+    assert [name for name in names if compiled.fullmatch(name)] == names[:3]
+
+
 def test_a_module_pattern_names_the_module_wherever_it_is_nested() -> None:
     compiled = module_pattern("layers.*.attn")
     assert compiled.fullmatch("model.decoder.layers.3.attn")
