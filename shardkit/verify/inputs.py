@@ -1,6 +1,7 @@
 """Inputs that any model of a kind can be run on, from its config alone, the same every time."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,12 +34,20 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _sound(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A spectrogram `[2, bands, frames]` of the one length that a model that hears takes."""
+    """A spectrogram `[2, bands, frames]` of the one length that a model takes, or a wave `[2, n]`.
+
+    Empty for a model that hears nothing.
+    """
     config: Any = model.config
-    if model.main_input_name != "input_features" or not hasattr(config, "max_source_positions"):
+    name = model.main_input_name
+    shape: tuple[int, ...]
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        shape = BATCH, int(config.num_mel_bins), FRAMES * int(config.max_source_positions)
+    elif name == "input_values" and hasattr(config, "conv_stride"):
+        shape = BATCH, LENGTH * math.prod(config.conv_stride)
+    else:
         return {}
-    shape = BATCH, int(config.num_mel_bins), FRAMES * int(config.max_source_positions)
-    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(SEED))}
+    return {name: torch.randn(shape, generator=torch.Generator().manual_seed(SEED))}
 
 
 def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
