@@ -188,7 +188,7 @@ def placement_json(placement: Placement) -> dict[str, object]:
 
 
 def _section_json(section: Section) -> dict[str, object]:
-    beside = {"beside": section.beside} if section.beside else {}
+    beside: dict[str, object] = {"beside": section.beside} if section.beside else {}
     return beside | {
         "repeat": section.repeat,
         "units": section.units,
