@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sweep bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/shardkit demo
@@ -18,6 +18,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sweep: $(VENV)/dev
+	$(BIN)/python tests/sweep.py
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

@@ -27,6 +27,7 @@ LAYERS = [  # a module imports from the rows above its own only; a package count
     {"split"},
     {"runtime"},
     {"verify"},
+    {"draft"},
     {"cli"},
     {"__main__"},
 ]

@@ -60,3 +60,15 @@ def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
                 bar.update(count)
 
         yield advance
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done and for how long, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as line:
+        yield line.set_description_str

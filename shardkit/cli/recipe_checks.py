@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shardkit.cli.options import status
 from shardkit.cli.text import plural, say
 from shardkit.recipe import Recipe
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.pool import RankPool
 from shardkit.verify.trials import Trial, caught, make_models, try_recipe
 
 
@@ -16,15 +17,23 @@ def run_checks(
     recipe: Recipe, config: Path | None, tp_sizes: Sequence[int], mutants: int
 ) -> dict[str, Any]:
     """The proofs of a recipe, and of errors planted in it, as JSON values."""
-    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="shardkit-") as folder,
+        RankPool() as pool,
+        status() as tell,
+    ):
+        tell("making small models")
         models = make_models(recipe, config, Path(folder))
-        trials = list(try_recipe(recipe, models.items(), tp_sizes))
+        trials = []
+        for trial in try_recipe(recipe, models, tp_sizes, pool):
+            trials.append(trial)
+            tell(f"{len(trials)} of {len(models) * len(tp_sizes)} proofs: {trial.model}")
         unused = _unused(recipe, trials)
         good = all(trial.proof.passed for trial in trials)
-        planted = _plant(recipe, models, trials, tp_sizes[0], mutants) if good else []
+        planted = _plant(recipe, models, trials, pool, mutants) if good else []
     return {
         "recipe": recipe.name,
-        "passed": good and all(entry["caught"] for entry in planted),
+        "passed": good and all(entry["caught"] for entry in planted if entry["telling"]),
         "trials": [_trial_json(trial) for trial in trials],
         "unused_rules": unused,
         "mutants": planted,
@@ -48,27 +57,24 @@ def say_results(results: dict[str, Any]) -> None:
         say(f"{plural(len(planted), 'error')} planted, {found} caught")
         for entry in planted:
             if not entry["caught"]:
-                say(f"  NOT CAUGHT {entry['fault']}: {entry['pattern']}")
+                how = "NOT CAUGHT" if entry["telling"] else "changes nothing here:"
+                say(f"  {how} {entry['fault']}: {entry['pattern']}")
 
 
 def _plant(
-    recipe: Recipe, models: dict[str, Path], trials: Sequence[Trial], tp_size: int, at_most: int
+    recipe: Recipe, models: dict[str, Path], trials: Sequence[Trial], pool: RankPool, at_most: int
 ) -> list[dict[str, Any]]:
-    if not at_most:
-        return []
-    rules = {trial.model: trial.proof.used for trial in trials}
-    with Ranks(tp_size) as ranks:
-        return [
-            {"fault": mutant.fault, "pattern": mutant.pattern, "caught": not proof.passed,
-             "by": proof.checks[-1].name}
-            for mutant, proof in caught(
-                recipe, [(models[name], used) for name, used in rules.items()], ranks, at_most
-            )
-        ]  # fmt: skip
+    rules = {trial.model: trial.proof.rules for trial in trials}
+    checkpoints = [(models[name], used) for name, used in rules.items()]
+    return [
+        {"fault": mutant.fault, "pattern": mutant.pattern, "caught": not proof.passed,
+         "by": proof.checks[-1].name, "telling": mutant.telling}
+        for mutant, proof in caught(recipe, checkpoints, trials[0].tp_size, pool, at_most)
+    ]  # fmt: skip
 
 
 def _unused(recipe: Recipe, trials: Sequence[Trial]) -> list[str]:
-    used = frozenset[str]().union(*(trial.proof.used for trial in trials))
+    used = {pattern for trial in trials for pattern in trial.proof.rules}
     return [rule.pattern for rule in recipe.rules if rule.pattern not in used]
 
 

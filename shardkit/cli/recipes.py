@@ -19,7 +19,9 @@ NAME = click.argument("name", metavar="NAME|FILE.toml")
 
 @click.group()
 def recipes() -> None:
-    """List the model families there are recipes for, show one, check one, or draft one.
+    """List, show, check and draft recipes.
+
+    A recipe says how one model family is divided over ranks: one TOML file, data only.
 
     \b
     Example:
@@ -95,6 +97,39 @@ def check(
         say_results(results)
     if not results["passed"]:
         raise VerifyError(f"recipe {name}: not proven; see the report")
+
+
+@recipes.command()
+@click.argument("model", metavar="FOLDER|MODEL_TYPE")
+@click.option(
+    "--out", type=FOLDER, metavar="FILE.toml",
+    help="Write the recipe here instead of to stdout; the file must not exist.",
+)  # fmt: skip
+@JSON
+def draft(model: str, out: Path | None, as_json: bool) -> None:
+    """Write a first recipe for a model type that has none.
+
+    A small random model of the config in FOLDER, or of MODEL_TYPE's default config, is made and
+    looked into by derivatives: which parts of which tensors meet.  What is found is proven as
+    `recipes check` does, and only what passes is kept; the rest is named under [whole], with what
+    stood in the way.  Bundled recipes are not looked at.  A draft serves only who names it with
+    --recipe.  Exits with 4 if the draft is not proven over every number of ranks tried.
+
+    \b
+    Example:
+      shardkit recipes draft models/new-architecture --out new.toml
+      shardkit split models/new-architecture out --tp 4 --recipe new.toml
+    """
+    quiet_transformers()
+    from shardkit.cli.recipe_draft import run_draft, say_draft
+
+    made = run_draft(model, out)
+    if as_json:
+        say_json(made)
+    else:
+        say_draft(made)
+    if not made["passed"]:
+        raise VerifyError(f"{model}: the draft is not proven; its first lines say where it fails")
 
 
 def path_of(name: str) -> Path:

@@ -1,11 +1,13 @@
 """Errors planted in a recipe, to see that the checks catch them.
 
 Each mutant is the recipe with one rule wrong in a way that someone could write it: another layout,
-a rule left out, a norm that is not reduced, a bias that every rank adds, an argument not cut.
+a rule left out, a norm that is not reduced, a bias that every rank adds, an argument not cut, an
+attribute that still counts every rank's heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 
 from shardkit.notation import Term
 from shardkit.recipe import Recipe, Rule, UnitRule
@@ -13,35 +15,75 @@ from shardkit.recipe import Recipe, Rule, UnitRule
 ANY = "any_even_division"
 HALVES = (Term((2,), ANY),)  # each rank takes a part of either half: right for a fused pair alone
 PLAIN = (Term((), ANY),)
+STYLES = {  # of a rule that should reduce, gather or add once: what is forgotten, and what is left
+    "norm": ("norm not reduced", "column"),
+    "once": ("bias added by every rank", "replicate"),
+    "gather": ("input not gathered", "column"),
+}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong recipe, and the pattern of the rule that is wrong in it."""
+    """A wrong recipe, and the pattern of the rule that is wrong in it.
+
+    `telling` False: some attention functions never read what it leaves whole; then the model
+    computes the same, and nothing is to be caught.
+    """
 
     fault: str
     pattern: str
     recipe: Recipe
+    telling: bool = True
 
 
-def mutants(recipe: Recipe, used: frozenset[str]) -> Iterator[Mutant]:
-    """Mutants of a recipe, by the rules that a model uses, the most telling kinds first."""
-    rules = [rule for rule in recipe.rules if rule.pattern in used]
-    for rule in rules:
-        if rule.style == "norm":
-            yield _with(recipe, rule, "norm not reduced", style="column")
-        elif rule.style == "once":
-            yield _with(recipe, rule, "bias added by every rank", style="replicate")
-        elif rule.style == "gather":
-            yield _with(recipe, rule, "input not gathered", style="column")
+def mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mutant]:
+    """Mutants of a recipe, one of each kind in turn.
+
+    `rules` are the patterns of those that a model uses, each with the tensors that it names.
+    """
+    used = [rule for rule in recipe.rules if rule.pattern in rules]
+    biased = [
+        r for r in used if r.style == "row" and any(t.endswith("bias") for t in rules[r.pattern])
+    ]
+    kinds = [
+        (_with(recipe, r, STYLES[r.style][0], style=STYLES[r.style][1])
+         for r in used if r.style in STYLES),
+        _arguments(recipe),
+        (_with(recipe, r, "layout swapped", terms=_swapped(r)) for r in used if _cut(r)),
+        (_doubled(recipe, rule) for rule in biased),
+        _attributes(recipe),
+        (_without(recipe, rule) for rule in used),
+    ]  # fmt: skip
+    yield from (mutant for mutant in chain(*zip_longest(*kinds)) if mutant)
+
+
+def _arguments(recipe: Recipe) -> Iterator[Mutant]:
     for argument in recipe.arguments:
         others = tuple(other for other in recipe.arguments if other != argument)
         fault = f"argument {argument.argument} not cut"
-        yield Mutant(fault, argument.module, replace(recipe, arguments=others))
-    yield from (_with(recipe, r, "layout swapped", terms=_swapped(r)) for r in rules if _cut(r))
-    for rule in rules:
-        rest = tuple(other for other in recipe.rules if other != rule)
-        yield Mutant("rule left out", rule.pattern, replace(recipe, rules=rest))
+        yield Mutant(fault, argument.module, replace(recipe, arguments=others), False)
+
+
+def _attributes(recipe: Recipe) -> Iterator[Mutant]:
+    """Attributes left out: most attention functions take the head count from the tensors."""
+    for attribute in recipe.attributes:
+        others = tuple(other for other in recipe.attributes if other != attribute)
+        fault = f"attribute {attribute.attribute} left whole"
+        yield Mutant(fault, attribute.module, replace(recipe, attributes=others), False)
+
+
+def _doubled(recipe: Recipe, rule: Rule) -> Mutant:
+    """The rule for the weight alone, and the bias replicated like any small tensor."""
+    weight = replace(rule, pattern=f"{rule.pattern}.weight")
+    bias = Rule(f"{rule.pattern}.bias", "replicate")
+    others = (other for other in recipe.rules if other != rule)
+    wrong = replace(recipe, rules=(*others, weight, bias))
+    return Mutant("bias added by every rank", rule.pattern, wrong)
+
+
+def _without(recipe: Recipe, rule: Rule) -> Mutant:
+    rest = tuple(other for other in recipe.rules if other != rule)
+    return Mutant("rule left out", rule.pattern, replace(recipe, rules=rest))
 
 
 def _cut(rule: Rule) -> bool:

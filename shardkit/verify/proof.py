@@ -1,7 +1,8 @@
 """Proves a recipe on one small model: complete, right by the masked sum, and right over ranks."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from shardkit.split import merge, split
 from shardkit.verify.masked_sum import WEIGHTS, misses
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics
-from shardkit.verify.report import Check
+from shardkit.verify.report import Check, Verdict
 
 ROUNDING = 1e-5  # of a summed layer; sound layouts miss by some 5e-7, the mildest fault by 0.1
 FOREIGN = (
@@ -27,13 +28,14 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Proof:
-    """What was checked of a recipe on one model, and which of its rules the model used.
+    """What was checked of a recipe on one model.
 
+    `rules` are the patterns of those that the model used, each with the tensors that it names;
     `share` is the largest rank's part of the model's bytes.
     """
 
     checks: tuple[Check, ...]
-    used: frozenset[str] = frozenset()
+    rules: Mapping[str, frozenset[str]] = field(default_factory=dict)
     share: float = 1.0
 
     @property
@@ -53,7 +55,7 @@ def prove(source: Path, recipe: Recipe, ranks: Ranks, scratch: Path, beams: int 
         checks.append(_tried(name, step))
         if checks[-1].verdict != "passed":
             return Proof(tuple(checks))
-    return Proof(tuple(checks), trial.used, trial.share)
+    return Proof(tuple(checks), trial.rules, trial.share)
 
 
 @dataclass
@@ -84,9 +86,11 @@ class _Trial:
             return split(checkpoint, self.plan, self.recipe, self.scratch / "shards")
 
     @property
-    def used(self) -> frozenset[str]:
-        names = (placement.spec.name for placement in self.plan.placements)
-        return frozenset(self.recipe.rule_for(name).pattern for name in names)
+    def rules(self) -> dict[str, frozenset[str]]:
+        found = defaultdict(set)
+        for placement in self.plan.placements:
+            found[self.recipe.rule_for(placement.spec.name).pattern].add(placement.spec.name)
+        return {pattern: frozenset(names) for pattern, names in found.items()}
 
     @property
     def share(self) -> float:
@@ -103,7 +107,8 @@ class _Trial:
         worst = max(found, key=lambda name: found[name], default="")
         value = found.get(worst, 0.0)
         fault = "" if value < ROUNDING else f"{worst} misses its sum by {value:.1e}"
-        return _check("masked sum", f"{len(found)} layers miss by at most {value:.1e}", fault)
+        told = f"{len(found)} layers miss by at most {value:.1e}"
+        return _check("masked sum", told, fault, {"miss": value})
 
     def merge(self) -> Check:
         """A merge gives back the source's file, bit for bit."""
@@ -124,8 +129,11 @@ class _Trial:
         return (self.source / WEIGHTS).read_bytes()
 
 
-def _check(name: str, summary: str, fault: str = "") -> Check:
-    return Check(name, "failed" if fault else "passed", summary, (fault,) if fault else ())
+def _check(
+    name: str, summary: str, fault: str = "", numbers: Mapping[str, object] | None = None
+) -> Check:
+    verdict: Verdict = "failed" if fault else "passed"
+    return Check(name, verdict, summary, (fault,) if fault else (), numbers or {})
 
 
 def _tried(name: str, step: Callable[[], Check]) -> Check:

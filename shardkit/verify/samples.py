@@ -35,7 +35,8 @@ class Sample:
     """A small config.  `apart` says in a sentence where transformers itself cannot do all of it.
 
     `as_built` saves it under the names that the model has in memory, its experts stacked, as some
-    checkpoints on the Hub are; otherwise it has the names of the first checkpoints.
+    checkpoints on the Hub are; otherwise it has the names of the first checkpoints.  `group` is the
+    name of its file.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Sample:
     config: Mapping[str, Any]
     apart: str = ""
     as_built: bool = False
+    group: str = ""
 
     @property
     def model_class(self) -> Any:
@@ -80,7 +82,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
             raise RecipeError(f"{path.name}: {name}: needs a model, and a base that is there")
         config = {**bases.get(base, {}), **entry.get("config", {})}
         apart, as_built = entry.get("apart", ""), entry.get("as_built", False)
-        yield Sample(name, entry["model"], _nulls(config), apart, as_built)
+        yield Sample(name, entry["model"], _nulls(config), apart, as_built, path.stem)
 
 
 def make_sample(sample: Sample, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -1,7 +1,7 @@
 """Runs a recipe's proof on its samples, or on a model of one's own, and on recipes made wrong."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from shardkit.config import serves
 from shardkit.errors import RecipeError
 from shardkit.recipe import Recipe
 from shardkit.runtime.load import model_class
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.pool import RankPool
 from shardkit.verify.mutants import Mutant, mutants
 from shardkit.verify.proof import Proof, prove
 from shardkit.verify.samples import Sample, make_sample, samples, save_random
@@ -76,28 +76,35 @@ def make_like(config: Path, folder: Path) -> Path:
 
 
 def try_recipe(
-    recipe: Recipe, models: Iterable[tuple[str, Path]], tp_sizes: Iterable[int]
+    recipe: Recipe, models: Mapping[str, Path], tp_sizes: Iterable[int], pool: RankPool
 ) -> Iterator[Trial]:
     """The recipe's proof on each model at each tp_size, as each is done."""
-    listed = list(models)
     for tp_size in tp_sizes:
-        with Ranks(tp_size) as ranks:
-            for name, source in listed:
-                with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
-                    proof = prove(source, recipe, ranks, Path(scratch), BEAMS)
-                yield Trial(recipe, name, tp_size, proof)
+        for name, source in models.items():
+            with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
+                proof = prove(source, recipe, pool.of(tp_size), Path(scratch), BEAMS)
+            yield Trial(recipe, name, tp_size, proof)
+
+
+Models = Sequence[tuple[Path, Mapping[str, frozenset[str]]]]
 
 
 def caught(
-    recipe: Recipe, models: Sequence[tuple[Path, frozenset[str]]], ranks: Ranks, at_most: int
+    recipe: Recipe, models: Models, tp_size: int, pool: RankPool, at_most: int
 ) -> Iterator[tuple[Mutant, Proof]]:
     """Errors planted in a recipe, and the proof of each, which must not pass.
 
-    `models` are checkpoints and the rules each uses; a mutant is tried on the first that uses its
-    rule.
+    `models` are checkpoints and the rules each uses.  A mutant is tried on each that uses its rule
+    until one fails: some have no bias, and many head counts need no attribute.
     """
-    used = frozenset[str]().union(*(rules for _, rules in models))
-    for mutant in islice(mutants(recipe, used), at_most):
-        source = next((m for m, rules in models if mutant.pattern in rules), models[0][0])
-        with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
-            yield mutant, prove(source, mutant.recipe, ranks, Path(scratch))
+    rules: dict[str, frozenset[str]] = {}
+    for _, used in models:
+        rules |= {pattern: rules.get(pattern, frozenset()) | used[pattern] for pattern in used}
+    for mutant in islice(mutants(recipe, rules), at_most):
+        own = [model for model, used in models if mutant.pattern in used]
+        for source in own or [model for model, _ in models]:
+            with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
+                proof = prove(source, mutant.recipe, pool.of(tp_size), Path(scratch))
+            if not proof.passed:
+                break
+        yield mutant, proof

@@ -1,0 +1,1 @@
+"""Drafts: a first recipe for a model type that has none, from what a small model of it computes."""
