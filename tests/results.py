@@ -42,8 +42,8 @@ def head(swept: Sequence[tuple[Recipe, Any]]) -> Iterator[str]:
     yield (
         f"{len(planted)} errors were planted in the recipes, and {sum(by.values())} caught:"
         f" {', '.join(f'{count} by {name!r}' for name, count in by.most_common())}."
-        f"  {len(silent)} more, each an attribute or argument left whole that the attention functions"
-        f" of these models do not read, change nothing.  {len(missed)} were missed."
+        f"  {len(silent)} more, each an attribute or argument left whole that the attention"
+        f" functions of these models do not read, change nothing.  {len(missed)} were missed."
     )
     yield ""
 
