@@ -1,16 +1,23 @@
 """What the sweep of all recipes found, as data, and the page that is made of it."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shardkit.recipe import Recipe
+from shardkit.verify.trials import served_samples
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RESULTS = FOLDER / "results.json"
 TABLE = FOLDER / "FAMILIES.md"
-TINY = 0.02  # of the bytes: less is a norm or a router
+
+
+def digest(recipe: Recipe) -> str:
+    """Of a recipe and the samples that prove it: results of another digest are old."""
+    told = [recipe.sha256, *(repr(sample) for sample in served_samples(recipe))]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def rendered(results: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:

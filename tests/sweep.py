@@ -7,7 +7,6 @@
 Exits with 1 if a proof fails or an error that should be caught is not.
 """
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import SHARED  # noqa: F401  (sets the libraries' environment first)
-from results import RESULTS, TABLE, rendered
+from results import RESULTS, TABLE, digest, rendered
 
 from shardkit.catalog import bundled
 from shardkit.recipe import Recipe
@@ -70,12 +69,6 @@ def swept(recipe: Recipe, pool: RankPool) -> dict[str, Any]:
         "trials": [trial_row(trial, samples) for trial in trials],
         "mutants": planted,
     }
-
-
-def digest(recipe: Recipe) -> str:
-    """Of a recipe and the samples that prove it: results of another digest are old."""
-    told = [recipe.sha256, *(repr(sample) for sample in served_samples(recipe))]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def trial_row(trial: Trial, samples: list[Sample]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from results import RESULTS, TABLE, digest, rendered
 
 from shardkit import errors
 from shardkit.catalog import bundled
@@ -29,16 +30,25 @@ def test_every_command_and_option_is_documented(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
     row = next(line for line in README.splitlines() if line.startswith(f"| `shardkit {name}"))
-    for parameter in command.params:
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    for parameter in (parameter for one in commands for parameter in one.params):
         if isinstance(parameter, click.Option):
             assert f"`{parameter.opts[0]}`" in row
 
 
-def test_the_family_table_is_the_recipes() -> None:
-    rows = re.findall(r"^\| (\w+) \| ([\w, ]+) \|$", README.split("## Families")[1], re.MULTILINE)
-    told = {name: tuple(types.split(", ")) for name, types in rows if name != "recipe"}
-    recipes = [load_recipe(path) for path in bundled()]
-    assert told == {recipe.name: recipe.model_types for recipe in recipes}
+def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> None:
+    results = json.loads(RESULTS.read_text())
+    for recipe in map(load_recipe, bundled()):
+        entry = results.get(recipe.name, {})
+        assert entry.get("digest") == digest(recipe), f"run `python tests/sweep.py {recipe.name}`"
+        assert all(trial["passed"] for trial in entry["trials"])
+        assert sum(mutant["caught"] for mutant in entry["mutants"]) >= 3
+        assert all(mutant["caught"] for mutant in entry["mutants"] if mutant["telling"])
+
+
+def test_the_page_of_families_is_what_the_sweep_found() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert TABLE.read_text() == rendered(results, [load_recipe(path) for path in bundled()])
 
 
 def test_the_exit_codes_are_the_errors() -> None:
@@ -68,7 +78,9 @@ def test_every_recipe_key_is_documented() -> None:
     assert told >= KEYS
 
 
-@pytest.mark.parametrize("path", ["README.md", "recipes/README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "recipes/README.md", "recipes/FAMILIES.md", "CHANGELOG.md"]
+)
 def test_relative_links_lead_somewhere(path: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text()):
         if "://" not in target:

@@ -252,7 +252,7 @@ def test_it_verifies_under_torchrun(models, tmp_path: Path) -> None:
     done = command("verify", str(tmp_path / "right"), "--against", str(source), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "numerics  passed" in done.stdout
-    recipe = altered("llama", tmp_path, ('q_proj" = "heads"', 'q_proj" = "2 heads"'))
+    recipe = altered("llama", tmp_path, ('offset}" = "heads"', 'offset}" = "2 heads"'))
     cut(source, tmp_path / "wrong", 2, recipe)
     done = command("verify", str(tmp_path / "wrong"), "--against", str(source), ranks=2)
     assert done.returncode != 0
