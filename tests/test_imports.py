@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from blueprints import llama, llama_config, specs_of, write_source
 
+from shardkit.catalog import bundled
+from shardkit.recipe_file import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"
 LAYERS = [  # a module imports from the rows above its own only; a package counts as one
@@ -120,6 +123,42 @@ def test_only_the_runtime_and_verify_need_torch_to_be_imported(path: Path) -> No
         assert not tops & TORCH
     if part(path) != "cli":
         assert not tops & SCREEN, "only the command line prints"
+
+
+BUILT_IN = {"lstm"}  # torch's own module, and the language model of it that transformers lacks
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def words(node: ast.AST) -> list[str]:
+    """The names in a piece of code, strings taken apart; those of documents are not code."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return re.findall(r"[\w-]+", text)
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+            return [name]
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+            return [name]
+    return []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=shown)
+def test_no_model_type_is_named_in_code(path: Path) -> None:
+    recipes = [load_recipe(found) for found in bundled()]
+    types = {plain(name) for recipe in recipes for name in (recipe.name, *recipe.model_types)}
+    code = tree(path)
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(code)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    nodes = (node for node in ast.walk(code) if id(node) not in documents)
+    used = {plain(word) for node in nodes for word in words(node)}
+    assert not used & (types - BUILT_IN)
 
 
 def loaded(*arguments: str) -> set[str]:

