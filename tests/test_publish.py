@@ -16,14 +16,15 @@ from blueprints import contents, llama, llama_config, specs_of, write_source
 from splitting import split_folder
 
 from shardkit.errors import OutputError
-from shardkit.publish import Stage, check_absent, publishing
+from shardkit.publish import Stage, publishing
+from shardkit.target import Target
 
-SPLIT_ID = "0123456789abcdef" * 4
 HERE = Path(__file__).resolve().parent
 
 
 def stage_of(out: Path) -> Path:
-    return out.parent / f".{out.name}.shardkit-stage-{SPLIT_ID[:16]}"
+    """The stage that a run to `out` has, or one for it to find."""
+    return next(iter(Target(out).stages()), Target(out).new_stage())
 
 
 def names(folder: Path) -> list[str]:
@@ -32,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_folder_appears_only_when_everything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.write("a", b"1")
         os.write(stage.create("b", 3), b"two")
         stage.finish("b")
@@ -57,7 +58,7 @@ def appear(out: Path, kind: str, stage: Stage) -> None:
 @pytest.mark.parametrize("kind", ["file", "empty folder", "full folder", "link"])
 def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=r"out: File exists"), publishing(out, SPLIT_ID) as stage:
+    with pytest.raises(OutputError, match=r"out: File exists"), publishing(Target(out)) as stage:
         appear(out, kind, stage)
     assert names(tmp_path) == ["out"]
     assert out.is_symlink() or not (out / "a").exists()
@@ -67,7 +68,7 @@ def test_a_stage_left_by_a_killed_run_is_emptied(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stage_of(out).mkdir()
     (stage_of(out) / "a").write_text("half a file")
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.write("b", b"whole")
     assert contents(out) == {"b": b"whole"}
 
@@ -77,7 +78,7 @@ def test_a_stage_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> N
     theirs.mkdir()
     (theirs / "kept").write_text("kept")
     stage_of(out).symlink_to(theirs)
-    with pytest.raises(OutputError), publishing(out, SPLIT_ID):
+    with pytest.raises(OutputError), publishing(Target(out)):
         pass
     assert contents(theirs) == {"kept": b"kept"}
 
@@ -86,7 +87,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from shardkit.publish import publishing
-with publishing(Path(sys.argv[1]), sys.argv[2]) as stage:
+from shardkit.target import Target
+with publishing(Target(Path(sys.argv[1]))) as stage:
     stage.write("theirs", b"theirs")
     print("ready", flush=True)
     sys.stdin.read()
@@ -96,7 +98,7 @@ with publishing(Path(sys.argv[1]), sys.argv[2]) as stage:
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process in the middle of writing `out`, which it ends when its input does."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out"), SPLIT_ID]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parent
     ) as process:
@@ -110,7 +112,10 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
     tmp_path: Path, other_run: subprocess.Popen[str]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="another shardkit is writing"), publishing(out, SPLIT_ID):
+    with (
+        pytest.raises(OutputError, match="out: another shardkit is writing it"),
+        publishing(Target(out)),
+    ):
         pass
     assert names(stage_of(out)) == ["theirs"]
     other_run.communicate("")
@@ -121,7 +126,7 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
 def test_a_lock_dies_with_its_process(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
-    with publishing(tmp_path / "out", SPLIT_ID) as stage:
+    with publishing(Target(tmp_path / "out")) as stage:
         stage.write("ours", b"ours")
     assert contents(tmp_path / "out") == {"ours": b"ours"}
 
@@ -138,7 +143,7 @@ def test_the_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:
 
 
 def begin_and_fail(out: Path) -> None:
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.create("a", 5)
         raise ZeroDivisionError
 
@@ -150,11 +155,11 @@ def open_files() -> int:
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("open descriptors are counted in /proc")
-    (tmp_path / ".bad.shardkit-stage-0123456789abcdef" / "sub").mkdir(parents=True)
+    (tmp_path / ".bad.shardkit-stage-01234567" / "sub").mkdir(parents=True)
     before = open_files()
     with pytest.raises(ZeroDivisionError):
         begin_and_fail(tmp_path / "out")
-    with pytest.raises(OutputError), publishing(tmp_path / "bad", SPLIT_ID):
+    with pytest.raises(OutputError), publishing(Target(tmp_path / "bad")):
         pass
     assert open_files() == before
 
@@ -163,7 +168,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        with publishing(tmp_path / "out", SPLIT_ID) as stage:
+        with publishing(Target(tmp_path / "out")) as stage:
             stage.write("small", b"1")
             stage.create("large", 9)
             stage.finish("large")
@@ -190,7 +195,7 @@ def test_room_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
 
 def test_an_output_needs_a_folder_to_be_in(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such folder to write out in"):
-        check_absent(tmp_path / "none" / "out")
+        Target(tmp_path / "none" / "out").check()
 
 
 def source_folder(tmp_path: Path) -> Path:
