@@ -78,6 +78,7 @@ def split(
     )  # fmt: skip
     files = _rank_files(draft)
     run = make_run(draft.split_id, source.state(), files)
+    target.check_space(total_size(files) + beside(source))
     with _writing(target, run, files, progress) as (stage, sinks):
         copied = _write_companions(stage, source.companions())
         _fill(stage, files, sinks, source, _rank_jobs(plan), progress)
@@ -108,6 +109,7 @@ def reshard(
     draft = replace(old, split_id=split_id, plan=plan, ranks=(), shardkit=__version__)
     files = _rank_files(draft)
     run = make_run(split_id, old.sha256, files)
+    target.check_space(total_size(files) + sum(d.size for d in old.copied.values()))
     with _writing(target, run, files, progress) as (stage, sinks):
         copied = _write_companions(stage, _copied(shards))
         _fill(stage, files, sinks, shards, _rank_jobs(plan), progress)
@@ -133,12 +135,18 @@ def merge(
     manifest, index = shards.manifest, shards.manifest.source.index
     files = _source_files(manifest)
     run = make_run(manifest.split_id, manifest.sha256, files)
+    target.check_space(total_size(files) + sum(d.size for d in manifest.copied.values()))
     with _writing(target, run, files, progress) as (stage, sinks):
         _write_companions(stage, _copied(shards))
         _fill(stage, files, sinks, shards, _source_jobs(manifest), progress)
         if index:
             total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
             stage.write(index.name, index_bytes(index, total))
+
+
+def beside(source: Checkpoint) -> int:
+    """The bytes of the companion files."""
+    return sum(len(data) for _, data in source.companions())
 
 
 def shard_target(out: Path, force: bool, resume: bool = False) -> Target:
@@ -158,8 +166,7 @@ def merge_target(manifest: Manifest, out: Path, force: bool, resume: bool = Fals
 def _writing(
     target: Target, run: Run, files: Files, progress: Progress
 ) -> Iterator[tuple[Stage, list[FileSink]]]:
-    """A stage with the files begun, room for them made sure of, to be published at the end."""
-    target.check_space(total_size(files))
+    """A stage with the files begun, to be published when the block ends well."""
     with publishing(target) as stage:
         yield stage, open_sinks(stage, run, files, progress)
 

@@ -22,9 +22,8 @@ from shardkit.cli.text import plural, say, say_json, size
 from shardkit.costs import generates
 from shardkit.groups import groups, stored_bytes
 from shardkit.plan import Plan, make_plan
-from shardkit.split import shard_target
+from shardkit.split import beside, shard_target
 from shardkit.split import split as write_split
-from shardkit.target import Target
 
 
 @click.command()
@@ -66,7 +65,8 @@ def split(
         plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
         total = sum(stored_bytes(groups(plan), tp_size))
         if dry_run:
-            _say_dry_run(plan, target, total, as_json)
+            target.check_space(total + beside(checkpoint))
+            _say_dry_run(plan, out, total, as_json)
             return
         started = perf_counter()
         with progress_bar(total, "split") as advance:
@@ -82,10 +82,8 @@ def split(
         say_written(manifest, out, seconds, commands)
 
 
-def _say_dry_run(plan: Plan, target: Target, total: int, as_json: bool) -> None:
-    """What would be written.  Raises OutputError where there is no room for it."""
-    target.check_space(total)
-    out = target.out
+def _say_dry_run(plan: Plan, out: Path, total: int, as_json: bool) -> None:
+    """What would be written."""
     if as_json:
         say_json({"dry_run": True, "out": str(out), **plan_sizes(plan)})
         return
