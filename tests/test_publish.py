@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import stat
@@ -12,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blueprints import contents, llama, llama_config, specs_of, write_source
-from splitting import split_folder
+from blueprints import contents
+from command import environment
+from faults.durability import CALLS, faults
+from faults.scenes import SCENES, Scene
 
 from shardkit.errors import OutputError
 from shardkit.publish import Stage, publishing
@@ -198,89 +199,113 @@ def test_an_output_needs_a_folder_to_be_in(tmp_path: Path) -> None:
         Target(tmp_path / "none" / "out").check()
 
 
-def source_folder(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "source", llama_config(), specs_of(llama()))
-
-
-def traced(tmp_path: Path, *options: str) -> tuple[int, str]:
-    """Run a split under strace; its exit status, and the calls it made."""
+def traced(tmp_path: Path, *command: object) -> str:
+    """Run Python under strace; the calls that write, sync and rename."""
     if shutil.which("strace") is None:
         pytest.skip("system calls are watched with strace, which is not installed")
-    code = "import sys; from pathlib import Path; from splitting import split_folder\n"
-    code += "split_folder(Path(sys.argv[1]), Path(sys.argv[2]), 2)"
     log = tmp_path / "strace.log"
-    command = ["strace", "-f", "-y", "-o", str(log), *options, sys.executable, "-c", code]
     done = subprocess.run(
-        [*command, str(tmp_path / "source"), str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
-        capture_output=True,
-        check=False,
-    )
-    text = log.read_text()
-    log.unlink()
-    if "exited with" not in text and "killed by" not in text:
-        pytest.skip(f"strace cannot trace here: {done.stderr.decode()[-200:]}")
-    return done.returncode, text
+        ["strace", "-f", "-y", "-o", log, "-e", f"trace={CALLS}", sys.executable, *command],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    trace = log.read_text()
+    if "exited with" not in trace:
+        pytest.skip(f"strace cannot trace here: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr[-1000:]
+    return trace
 
 
-def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path) -> None:
-    source_folder(tmp_path)
-    status, text = traced(tmp_path, "-e", "trace=fsync,renameat2")
-    assert status == 0
+NOTED = "from shardkit import file_sink; file_sink.EVERY = 700; "
+COMMAND = f"import sys; {NOTED}from shardkit.cli import main; main()"
+
+
+@pytest.mark.parametrize("scene", [*SCENES[:1], *SCENES[2:8]], ids=lambda scene: scene.name)
+def test_everything_is_synced_before_it_counts(scene: Scene, tmp_path: Path) -> None:
+    ground = tmp_path / "ground"
+    ground.mkdir()
+    scene.prepare(ground)
+    trace = traced(tmp_path, "-c", COMMAND, *scene.command(ground))
+    assert "journal.jsonl" in trace
+    assert faults(trace, str(ground / scene.out)) == []
+
+
+def lines_with(trace: str, *parts: str) -> list[str]:
+    return [line for line in trace.splitlines() if all(part in line for part in parts)]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sound trace of a split to /ground/out, no calls overlapping, to be spoilt."""
+    stage = "/ground/.out.shardkit-stage-01234567"
     calls = [
-        Path(found[1]).name if (found := re.search(r"fsync\(\d+<(.*?)>\)", line)) else "rename"
-        for line in text.splitlines()
-        if "fsync(" in line or "renameat2(" in line
+        f'openat(AT_FDCWD</>, "{stage}/rank", O_WRONLY|O_CREAT|O_EXCL, 0666) = 5<{stage}/rank>',
+        f'pwrite64(5<{stage}/rank>, "..."..., 100, 0) = 100',
+        f"fsync(5<{stage}/rank>) = 0",
+        f'openat(AT_FDCWD</>, "{stage}/manifest", O_WRONLY|O_CREAT, 0666) = 5<{stage}/manifest>',
+        f'write(5<{stage}/manifest>, "..."..., 9) = 9',
+        f"fsync(5<{stage}/manifest>) = 0",
+        f"fsync(5<{stage}>) = 0",
+        f'renameat2(AT_FDCWD</>, "{stage}", AT_FDCWD</>, "/ground/out", RENAME_NOREPLACE) = 0',
+        "fsync(5</ground>) = 0",
     ]
-    at = calls.index("rename")
-    written = set(names(tmp_path / "out"))
-    assert written <= set(calls[:at]), "every file before the rename"
-    assert calls[at - 2] == "manifest.json", "the manifest last of the files"
-    assert calls[at - 1].startswith(".out.shardkit-stage"), "then the stage itself"
-    assert calls[at + 1 :] == [tmp_path.name], "and after the rename the folder it is in"
+    return "\n".join(f"77 {call}" for call in calls)
 
 
-STEPS = [  # strace counts each thread's calls; the main thread's syncs are these four
-    ("fallocate", 1), ("fallocate", 2),
-    ("fsync", 1),  # config.json
-    ("fsync", 2),  # manifest.json
-    ("fsync", 3),  # the stage
-    ("renameat2", 1),
-]  # fmt: skip
-WATCHED = "trace=fsync,renameat2,fallocate"
+def without(trace: str, *parts: str) -> str:
+    (gone,) = lines_with(trace, *parts)
+    return "\n".join(line for line in trace.splitlines() if line != gone)
 
 
-@pytest.mark.parametrize(("call", "when"), [*STEPS, ("fsync", 4)])
-def test_a_run_killed_at_any_step_leaves_a_whole_output_or_none(
-    call: str, when: int, tmp_path: Path
-) -> None:
-    source, out = source_folder(tmp_path), tmp_path / "out"
-    status, _ = traced(tmp_path, "-e", WATCHED, "-e", f"inject={call}:signal=KILL:when={when}")
-    assert status in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    assert out.exists() <= ((call, when) in [("renameat2", 1), ("fsync", 4)])
-    if not out.exists():
-        split_folder(source, out, 2)
-    split_folder(source, tmp_path / "again", 2)
-    assert contents(out) == contents(tmp_path / "again")
-    assert names(tmp_path) == ["again", "out", "source"]
+def moved(trace: str, before: str, *parts: str) -> str:
+    """One line of the trace moved to just before another."""
+    (line,) = lines_with(trace, *parts)
+    rest = without(trace, *parts).splitlines()
+    (at,) = (i for i, other in enumerate(rest) if before in other)
+    return "\n".join([*rest[:at], line, *rest[at:]])
 
 
-@pytest.mark.parametrize(("call", "when"), STEPS)
-def test_a_disk_that_fails_at_any_step_leaves_nothing(call: str, when: int, tmp_path: Path) -> None:
-    source_folder(tmp_path)
-    status, _ = traced(tmp_path, "-e", WATCHED, "-e", f"inject={call}:error=EIO:when={when}")
-    assert status == 1
-    assert names(tmp_path) == ["source"]
+SPOILT = {
+    "rank: not synced": lambda t: without(t, "fsync", "/rank>"),
+    "manifest: not synced": lambda t: t.replace("/manifest>) = 0", "/manifest>) = -1 EIO (...)"),
+    "rank: not synced between": lambda t: moved(t, "pwrite64", "fsync", "/rank>"),
+    "the folder is not synced after the last name": lambda t: without(t, "fsync", "4567>)"),
+    "name in it changed": lambda t: moved(t, '-01234567/manifest", O', "fsync", "4567>)"),
+    "ground: the folder is not synced after": lambda t: without(t, "fsync", "</ground>"),
+    "nothing was published": lambda t: without(t, "renameat2"),
+    "manifest: written after the rename": lambda t: moved(t, "fsync(5</ground>", "write(5<", "t>"),
+}
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_disk_that_fails_under_a_ranks_file_leaves_nothing(call: str, tmp_path: Path) -> None:
-    source = source_folder(tmp_path)
-    split_id = split_folder(source, tmp_path / "sound", 2).split_id
-    file = tmp_path / f".out.shardkit-stage-{split_id[:16]}" / "rank-00001-of-00002.safetensors"
-    status, text = traced(
-        tmp_path, "-P", str(file), "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1"
-    )
-    assert "(INJECTED)" in text
-    assert status == 1
-    assert names(tmp_path) == ["sound", "source"]
+@pytest.mark.parametrize("fault", SPOILT)
+def test_the_lint_finds_what_is_out_of_order(fault: str, trace: str) -> None:
+    assert faults(trace, "/ground/out") == []
+    assert any(fault in found for found in faults(SPOILT[fault](trace), "/ground/out"))
+
+
+LIBRARY = """
+import sys
+import numpy
+from safetensors.numpy import save_file
+save_file({"a": numpy.zeros(9)}, sys.argv[1])
+"""
+CHECKPOINT = """
+import sys, torch
+import torch.distributed.checkpoint as dcp
+dcp.save({"a": torch.zeros(9)}, checkpoint_id=sys.argv[1], no_dist=True)
+"""
+
+
+def test_the_lint_finds_the_safetensors_library_unsynced(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    out = tmp_path / "a.safetensors"
+    found = faults(traced(tmp_path, "-c", LIBRARY, out), str(out))
+    assert any("not synced between its last write and the rename" in fault for fault in found)
+
+
+@pytest.mark.slow
+def test_the_lint_finds_distributed_checkpoints_unsynced(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "saved"
+    found = faults(traced(tmp_path, "-c", CHECKPOINT, out), str(out / ".metadata"))
+    print(found)
+    assert any("not synced between its last write and the rename" in fault for fault in found)
