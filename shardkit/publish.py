@@ -121,9 +121,9 @@ def _publish(target: Target, folder: Path) -> None:
         folders.sync(folder)
         replaces = target.replaces is not None and target.check()
         if replaces:
-            folders.exchange(folder, target.out)
+            folders.exchange(folder, target.path)
         else:
-            folders.rename_over_nothing(folder, target.out)
+            folders.rename_over_nothing(folder, target.path)
         folders.sync(target.parent)
     if replaces:
         with as_output_error(folder):

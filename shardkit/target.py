@@ -36,9 +36,14 @@ class Target:
     resume: bool = False
 
     @property
+    def path(self) -> Path:
+        """The output's own name, where `out` may be a dot."""
+        return self.out.absolute()
+
+    @property
     def parent(self) -> Path:
         """The folder that the output is in, and its stage."""
-        return self.out.absolute().parent
+        return self.path.parent
 
     def check(self) -> bool:
         """Whether a folder is there to be replaced.  Raises OutputError.
@@ -62,7 +67,7 @@ class Target:
             )
         if self.out.is_symlink() or not self.out.is_dir():
             raise OutputError(f"{self.out}: is no folder, so --force leaves it; name another")
-        if self.out.absolute().name in ("", ".."):
+        if self.path.name in ("", ".."):
             raise OutputError(f"{self.out}: cannot be replaced by this name; name the folder")
         self.replaces(self.out)
 
@@ -82,11 +87,11 @@ class Target:
 
     def new_stage(self) -> Path:
         """A name that no other run has."""
-        return self.parent / f".{self.out.absolute().name}.shardkit-stage-{secrets.token_hex(4)}"
+        return self.parent / f".{self.path.name}.shardkit-stage-{secrets.token_hex(4)}"
 
     def stages(self) -> list[Path]:
         """The stages that runs to this output have, or have left."""
-        name = re.escape(self.out.absolute().name)
+        name = re.escape(self.path.name)
         own = re.compile(rf"\.{name}\.shardkit-stage-[0-9a-f]{{8}}")
         return sorted(path for path in self.parent.iterdir() if own.fullmatch(path.name))
 
