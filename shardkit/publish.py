@@ -143,19 +143,20 @@ def _check_exchange(folder: Path) -> None:
 def _claim(target: Target) -> tuple[Path, int]:
     """A stage of our own and its lock: a stopped run's, if it is to be gone on with, or a new one.
 
-    All others that stopped runs have left are removed.  Raises OutputError, or OSError.
+    All others that stopped runs have left are removed.  Raises OutputError.
     """
     taken: list[tuple[Path, int]] = []
     kept = None
     try:
         for left in target.stages():
-            with contextlib.suppress(FileNotFoundError):  # another run was faster
+            with as_output_error(left), contextlib.suppress(FileNotFoundError):  # others are faster
                 taken.append(_take(left, target))
         if target.resume:
             kept = next((one for one in taken if (one[0] / JOURNAL).exists()), None)
         for one in taken:
             if one is not kept:
-                folders.remove(one[0])
+                with as_output_error(one[0]):
+                    folders.remove(one[0])
         kept = kept or _begin(target)
     finally:
         for one in taken:
