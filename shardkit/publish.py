@@ -1,42 +1,52 @@
 """Publishes an output folder whole or not at all.
 
 Everything is written to a stage folder beside the output, each file synced, and the stage renamed
-over nothing in one step.  A refused run writes nothing, a failed one removes its stage, and a
-killed one leaves a stage that the next run of the same split removes.
+over nothing in one step, or exchanged with the folder that it replaces.  A refused run writes
+nothing, a failed one removes its stage, and a killed one leaves a stage that the next run to the
+same output removes or, asked to, goes on with.
+
+Each run's stage has a name of its own, and a stage left by another is renamed before it is touched:
+what two runs write is never mixed, whether or not the filesystem has locks.
 """
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from shardkit import folders
 from shardkit.errors import OutputError
+from shardkit.target import Target, as_output_error
 
-AT_FDCWD = -100
-RENAME_NOREPLACE = 1
-NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+JOURNAL = "journal.jsonl"  # in a stage only: how far its files have come
 
 
 class Stage:
     """An output being written."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` exists, is empty, and is ours alone."""
+        """`folder` is ours alone; it is empty, or holds what a stopped run has left."""
         self.folder = folder
         self._open: dict[str, int] = {}
 
     def create(self, name: str, size: int) -> int:
         """A new file of the stage, `size` bytes reserved on disk.  Raises OutputError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with as_output_error(self.folder / name):
-            fd = os.open(self.folder / name, flags, 0o666)
-            self._open[name] = fd
-            if size:
+        fd = self._opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        if size:
+            with as_output_error(self.folder / name):
                 os.posix_fallocate(fd, 0, size)
+        return fd
+
+    def reopen(self, name: str) -> int:
+        """A file that a stopped run has left, to be read and written on.  Raises OutputError."""
+        return self._opened(name, os.O_RDWR | os.O_NONBLOCK)
+
+    def _opened(self, name: str, flags: int) -> int:
+        with as_output_error(self.folder / name):
+            fd = os.open(self.folder / name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._open[name] = fd
         return fd
 
     def finish(self, name: str) -> None:
@@ -48,6 +58,11 @@ class Stage:
             finally:
                 os.close(fd)
 
+    def finish_all(self, names: Collection[str]) -> None:
+        """Finish several files, all at once.  Raises OutputError."""
+        with ThreadPoolExecutor(max(1, len(names))) as pool:
+            list(pool.map(self.finish, names))
+
     def write(self, name: str, data: bytes) -> None:
         """A whole small file, synced.  Raises OutputError."""
         fd = self.create(name, 0)
@@ -57,114 +72,129 @@ class Stage:
                 view = view[os.write(fd, view) :]
         self.finish(name)
 
+    def clear(self, kept: Collection[str] = ()) -> None:
+        """Close and remove every file but these.  Raises OutputError."""
+        for name in self._open.keys() - set(kept):
+            os.close(self._open.pop(name))
+        with as_output_error(self.folder):
+            for path in self.folder.iterdir():
+                if path.name not in kept:
+                    path.unlink()
+
     def close(self) -> None:
         """Close what is still open."""
         while self._open:
             os.close(self._open.popitem()[1])
 
 
-def check_absent(out: Path) -> None:
-    """Raise OutputError if the output is there, or cannot be made."""
-    if out.is_symlink() or out.exists():
-        raise OutputError(f"{out}: exists, and is never written into; name another, or remove it")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent}: no such folder to write {out.name} in")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent}: not writable")
-
-
-def check_space(out: Path, nbytes: int) -> None:
-    """Raise OutputError unless the output's filesystem has room for `nbytes` and 1 % more."""
-    usage = os.statvfs(out.absolute().parent)
-    free = usage.f_bavail * usage.f_frsize
-    if free < nbytes * 1.01:
-        raise OutputError(
-            f"{out}: needs {nbytes * 1.01 / 1e9:.2f} GB, and its filesystem has {free / 1e9:.2f} GB"
-            " free; make room, or write elsewhere"
-        )
-
-
 @contextlib.contextmanager
-def publishing(out: Path, split_id: str) -> Iterator[Stage]:
-    """A stage that becomes `out` when the block ends well, and is removed when it does not.
+def publishing(target: Target) -> Iterator[Stage]:
+    """A stage that becomes the output when the block ends well, and is removed when it does not.
 
-    Raises OutputError if `out` exists, or another run is writing the same split there.
+    Where it was to resume, it is kept if the run is interrupted or cannot write.  Raises
+    OutputError if the output may not be made or replaced, or another run is writing it.
     """
-    check_absent(out)
-    parent = out.absolute().parent
-    folder = parent / f".{out.name}.shardkit-stage-{split_id[:16]}"
-    lock = _claim(folder)
+    replaces = target.check()
+    with as_output_error(target.out):
+        folder, lock = _claim(target)
     stage = Stage(folder)
     try:
+        if replaces:
+            _check_exchange(folder)
         yield stage
         stage.close()
-        with as_output_error(out):
-            _sync_folder(folder)
-            _rename_over_nothing(folder, parent / out.name)
-            _sync_folder(parent)
-    except BaseException:
+        _publish(target, folder)
+    except BaseException as error:
         stage.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        stopped = isinstance(error, KeyboardInterrupt | OutputError)
+        if not (target.resume and stopped and (folder / JOURNAL).exists()):
+            folders.discard(folder)
         raise
     finally:
         os.close(lock)
 
 
-@contextlib.contextmanager
-def as_output_error(path: Path) -> Iterator[None]:
-    """Turn an OSError about an output into an OutputError of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from None
+def _publish(target: Target, folder: Path) -> None:
+    """The one step that makes the stage the output; then what it replaced, if anything, goes."""
+    with as_output_error(target.out):
+        (folder / JOURNAL).unlink(missing_ok=True)
+        folders.sync(folder)
+        replaces = target.replaces is not None and target.check()
+        if replaces:
+            folders.exchange(folder, target.path)
+        else:
+            folders.rename_over_nothing(folder, target.path)
+        folders.sync(target.parent)
+    if replaces:
+        with as_output_error(folder):
+            folders.remove(folder)
 
 
-def _claim(folder: Path) -> int:
-    """Make the stage and lock it; one left by a killed run is emptied.  Raises OutputError."""
+def _check_exchange(folder: Path) -> None:
+    """Raise OutputError where nothing can be replaced in one step: before it is copied in vain."""
     with as_output_error(folder):
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            _lock(lock, folder)
-            for path in folder.iterdir():
-                path.unlink()
-        except BaseException:
-            os.close(lock)
-            raise
-    return lock
+        if not folders.can_exchange(folder):
+            raise OutputError(
+                f"{folder.parent}: its filesystem cannot exchange two folders in one step, so"
+                " nothing is replaced; remove the old output first, or write elsewhere"
+            )
 
 
-def _lock(lock: int, folder: Path) -> None:
-    """Lock the open stage, which must still be the one of that name.  Raises OutputError."""
+def _claim(target: Target) -> tuple[Path, int]:
+    """A stage of our own and its lock: a stopped run's, if it is to be gone on with, or a new one.
+
+    All others that stopped runs have left are removed.  Raises OutputError.
+    """
+    taken: list[tuple[Path, int]] = []
+    kept = None
+    try:
+        for left in target.stages():
+            with as_output_error(left), contextlib.suppress(FileNotFoundError):  # others are faster
+                taken.append(_take(left, target))
+        if target.resume:
+            kept = next((one for one in taken if (one[0] / JOURNAL).exists()), None)
+        for one in taken:
+            if one is not kept:
+                with as_output_error(one[0]):
+                    folders.remove(one[0])
+        kept = kept or _begin(target)
+    finally:
+        for one in taken:
+            if one is not kept:
+                os.close(one[1])
+    return kept
+
+
+def _take(left: Path, target: Target) -> tuple[Path, int]:
+    """Make a stopped run's stage our own by its name: if it should run after all, it fails."""
+    lock = _lock(left, target)
+    stage = target.new_stage()
+    try:
+        left.rename(stage)
+    except BaseException:
+        os.close(lock)
+        raise
+    return stage, lock
+
+
+def _begin(target: Target) -> tuple[Path, int]:
+    stage = target.new_stage()
+    stage.mkdir()
+    try:
+        return stage, _lock(stage, target)
+    except BaseException:
+        folders.discard(stage)
+        raise
+
+
+def _lock(folder: Path, target: Target) -> int:
+    """Lock a stage, where the filesystem has locks.  Raises OutputError if another run has it."""
+    lock = folders.open_folder(folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(lock), folder.stat())
     except BlockingIOError:
-        ours = False
-    if not ours:
-        raise OutputError(f"{folder}: another shardkit is writing this split")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _rename_over_nothing(stage: Path, out: Path) -> None:
-    """Rename, failing if `out` has appeared meanwhile.  Linux renameat2(2), or rename's own rule.
-
-    Where the filesystem has no renameat2 (NFS), rename replaces at most an empty folder.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        paths = os.fsencode(stage), os.fsencode(out)
-        if renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_NOREPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in NO_RENAMEAT2:
-            raise OSError(code, os.strerror(code))
-    os.rename(stage, out)
+        os.close(lock)
+        raise OutputError(f"{target.out}: another shardkit is writing it") from None
+    except OSError:
+        pass  # no locks here: names alone keep runs apart
+    return lock

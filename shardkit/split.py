@@ -4,9 +4,10 @@ A merge is a split over the source's own files, and a reshard is a split of a sp
 shard folder as a checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import ManifestError
+from shardkit.existing import check_merged, check_shards
+from shardkit.file_sink import FileSink
 from shardkit.files import read_small
 from shardkit.integrity import check_ranks
+from shardkit.journal import Run
 from shardkit.layout import Span
 from shardkit.manifest import (
     MARK,
@@ -34,13 +38,12 @@ from shardkit.manifest import (
     stored_specs,
 )
 from shardkit.plan import Placement, Plan
-from shardkit.publish import Stage, as_output_error, check_absent, check_space, publishing
+from shardkit.publish import Stage, publishing
 from shardkit.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint
-from shardkit.stream import FileSink, Job, Progress, copy
-from shardkit.tensor import TensorSpec
-
-Files = Mapping[str, tuple[bytes, Sequence[TensorSpec]]]
+from shardkit.sinks import Files, OutputFile, left, make_run, open_sinks, total_size
+from shardkit.stream import Job, Progress, copy
+from shardkit.target import Target, as_output_error
 
 
 def no_progress(_: int) -> None:
@@ -48,13 +51,23 @@ def no_progress(_: int) -> None:
 
 
 def split(
-    source: Checkpoint, plan: Plan, recipe: Recipe, out: Path, progress: Progress = no_progress
+    source: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = no_progress,
+    *,
+    force: bool = False,
+    resume: bool = False,
 ) -> Manifest:
     """Write one file per rank, the companion files, and the manifest last.
 
-    Raises OutputError, SourceChanged or CheckpointError; then nothing is left behind.
+    `force` replaces a shard folder that is there, in one step; `resume` goes on with what a stopped
+    run to `out` has left.  Raises OutputError, SourceChanged or CheckpointError; then nothing is
+    left behind.
     """
-    check_absent(out)
+    target = shard_target(out, force, resume)
+    target.check()
     sample = source.sample()
     record = SourceRecord(
         source.name, source.revision, source.model_type, sample, source.files, source.index
@@ -63,82 +76,131 @@ def split(
         make_split_id(plan, sample, recipe.sha256), plan, record, recipe.name, recipe.sha256,
         (), {}, __version__,
     )  # fmt: skip
-    return _write_shards(source, draft, out, source.companions(), progress, source.check_unchanged)
+    files = _rank_files(draft)
+    run = make_run(draft.split_id, source.state(), files)
+    target.check_space(total_size(files) + beside(source))
+    with _writing(target, run, files, progress) as (stage, sinks):
+        copied = _write_companions(stage, source.companions())
+        _fill(stage, files, sinks, source, _rank_jobs(plan), progress)
+        source.check_unchanged()
+        return _write_manifest(stage, draft, sinks, copied)
 
 
 def reshard(
-    shards: ShardedCheckpoint, tp_size: int, out: Path, progress: Progress = no_progress
+    shards: ShardedCheckpoint,
+    tp_size: int,
+    out: Path,
+    progress: Progress = no_progress,
+    *,
+    force: bool = False,
+    resume: bool = False,
 ) -> Manifest:
     """Cut a shard folder for another number of ranks: byte for byte what a direct split writes.
 
-    The shards are checked first.  Raises OutputError, LayoutError, or VerifyError for damage.
+    The shards are checked first.  `force` and `resume` as for a split.  Raises OutputError,
+    LayoutError, or VerifyError for damage.
     """
-    check_absent(out)
+    target = shard_target(out, force, resume)
+    target.check()
     check_ranks(shards, progress)
     old = shards.manifest
     plan = old.plan.over(tp_size)
     split_id = make_split_id(plan, old.source.sample, old.recipe_sha256)
     draft = replace(old, split_id=split_id, plan=plan, ranks=(), shardkit=__version__)
-    return _write_shards(shards, draft, out, _copied(shards), progress, lambda: None)
+    files = _rank_files(draft)
+    run = make_run(split_id, old.sha256, files)
+    target.check_space(total_size(files) + sum(d.size for d in old.copied.values()))
+    with _writing(target, run, files, progress) as (stage, sinks):
+        copied = _write_companions(stage, _copied(shards))
+        _fill(stage, files, sinks, shards, _rank_jobs(plan), progress)
+        return _write_manifest(stage, draft, sinks, copied)
 
 
-def merge(shards: ShardedCheckpoint, out: Path, progress: Progress = no_progress) -> None:
+def merge(
+    shards: ShardedCheckpoint,
+    out: Path,
+    progress: Progress = no_progress,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> None:
     """Write the unsharded checkpoint again, in the source's own files, names and metadata.
 
-    The shards are checked first.  Raises OutputError, or VerifyError for damage.
+    The shards are checked first.  `force` replaces a folder that holds only files which this merge
+    writes; `resume` as for a split.  Raises OutputError, or VerifyError for damage.
     """
-    check_absent(out)
+    target = merge_target(shards.manifest, out, force, resume)
+    target.check()
     check_ranks(shards, progress)
-    manifest = shards.manifest
-    specs = {spec.name: spec for spec in shards.specs()}
-    files = {
-        file.name: ([specs[name] for name in file.tensors], file.metadata)
-        for file in manifest.source.files
-    }
-    headers: Files = {n: (header_bytes(held, meta), held) for n, (held, meta) in files.items()}
-    owner = {s.name: i for i, (_, held) in enumerate(headers.values()) for s in held}
-    placed = manifest.placements
-    jobs = [
-        Job(spec, placed[n].dim, ((owner[n], placed[n].spans(0, 1)),)) for n, spec in specs.items()
-    ]
-    check_space(out, _total(headers))
-    with publishing(out, manifest.split_id) as stage:
-        for name, data in _copied(shards):
-            stage.write(name, data)
-        _copy_into(stage, shards, jobs, headers, progress)
-        if manifest.source.index:
-            total = sum(spec.nbytes for spec in specs.values())
-            stage.write(manifest.source.index.name, index_bytes(manifest.source.index, total))
+    manifest, index = shards.manifest, shards.manifest.source.index
+    files = _source_files(manifest)
+    run = make_run(manifest.split_id, manifest.sha256, files)
+    target.check_space(total_size(files) + sum(d.size for d in manifest.copied.values()))
+    with _writing(target, run, files, progress) as (stage, sinks):
+        _write_companions(stage, _copied(shards))
+        _fill(stage, files, sinks, shards, _source_jobs(manifest), progress)
+        if index:
+            total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
+            stage.write(index.name, index_bytes(index, total))
 
 
-def _write_shards(
-    source: Source,
-    draft: Manifest,
-    out: Path,
-    companions: Iterable[tuple[str, bytes]],
-    progress: Progress,
-    check_source: Callable[[], None],
-) -> Manifest:
-    """The common end of split and reshard; `draft` lacks what only the copy can tell."""
-    plan = draft.plan
-    files: dict[str, tuple[bytes, Sequence[TensorSpec]]] = {}
+def beside(source: Checkpoint) -> int:
+    """The bytes of the companion files."""
+    return sum(len(data) for _, data in source.companions())
+
+
+def shard_target(out: Path, force: bool, resume: bool = False) -> Target:
+    """Where a split or a reshard goes."""
+    return Target(out, check_shards if force else None, resume)
+
+
+def merge_target(manifest: Manifest, out: Path, force: bool, resume: bool = False) -> Target:
+    """Where a merge goes."""
+    source = manifest.source
+    index = [source.index.name] if source.index else []
+    names = {*manifest.copied, *index, *(file.name for file in source.files)}
+    return Target(out, partial(check_merged, names=names) if force else None, resume)
+
+
+@contextmanager
+def _writing(
+    target: Target, run: Run, files: Files, progress: Progress
+) -> Iterator[tuple[Stage, list[FileSink]]]:
+    """A stage with the files begun, to be published when the block ends well."""
+    with publishing(target) as stage:
+        yield stage, open_sinks(stage, run, files, progress)
+
+
+def _rank_files(draft: Manifest) -> dict[str, OutputFile]:
+    """Every rank's file, by name."""
+    plan, files = draft.plan, {}
     for tp_rank in range(plan.tp_size):
         held = stored_specs(plan, tp_rank)
         metadata = shard_metadata(draft.split_id, tp_rank, plan.tp_size)
-        files[rank_name(tp_rank, plan.tp_size)] = (header_bytes(held, metadata), held)
-    jobs = [Job(p.spec, p.dim, takes(p, plan.tp_size)) for p in stored_order(plan.placements)]
-    check_space(out, _total(files))
-    with publishing(out, draft.split_id) as stage:
-        copied = {}
-        for name, data in companions:
-            stage.write(name, data)
-            copied[name] = Digest(len(data), sha256(data).hexdigest())
-        sinks = _copy_into(stage, source, jobs, files, progress)
-        check_source()
-        ranks = tuple(_rank_file(n, s) for n, s in zip(files, sinks, strict=True))
-        manifest = replace(draft, ranks=ranks, copied=copied)
-        stage.write(NAME, manifest.data)
-    return manifest
+        files[rank_name(tp_rank, plan.tp_size)] = OutputFile(header_bytes(held, metadata), held)
+    return files
+
+
+def _rank_jobs(plan: Plan) -> list[Job]:
+    return [Job(p.spec, p.dim, takes(p, plan.tp_size)) for p in stored_order(plan.placements)]
+
+
+def _source_files(manifest: Manifest) -> dict[str, OutputFile]:
+    """Every file of the source, by name."""
+    files = {}
+    for file in manifest.source.files:
+        held = [manifest.placements[name].spec for name in file.tensors]
+        files[file.name] = OutputFile(header_bytes(held, file.metadata), held)
+    return files
+
+
+def _source_jobs(manifest: Manifest) -> list[Job]:
+    placed = manifest.placements
+    return [
+        Job(placed[name].spec, placed[name].dim, ((at, placed[name].spans(0, 1)),))
+        for at, file in enumerate(manifest.source.files)
+        for name in file.tensors
+    ]
 
 
 def takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, ...]], ...]:
@@ -150,18 +212,37 @@ def takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, ..
     )
 
 
-def _copy_into(
-    stage: Stage, source: Source, jobs: Sequence[Job], files: Files, progress: Progress
-) -> list[FileSink]:
-    """Create the files, room reserved for all of them, then fill and sync them."""
-    sizes = {name: _size(first, held) for name, (first, held) in files.items()}
-    fds = [stage.create(name, size) for name, size in sizes.items()]
+def _fill(
+    stage: Stage,
+    files: Files,
+    sinks: Sequence[FileSink],
+    source: Source,
+    jobs: Sequence[Job],
+    progress: Progress,
+) -> None:
+    """Copy what is left of the jobs into the sinks, and sync their files."""
     with as_output_error(stage.folder):
-        sinks = [FileSink(fd, files[name][0]) for fd, name in zip(fds, files, strict=True)]
-        copy(source, jobs, sinks, progress)
-    with ThreadPoolExecutor(len(files)) as pool:
-        list(pool.map(stage.finish, files))
-    return sinks
+        copy(source, list(left(jobs, sinks)), sinks, progress)
+    stage.finish_all(files)
+
+
+def _write_companions(stage: Stage, files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
+    copied = {}
+    for name, data in files:
+        stage.write(name, data)
+        copied[name] = Digest(len(data), sha256(data).hexdigest())
+    return copied
+
+
+def _write_manifest(
+    stage: Stage, draft: Manifest, sinks: Iterable[FileSink], copied: Mapping[str, Digest]
+) -> Manifest:
+    """Write the manifest; `draft` lacks what only the copy could tell."""
+    names = (rank_name(tp_rank, draft.tp_size) for tp_rank in range(draft.tp_size))
+    ranks = tuple(_rank_file(*pair) for pair in zip(names, sinks, strict=True))
+    manifest = replace(draft, ranks=ranks, copied=copied)
+    stage.write(NAME, manifest.data)
+    return manifest
 
 
 def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
@@ -176,11 +257,3 @@ def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
 def _rank_file(name: str, sink: FileSink) -> RankFile:
     pieces = {tensor: Piece(at, end[:MARK]) for tensor, (at, end) in sink.marks.items()}
     return RankFile(name, Digest(sink.size, sink.sha256), pieces)
-
-
-def _size(first: bytes, held: Sequence[TensorSpec]) -> int:
-    return len(first) + sum(spec.nbytes for spec in held)
-
-
-def _total(files: Files) -> int:
-    return sum(_size(first, held) for first, held in files.values())

@@ -6,8 +6,6 @@ through a few reused buffers; reading runs ahead while threads hash and write, b
 zlib and the system calls all release the interpreter lock.
 """
 
-import ctypes
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +19,7 @@ from shardkit.tensor import ByteView, TensorSpec, byte_view
 
 BLOCK = 2 << 20  # bytes per buffer: what is hashed is still in a core's cache when written
 SLOTS = 8  # buffers: read ahead while others are hashed and written
-FLUSH = 4 << 20  # bytes written to a file before the kernel is told to start on them
-SYNC_FILE_RANGE_WRITE = 2
 Progress = Callable[[int], object]
-
-
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class Sink(Protocol):
@@ -80,52 +73,6 @@ def copy(source: Source, jobs: Sequence[Job], sinks: Sequence[Sink], progress: P
     """Run the jobs in order.  Raises what the source or a sink raises."""
     with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
         _Copier(source, sinks, pool, progress).run(jobs)
-
-
-class FileSink:
-    """An output file, written once from its start and hashed on the way.
-
-    `marks` holds, for each tensor, where it starts and the digest of the file up to its end: one
-    pass gives the file's sha256, and where in the file damage begins.
-    """
-
-    def __init__(self, fd: int, first: bytes) -> None:
-        """`first` is the file's header, the bytes before the first tensor."""
-        self.fd = fd
-        self.size = 0
-        self._flushed = 0
-        self._sha256 = hashlib.sha256()
-        self._starts: list[tuple[str, int]] = []
-        self._ends: list[str] = []
-        self.feed([memoryview(first)])
-
-    @property
-    def sha256(self) -> str:
-        """The digest of everything written so far."""
-        return self._sha256.hexdigest()
-
-    @property
-    def marks(self) -> dict[str, tuple[int, str]]:
-        """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
-        ends = [*self._ends, self.sha256][1:]
-        return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
-
-    def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`."""
-        self._ends.append(self.sha256)
-        self._starts.append((name, self.size))
-
-    def feed(self, parts: Sequence[memoryview]) -> None:
-        """Hash and write the next bytes.  Raises OSError."""
-        for view in parts:
-            self._sha256.update(view)
-            while view:
-                count = os.write(self.fd, view)
-                self.size += count
-                view = view[count:]
-        if self.size - self._flushed >= FLUSH:
-            start_write_back(self.fd, self._flushed, self.size - self._flushed)
-            self._flushed = self.size
 
 
 class _Copier:
@@ -244,15 +191,6 @@ def pack(view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryvi
         for first, last in cuts:
             room[at : at + last - first] = data[row + first : row + last]
             at += last - first
-
-
-def start_write_back(fd: int, offset: int, count: int) -> None:
-    """Have the kernel start writing a range to disk, so that the sync at the end finds little left.
-
-    Only a hint: Linux sync_file_range(2) where there is one, and nothing elsewhere.
-    """
-    if _sync_file_range is not None:
-        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
 
 
 def _ascending(spans: Sequence[Span]) -> bool:

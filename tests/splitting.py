@@ -22,24 +22,29 @@ def split_folder(
     tp_size: int,
     recipe: Recipe | None = None,
     progress: Progress = no_progress,
+    **options: bool,
 ) -> Manifest:
     """Split with the recipe of the source's model type, or another."""
     with Checkpoint(source) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        return split(checkpoint, plan, recipe, out, progress)
+        return split(checkpoint, plan, recipe, out, progress, **options)
 
 
-def merge_folder(shards: Path, out: Path) -> None:
+def merge_folder(
+    shards: Path, out: Path, progress: Progress = no_progress, **options: bool
+) -> None:
     """Merge a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        merge(opened, out)
+        merge(opened, out, progress, **options)
 
 
-def reshard_folder(shards: Path, out: Path, tp_size: int) -> Manifest:
+def reshard_folder(
+    shards: Path, out: Path, tp_size: int, progress: Progress = no_progress, **options: bool
+) -> Manifest:
     """Reshard a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        return reshard(opened, tp_size, out)
+        return reshard(opened, tp_size, out, progress, **options)
 
 
 def shard_bytes(folder: Path, manifest: Manifest, tp_rank: int) -> dict[str, bytes]:

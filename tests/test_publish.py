@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import stat
@@ -12,18 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blueprints import contents, llama, llama_config, specs_of, write_source
-from splitting import split_folder
+from blueprints import contents
+from command import environment
+from faults.durability import CALLS, faults
+from faults.scenes import SCENES, Scene
 
 from shardkit.errors import OutputError
-from shardkit.publish import Stage, check_absent, publishing
+from shardkit.publish import Stage, publishing
+from shardkit.target import Target
 
-SPLIT_ID = "0123456789abcdef" * 4
 HERE = Path(__file__).resolve().parent
 
 
 def stage_of(out: Path) -> Path:
-    return out.parent / f".{out.name}.shardkit-stage-{SPLIT_ID[:16]}"
+    """The stage that a run to `out` has, or one for it to find."""
+    return next(iter(Target(out).stages()), Target(out).new_stage())
 
 
 def names(folder: Path) -> list[str]:
@@ -32,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_folder_appears_only_when_everything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.write("a", b"1")
         os.write(stage.create("b", 3), b"two")
         stage.finish("b")
@@ -57,7 +59,7 @@ def appear(out: Path, kind: str, stage: Stage) -> None:
 @pytest.mark.parametrize("kind", ["file", "empty folder", "full folder", "link"])
 def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=r"out: File exists"), publishing(out, SPLIT_ID) as stage:
+    with pytest.raises(OutputError, match=r"out: File exists"), publishing(Target(out)) as stage:
         appear(out, kind, stage)
     assert names(tmp_path) == ["out"]
     assert out.is_symlink() or not (out / "a").exists()
@@ -67,7 +69,7 @@ def test_a_stage_left_by_a_killed_run_is_emptied(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stage_of(out).mkdir()
     (stage_of(out) / "a").write_text("half a file")
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.write("b", b"whole")
     assert contents(out) == {"b": b"whole"}
 
@@ -77,7 +79,7 @@ def test_a_stage_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> N
     theirs.mkdir()
     (theirs / "kept").write_text("kept")
     stage_of(out).symlink_to(theirs)
-    with pytest.raises(OutputError), publishing(out, SPLIT_ID):
+    with pytest.raises(OutputError), publishing(Target(out)):
         pass
     assert contents(theirs) == {"kept": b"kept"}
 
@@ -86,7 +88,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from shardkit.publish import publishing
-with publishing(Path(sys.argv[1]), sys.argv[2]) as stage:
+from shardkit.target import Target
+with publishing(Target(Path(sys.argv[1]))) as stage:
     stage.write("theirs", b"theirs")
     print("ready", flush=True)
     sys.stdin.read()
@@ -96,7 +99,7 @@ with publishing(Path(sys.argv[1]), sys.argv[2]) as stage:
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process in the middle of writing `out`, which it ends when its input does."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out"), SPLIT_ID]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parent
     ) as process:
@@ -110,7 +113,10 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
     tmp_path: Path, other_run: subprocess.Popen[str]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="another shardkit is writing"), publishing(out, SPLIT_ID):
+    with (
+        pytest.raises(OutputError, match="out: another shardkit is writing it"),
+        publishing(Target(out)),
+    ):
         pass
     assert names(stage_of(out)) == ["theirs"]
     other_run.communicate("")
@@ -121,7 +127,7 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
 def test_a_lock_dies_with_its_process(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
-    with publishing(tmp_path / "out", SPLIT_ID) as stage:
+    with publishing(Target(tmp_path / "out")) as stage:
         stage.write("ours", b"ours")
     assert contents(tmp_path / "out") == {"ours": b"ours"}
 
@@ -138,7 +144,7 @@ def test_the_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:
 
 
 def begin_and_fail(out: Path) -> None:
-    with publishing(out, SPLIT_ID) as stage:
+    with publishing(Target(out)) as stage:
         stage.create("a", 5)
         raise ZeroDivisionError
 
@@ -150,11 +156,11 @@ def open_files() -> int:
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("open descriptors are counted in /proc")
-    (tmp_path / ".bad.shardkit-stage-0123456789abcdef" / "sub").mkdir(parents=True)
+    (tmp_path / ".bad.shardkit-stage-01234567" / "sub").mkdir(parents=True)
     before = open_files()
     with pytest.raises(ZeroDivisionError):
         begin_and_fail(tmp_path / "out")
-    with pytest.raises(OutputError), publishing(tmp_path / "bad", SPLIT_ID):
+    with pytest.raises(OutputError), publishing(Target(tmp_path / "bad")):
         pass
     assert open_files() == before
 
@@ -163,7 +169,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        with publishing(tmp_path / "out", SPLIT_ID) as stage:
+        with publishing(Target(tmp_path / "out")) as stage:
             stage.write("small", b"1")
             stage.create("large", 9)
             stage.finish("large")
@@ -190,92 +196,116 @@ def test_room_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
 
 def test_an_output_needs_a_folder_to_be_in(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such folder to write out in"):
-        check_absent(tmp_path / "none" / "out")
+        Target(tmp_path / "none" / "out").check()
 
 
-def source_folder(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "source", llama_config(), specs_of(llama()))
-
-
-def traced(tmp_path: Path, *options: str) -> tuple[int, str]:
-    """Run a split under strace; its exit status, and the calls it made."""
+def traced(tmp_path: Path, *command: object) -> str:
+    """Run Python under strace; the calls that write, sync and rename."""
     if shutil.which("strace") is None:
         pytest.skip("system calls are watched with strace, which is not installed")
-    code = "import sys; from pathlib import Path; from splitting import split_folder\n"
-    code += "split_folder(Path(sys.argv[1]), Path(sys.argv[2]), 2)"
     log = tmp_path / "strace.log"
-    command = ["strace", "-f", "-y", "-o", str(log), *options, sys.executable, "-c", code]
     done = subprocess.run(
-        [*command, str(tmp_path / "source"), str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
-        capture_output=True,
-        check=False,
-    )
-    text = log.read_text()
-    log.unlink()
-    if "exited with" not in text and "killed by" not in text:
-        pytest.skip(f"strace cannot trace here: {done.stderr.decode()[-200:]}")
-    return done.returncode, text
+        ["strace", "-f", "-y", "-o", log, "-e", f"trace={CALLS}", sys.executable, *command],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    trace = log.read_text()
+    if "exited with" not in trace:
+        pytest.skip(f"strace cannot trace here: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr[-1000:]
+    return trace
 
 
-def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path) -> None:
-    source_folder(tmp_path)
-    status, text = traced(tmp_path, "-e", "trace=fsync,renameat2")
-    assert status == 0
+NOTED = "from shardkit import file_sink; file_sink.EVERY = 700; "
+COMMAND = f"import sys; {NOTED}from shardkit.cli import main; main()"
+
+
+@pytest.mark.parametrize("scene", [*SCENES[:1], *SCENES[2:8]], ids=lambda scene: scene.name)
+def test_everything_is_synced_before_it_counts(scene: Scene, tmp_path: Path) -> None:
+    ground = tmp_path / "ground"
+    ground.mkdir()
+    scene.prepare(ground)
+    trace = traced(tmp_path, "-c", COMMAND, *scene.command(ground))
+    assert "journal.jsonl" in trace
+    assert faults(trace, str(ground / scene.out)) == []
+
+
+def lines_with(trace: str, *parts: str) -> list[str]:
+    return [line for line in trace.splitlines() if all(part in line for part in parts)]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sound trace of a split to /ground/out, no calls overlapping, to be spoilt."""
+    stage = "/ground/.out.shardkit-stage-01234567"
     calls = [
-        Path(found[1]).name if (found := re.search(r"fsync\(\d+<(.*?)>\)", line)) else "rename"
-        for line in text.splitlines()
-        if "fsync(" in line or "renameat2(" in line
+        f'openat(AT_FDCWD</>, "{stage}/rank", O_WRONLY|O_CREAT|O_EXCL, 0666) = 5<{stage}/rank>',
+        f'pwrite64(5<{stage}/rank>, "..."..., 100, 0) = 100',
+        f"fsync(5<{stage}/rank>) = 0",
+        f'openat(AT_FDCWD</>, "{stage}/manifest", O_WRONLY|O_CREAT, 0666) = 5<{stage}/manifest>',
+        f'write(5<{stage}/manifest>, "..."..., 9) = 9',
+        f"fsync(5<{stage}/manifest>) = 0",
+        f"fsync(5<{stage}>) = 0",
+        f'renameat2(AT_FDCWD</>, "{stage}", AT_FDCWD</>, "/ground/out", RENAME_NOREPLACE) = 0',
+        "fsync(5</ground>) = 0",
     ]
-    at = calls.index("rename")
-    written = set(names(tmp_path / "out"))
-    assert written <= set(calls[:at]), "every file before the rename"
-    assert calls[at - 2] == "manifest.json", "the manifest last of the files"
-    assert calls[at - 1].startswith(".out.shardkit-stage"), "then the stage itself"
-    assert calls[at + 1 :] == [tmp_path.name], "and after the rename the folder it is in"
+    return "\n".join(f"77 {call}" for call in calls)
 
 
-STEPS = [  # strace counts each thread's calls; the main thread's syncs are these four
-    ("fallocate", 1), ("fallocate", 2),
-    ("fsync", 1),  # config.json
-    ("fsync", 2),  # manifest.json
-    ("fsync", 3),  # the stage
-    ("renameat2", 1),
-]  # fmt: skip
-WATCHED = "trace=fsync,renameat2,fallocate"
+def without(trace: str, *parts: str) -> str:
+    (gone,) = lines_with(trace, *parts)
+    return "\n".join(line for line in trace.splitlines() if line != gone)
 
 
-@pytest.mark.parametrize(("call", "when"), [*STEPS, ("fsync", 4)])
-def test_a_run_killed_at_any_step_leaves_a_whole_output_or_none(
-    call: str, when: int, tmp_path: Path
-) -> None:
-    source, out = source_folder(tmp_path), tmp_path / "out"
-    status, _ = traced(tmp_path, "-e", WATCHED, "-e", f"inject={call}:signal=KILL:when={when}")
-    assert status in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    assert out.exists() <= ((call, when) in [("renameat2", 1), ("fsync", 4)])
-    if not out.exists():
-        split_folder(source, out, 2)
-    split_folder(source, tmp_path / "again", 2)
-    assert contents(out) == contents(tmp_path / "again")
-    assert names(tmp_path) == ["again", "out", "source"]
+def moved(trace: str, before: str, *parts: str) -> str:
+    """One line of the trace moved to just before another."""
+    (line,) = lines_with(trace, *parts)
+    rest = without(trace, *parts).splitlines()
+    (at,) = (i for i, other in enumerate(rest) if before in other)
+    return "\n".join([*rest[:at], line, *rest[at:]])
 
 
-@pytest.mark.parametrize(("call", "when"), STEPS)
-def test_a_disk_that_fails_at_any_step_leaves_nothing(call: str, when: int, tmp_path: Path) -> None:
-    source_folder(tmp_path)
-    status, _ = traced(tmp_path, "-e", WATCHED, "-e", f"inject={call}:error=EIO:when={when}")
-    assert status == 1
-    assert names(tmp_path) == ["source"]
+SPOILT = {
+    "rank: not synced": lambda t: without(t, "fsync", "/rank>"),
+    "manifest: not synced": lambda t: t.replace("/manifest>) = 0", "/manifest>) = -1 EIO (...)"),
+    "rank: not synced between": lambda t: moved(t, "pwrite64", "fsync", "/rank>"),
+    "the folder is not synced after the last name": lambda t: without(t, "fsync", "4567>)"),
+    "name in it changed": lambda t: moved(t, '-01234567/manifest", O', "fsync", "4567>)"),
+    "ground: the folder is not synced after": lambda t: without(t, "fsync", "</ground>"),
+    "nothing was published": lambda t: without(t, "renameat2"),
+    "manifest: written after the rename": lambda t: moved(t, "fsync(5</ground>", "write(5<", "t>"),
+}
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_disk_that_fails_under_a_ranks_file_leaves_nothing(call: str, tmp_path: Path) -> None:
-    source = source_folder(tmp_path)
-    split_id = split_folder(source, tmp_path / "sound", 2).split_id
-    file = tmp_path / f".out.shardkit-stage-{split_id[:16]}" / "rank-00001-of-00002.safetensors"
-    status, text = traced(
-        tmp_path, "-P", str(file), "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1"
-    )
-    assert "(INJECTED)" in text
-    assert status == 1
-    assert names(tmp_path) == ["sound", "source"]
+@pytest.mark.parametrize("fault", SPOILT)
+def test_the_lint_finds_what_is_out_of_order(fault: str, trace: str) -> None:
+    assert faults(trace, "/ground/out") == []
+    assert any(fault in found for found in faults(SPOILT[fault](trace), "/ground/out"))
+
+
+LIBRARY = """
+import sys
+import numpy
+from safetensors.numpy import save_file
+save_file({"a": numpy.zeros(9)}, sys.argv[1])
+"""
+CHECKPOINT = """
+import sys, torch
+import torch.distributed.checkpoint as dcp
+dcp.save({"a": torch.zeros(9)}, checkpoint_id=sys.argv[1], no_dist=True)
+"""
+
+
+def test_the_lint_finds_the_safetensors_library_unsynced(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    out = tmp_path / "a.safetensors"
+    found = faults(traced(tmp_path, "-c", LIBRARY, out), str(out))
+    assert any("not synced between its last write and the rename" in fault for fault in found)
+
+
+@pytest.mark.slow
+def test_the_lint_finds_distributed_checkpoints_unsynced(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "saved"
+    found = faults(traced(tmp_path, "-c", CHECKPOINT, out), str(out / ".metadata"))
+    print(found)
+    assert any("not synced between its last write and the rename" in fault for fault in found)

@@ -102,6 +102,11 @@ class Checkpoint:
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise SourceChanged(f"{self.folder / file.name}: changed while it was read")
 
+    def state(self) -> str:
+        """A digest of what tells whether a file was written to: sizes and times of change."""
+        stats = [[stat.st_size, stat.st_mtime_ns] for stat in self._stats]
+        return hashlib.sha256(strict_json.canonical(stats)).hexdigest()
+
     def sample(self) -> str:
         """A digest of every header and of each tensor's first and last bytes.
 

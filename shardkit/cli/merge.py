@@ -5,7 +5,7 @@ from time import perf_counter
 
 import click
 
-from shardkit.cli.options import FOLDER, JSON, progress_bar
+from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
 from shardkit.cli.text import plural, say, say_json, size
 from shardkit.groups import groups, stored_bytes, total_bytes
 from shardkit.shards import ShardedCheckpoint
@@ -15,12 +15,15 @@ from shardkit.split import merge as write_merge
 @click.command()
 @click.argument("shards", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@FORCE
+@RESUME
 @JSON
-def merge(shards: Path, out: Path, as_json: bool) -> None:
+def merge(shards: Path, out: Path, force: bool, resume: bool, as_json: bool) -> None:
     """Write the unsharded checkpoint again.
 
     SHARDS is a shard folder; every byte of it is checked before anything is written.  OUT is the
-    new folder, with the source's own files, names and metadata; it must not exist.
+    new folder, with the source's own files, names and metadata.  --force replaces a folder that
+    holds only files of those names.
 
     \b
     Example:
@@ -32,7 +35,7 @@ def merge(shards: Path, out: Path, as_json: bool) -> None:
         started = perf_counter()
         checked = sum(stored_bytes(groups(plan), plan.tp_size))
         with progress_bar(checked + total, "merge") as advance:
-            write_merge(opened, out, advance)
+            write_merge(opened, out, advance, force=force, resume=resume)
         seconds = perf_counter() - started
     if as_json:
         names = [file.name for file in files]

@@ -30,6 +30,14 @@ REVISION = click.option(
     "--revision", metavar="REV",
     help="Read this branch, tag or commit of a Hub repository.",
 )  # fmt: skip
+FORCE = click.option(
+    "--force", is_flag=True,
+    help="Replace the output that is there, in one step, if it is one that shardkit wrote.",
+)  # fmt: skip
+RESUME = click.option(
+    "--resume", is_flag=True,
+    help="Go on with what a stopped run has left, and keep it if this one is stopped.",
+)  # fmt: skip
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )

@@ -6,7 +6,7 @@ from time import perf_counter
 import click
 
 from shardkit.checkpoint.listing import read_config
-from shardkit.cli.options import FOLDER, JSON, TP, progress_bar
+from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, TP, progress_bar
 from shardkit.cli.report import next_commands, say_written, written
 from shardkit.cli.text import say_json
 from shardkit.costs import generates
@@ -20,12 +20,17 @@ from shardkit.split import reshard as write_reshard
 @click.argument("shards", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @TP
+@FORCE
+@RESUME
 @JSON
-def reshard(shards: Path, out: Path, tp_size: int, as_json: bool) -> None:
+def reshard(
+    shards: Path, out: Path, tp_size: int, force: bool, resume: bool, as_json: bool
+) -> None:
     """Cut shards for another number of ranks.
 
     SHARDS is a shard folder; every byte of it is checked before anything is written.  OUT is the
-    new shard folder, byte for byte what a split of the source writes; it must not exist.
+    new shard folder, byte for byte what a split of the source writes.  With --force it may replace
+    SHARDS itself.
 
     \b
     Example:
@@ -37,7 +42,7 @@ def reshard(shards: Path, out: Path, tp_size: int, as_json: bool) -> None:
         total = _stored(old) + _stored(old.over(tp_size))
         started = perf_counter()
         with progress_bar(total, "reshard") as advance:
-            manifest = write_reshard(opened, tp_size, out, advance)
+            manifest = write_reshard(opened, tp_size, out, advance, force=force, resume=resume)
         seconds = perf_counter() - started
     commands = next_commands(out, tp_size, None, texts)
     if as_json:

@@ -8,8 +8,10 @@ import click
 from shardkit.catalog import find_recipe
 from shardkit.cli.options import (
     FOLDER,
+    FORCE,
     JSON,
     RECIPE,
+    RESUME,
     REVISION,
     TP,
     open_source,
@@ -20,7 +22,7 @@ from shardkit.cli.text import plural, say, say_json, size
 from shardkit.costs import generates
 from shardkit.groups import groups, stored_bytes
 from shardkit.plan import Plan, make_plan
-from shardkit.publish import check_absent, check_space
+from shardkit.split import beside, shard_target
 from shardkit.split import split as write_split
 
 
@@ -30,6 +32,8 @@ from shardkit.split import split as write_split
 @TP
 @RECIPE
 @REVISION
+@FORCE
+@RESUME
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @JSON
 def split(
@@ -38,29 +42,37 @@ def split(
     tp_size: int,
     recipe: str | None,
     revision: str | None,
+    force: bool,
+    resume: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Cut a checkpoint into one file per rank.
 
     SOURCE is a folder of safetensors files with its config.json, or a Hub id such as org/name.
-    OUT is the new shard folder; it must not exist, and it appears whole or not at all.
+    OUT is the new shard folder; it appears whole or not at all, and replaces nothing without
+    --force.
 
     \b
     Example:
       shardkit split models/llama llama-tp4 --tp 4
       shardkit split org/name out --tp 8 --revision main --dry-run
     """
+    target = shard_target(out, force, resume)
+    target.check()
     with open_source(source, revision) as checkpoint:
         found = find_recipe(checkpoint.config, recipe)
         plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
         total = sum(stored_bytes(groups(plan), tp_size))
         if dry_run:
+            target.check_space(total + beside(checkpoint))
             _say_dry_run(plan, out, total, as_json)
             return
         started = perf_counter()
         with progress_bar(total, "split") as advance:
-            manifest = write_split(checkpoint, plan, found, out, advance)
+            manifest = write_split(
+                checkpoint, plan, found, out, advance, force=force, resume=resume
+            )
         seconds = perf_counter() - started
         texts = generates(plan, checkpoint.config)
     commands = next_commands(out, tp_size, source, texts)
@@ -71,9 +83,7 @@ def split(
 
 
 def _say_dry_run(plan: Plan, out: Path, total: int, as_json: bool) -> None:
-    """What would be written.  Raises OutputError where it could not be."""
-    check_absent(out)
-    check_space(out, total)
+    """What would be written."""
     if as_json:
         say_json({"dry_run": True, "out": str(out), **plan_sizes(plan)})
         return

@@ -1,0 +1,46 @@
+"""What `--force` may replace: a folder that shardkit wrote, with nothing else in it."""
+
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from shardkit.errors import ManifestError, OutputError
+from shardkit.manifest import NAME
+from shardkit.manifest_file import read_manifest
+from shardkit.strict_json import shown
+
+CONFIG = "config.json"
+
+
+def check_shards(folder: Path) -> None:
+    """Raise OutputError unless this is a shard folder, whole or damaged, and no more than that."""
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as fault:
+        raise OutputError(f"{fault}; --force replaces shard folders only: remove it") from None
+    _check_only(folder, {NAME, *(rank.name for rank in manifest.ranks), *manifest.copied})
+
+
+def check_merged(folder: Path, names: Collection[str]) -> None:
+    """Raise OutputError unless this is a checkpoint of only files that the merge writes, `names`.
+
+    A merge leaves no manifest, so no file is lost that the new output does not have too.
+    """
+    if not (folder / CONFIG).exists():
+        raise OutputError(
+            f"{folder}: no {CONFIG}, so no checkpoint that --force would replace; remove it"
+        )
+    _check_only(folder, names)
+
+
+def _check_only(folder: Path, names: Collection[str]) -> None:
+    """Raise OutputError, naming what else there is than plain files of these names."""
+    for name in sorted(os.listdir(folder)):
+        plain = stat.S_ISREG((folder / name).lstat().st_mode)
+        if not plain or name not in names:
+            what = "is in it" if plain else "in it is no plain file"
+            raise OutputError(
+                f"{folder}: {shown(name)} {what}, and shardkit did not write that there;"
+                " move it away, and --force replaces the rest"
+            )

@@ -1,0 +1,104 @@
+"""An output file as the streaming copy fills it: hashed on the way, noted as it is safe."""
+
+import ctypes
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+
+from shardkit.stream import Progress
+
+BLOCK = 2 << 20  # bytes reread at once
+FLUSH = 4 << 20  # bytes written to a file before the kernel is told to start on them
+EVERY = 1 << 30  # bytes written to a file before a stopped run may go on after them
+SYNC_FILE_RANGE_WRITE = 2
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+class FileSink:
+    """An output file, written once from its start and hashed on the way.
+
+    `marks` holds, for each tensor, where it starts and the digest of the file up to its end: one
+    pass gives the file's sha256, and where in the file damage begins.
+    """
+
+    def __init__(self, fd: int, total: int, note: Callable[[int, str], object]) -> None:
+        """An open file that will have `total` bytes, the first of them its header.
+
+        `note` is told how many tensors are safe on disk, and the digest of the file up to there:
+        between tensors, after every EVERY bytes, and at the end of a file of as many.
+        """
+        self.fd = fd
+        self.size = 0
+        self._total = total
+        self._note = note
+        self._noted = 0
+        self._flushed = 0
+        self._sha256 = hashlib.sha256()
+        self._starts: list[tuple[str, int]] = []
+        self._ends: list[str] = []
+
+    @property
+    def sha256(self) -> str:
+        """The digest of everything written so far."""
+        return self._sha256.hexdigest()
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors begun so far."""
+        return [name for name, _ in self._starts]
+
+    @property
+    def marks(self) -> dict[str, tuple[int, str]]:
+        """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
+        ends = [*self._ends, self.sha256][1:]
+        return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
+
+    def start(self, name: str) -> None:
+        """The next bytes are those of tensor `name`.  Raises OSError."""
+        if self.size - self._noted >= EVERY:
+            self._secure()
+        self._ends.append(self.sha256)
+        self._starts.append((name, self.size))
+
+    def feed(self, parts: Sequence[memoryview]) -> None:
+        """Hash and write the next bytes.  Raises OSError."""
+        for view in parts:
+            self._sha256.update(view)
+            while view:
+                count = os.pwrite(self.fd, view, self.size)
+                self.size += count
+                view = view[count:]
+        if self.size - self._flushed >= FLUSH:
+            start_write_back(self.fd, self._flushed, self.size - self._flushed)
+            self._flushed = self.size
+        if self._noted < self.size == self._total and self._total >= EVERY:
+            self._secure()
+
+    def reread(self, count: int, progress: Progress) -> None:
+        """Hash the next bytes, which the file has already.  Raises OSError."""
+        buffer = memoryview(bytearray(min(BLOCK, count)))
+        stop = self.size + count
+        while self.size < stop:
+            read = os.preadv(self.fd, [buffer[: stop - self.size]], self.size)
+            if read == 0:
+                raise OSError(errno.EIO, "became shorter while it was read")
+            self._sha256.update(buffer[:read])
+            self.size += read
+            progress(read)
+        self._noted = self._flushed = self.size
+
+    def _secure(self) -> None:
+        os.fdatasync(self.fd)
+        self._note(len(self._starts), self.sha256)
+        self._noted = self.size
+
+
+def start_write_back(fd: int, offset: int, count: int) -> None:
+    """Have the kernel start writing a range to disk, so that the sync at the end finds little left.
+
+    Only a hint: Linux sync_file_range(2) where there is one, and nothing elsewhere.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)

@@ -1,0 +1,89 @@
+"""Steps that a folder of files takes as a whole: renamed, exchanged, synced, removed."""
+
+import contextlib
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+AT_FDCWD = -100
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def rename_over_nothing(old: Path, new: Path) -> None:
+    """Rename, failing if `new` has appeared meanwhile.  Raises OSError.
+
+    Where the filesystem has no renameat2 (NFS), rename replaces at most an empty folder.
+    """
+    try:
+        _renameat2(old, new, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in NO_RENAMEAT2:
+            raise
+        old.rename(new)
+
+
+def exchange(one: Path, two: Path) -> None:
+    """Let each have the other's name, in one step.  Raises OSError."""
+    _renameat2(one, two, RENAME_EXCHANGE)
+
+
+def can_exchange(folder: Path) -> bool:
+    """Whether the folder's filesystem can exchange two names, tried inside it.  Raises OSError."""
+    names = folder / "one", folder / "two"
+    for name in names:
+        name.write_bytes(b"")
+    try:
+        exchange(*names)
+    except OSError as error:
+        if error.errno not in NO_RENAMEAT2:
+            raise
+        return False
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+    return True
+
+
+def sync(folder: Path) -> None:
+    """Have the folder's names on disk.  Raises OSError."""
+    fd = open_folder(folder)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of files.  What another run removes meanwhile is no error; raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = open_folder(folder)
+        try:
+            for name in os.listdir(fd):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
+        folder.rmdir()
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of files, trying once more where that fails: whatever can go, goes."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            remove(folder)
+
+
+def open_folder(folder: Path) -> int:
+    """A descriptor of a folder that is no link.  Raises OSError."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _renameat2(old: Path, new: Path, flag: int) -> None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flag):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
