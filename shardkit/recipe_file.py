@@ -36,10 +36,18 @@ def load_recipe(path: Path) -> Recipe:
     if len(data) > MAX_BYTES:
         raise RecipeError(f"recipe {path}: larger than {MAX_BYTES} bytes")
     try:
-        table = tomllib.loads(data.decode())
-        return _recipe(path.stem, hashlib.sha256(data).hexdigest(), table)
-    except (RecipeError, ValueError, RecursionError) as error:
+        return parse_recipe(path.stem, data)
+    except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
+
+
+def parse_recipe(name: str, data: bytes) -> Recipe:
+    """A recipe from its file's bytes.  Raises RecipeError that names the key."""
+    try:
+        table = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(str(error)) from None
+    return _recipe(name, hashlib.sha256(data).hexdigest(), table)
 
 
 def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:

@@ -6,6 +6,7 @@ import re
 from typing import Any, NoReturn
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
+_MAYBE_MINUS_ZERO = re.compile(rb"-0(?![0-9.eE])")
 
 
 class JsonError(ValueError):
@@ -15,13 +16,9 @@ class JsonError(ValueError):
 def parse(data: bytes) -> Any:
     """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on."""
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
+        # A hook for each integer would cost as much as all the rest.
+        decoder = _CAREFUL if _MAYBE_MINUS_ZERO.search(data) else _DECODER
+        value = decoder.decode(data.decode("utf-8"))
         if _MAYBE_SURROGATE.search(data):
             canonical(value)
     except UnicodeDecodeError as error:
@@ -78,3 +75,10 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise JsonError(f"{name} is not JSON")
+
+
+_HOOKS: dict[str, Any] = {
+    "object_pairs_hook": _unique, "parse_constant": _refuse_constant, "parse_float": _finite,
+}  # fmt: skip
+_DECODER = json.JSONDecoder(**_HOOKS)
+_CAREFUL = json.JSONDecoder(**_HOOKS, parse_int=_integer)
