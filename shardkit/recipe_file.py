@@ -11,6 +11,7 @@ from typing import Any, get_args
 from shardkit.errors import RecipeError
 from shardkit.notation import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
+from shardkit.strict_json import one_line
 
 UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore", "once")
 DIVIDED: tuple[Style, ...] = ("column", "row", "norm", "gather")
@@ -44,10 +45,9 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(name: str, data: bytes) -> Recipe:
     """A recipe from its file's bytes.  Raises RecipeError that names the key."""
     try:
-        table = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(str(error)) from None
-    return _recipe(name, hashlib.sha256(data).hexdigest(), table)
+        return _recipe(name, hashlib.sha256(data).hexdigest(), tomllib.loads(data.decode()))
+    except (RecipeError, ValueError, RecursionError) as error:
+        raise RecipeError(one_line(str(error))) from None
 
 
 def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
