@@ -71,15 +71,16 @@ def fuzz(name: str, seconds: float, work: Path) -> Result:
     )
 
 
-def slices(names: list[str], seconds: float) -> Iterator[tuple[str, float]]:
-    """Turns of at most `SLICE` seconds that give each target its share of `seconds`."""
+def runs(names: list[str], seconds: float, cpu: bool, work: Path) -> Iterator[Result]:
+    """Fuzz each target for its share of `seconds`, of CPU or of wall clock, in turns."""
     total = sum(TARGETS[name].share for name in names)
     left = {name: seconds * TARGETS[name].share / total for name in names}
     while names := [name for name in names if left[name] >= 1]:
         for name in names:
             turn = min(SLICE, left[name])
-            left[name] -= turn
-            yield name, turn
+            result = fuzz(name, turn, work)
+            left[name] -= result.cpu_seconds if cpu else turn
+            yield result
 
 
 def report(results: Path) -> str:
@@ -133,8 +134,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--all", action="store_true", help="every target")
-    parser.add_argument("--seconds", type=float, help="of all targets together (60)")
-    parser.add_argument("--core-hours", type=float, help="instead of --seconds")
+    parser.add_argument("--seconds", type=float, help="of wall clock, of all targets together (60)")
+    parser.add_argument("--core-hours", type=float, help="of CPU, instead")
     parser.add_argument("--work", type=Path, default=Path("fuzz-work"), help="what is found")
     parser.add_argument("--results", type=Path, help="JSON lines (WORK/results.jsonl)")
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.name}")
@@ -145,11 +146,10 @@ def main() -> int:
     results = options.results or options.work / "results.jsonl"
     seconds = options.core_hours * 3600 if options.core_hours else options.seconds or 60
     crashes = 0
-    for name, turn in slices(names, seconds):
-        result = fuzz(name, turn, options.work)
+    for result in runs(names, seconds, bool(options.core_hours), options.work):
         crashes += result.crashes
         print(
-            f"{name}: {result.executions:,} executions in {result.seconds:.0f} s"
+            f"{result.target}: {result.executions:,} executions in {result.seconds:.0f} s"
             f" ({result.cpu_seconds:.0f} s of CPU), {result.coverage} edges,"
             f" {result.crashes} failures", flush=True,
         )  # fmt: skip
