@@ -105,6 +105,7 @@ def check_config(data: bytes) -> None:
     if config is None:
         return
     assert config == _json_of(data)
+    json.dumps(config, allow_nan=False)
     for recipe in RECIPES:
         units = refused(lambda r=recipe: resolve_units(r, config), RecipeError)  # type: ignore[misc]
         counts = refused(lambda r=recipe: resolve_counts(r, config), RecipeError)  # type: ignore[misc]

@@ -21,14 +21,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from targets import TARGETS
+from targets import SEEDS, TARGETS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SEEDS = HERE / "corpus"
 REPORT = HERE / "RESULTS.md"
 SLICE = 600
-LIMITS = ("-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1")
+LIMITS = ("-timeout=30", "-rss_limit_mb=2048", "-print_final_stats=1")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import mutations
 import oracles
+
+SEEDS = Path(__file__).parent / "corpus"
 
 
 @dataclass(frozen=True)
