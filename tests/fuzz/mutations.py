@@ -169,12 +169,23 @@ def change_recipe(data: bytes, rng: Random) -> bytes:
     """A recipe like `data`: its tokens changed, or its lines."""
     if rng.random() < 0.6:
         return change_tokens(data, rng, RECIPE_WORDS)
+    return move_lines(data, rng)
+
+
+def change_lines(data: bytes, rng: Random) -> bytes:
+    """Lines of JSON like `data`: their tokens changed, lines moved, the last one torn."""
+    text = change_tokens(data, rng, WORDS, 2) if rng.random() < 0.6 else move_lines(data, rng)
+    return text[: int(rng.random() * len(text))] if rng.random() < 0.1 else text
+
+
+def move_lines(data: bytes, rng: Random) -> bytes:
+    """A line or two moved, copied or dropped."""
     lines = data.splitlines(keepends=True)
     for _ in range(1 + int(rng.random() * 2)):
         if lines:
             line = lines.pop(int(rng.random() * len(lines)))
             for _ in range(int(rng.random() * 3)):
-                lines.insert(int(rng.random() * len(lines)), line)
+                lines.insert(int(rng.random() * (len(lines) + 1)), line)
     return b"".join(lines)
 
 

@@ -146,9 +146,17 @@ def check_recipe(data: bytes) -> None:
 
 
 def check_journal(data: bytes) -> None:
-    """A journal is read up to its last whole line, or refused."""
+    """A journal's whole lines say the same when they stand alone, and name files of the stage."""
     assert JOURNAL is not None
-    refused(lambda: JOURNAL.parse_journal(data), JsonError)
+    record = refused(lambda: JOURNAL.parse_journal(data), JsonError)
+    if record is None:
+        return
+    whole = data[: record.nbytes]
+    assert len(whole) == record.nbytes
+    assert len(whole.splitlines()) == len(record.entries) + (record.run is not None)
+    assert JOURNAL.parse_journal(whole) == record
+    for entry in record.entries:
+        assert os.path.basename(entry.file) == entry.file
 
 
 def _recipe(text: str) -> Recipe:

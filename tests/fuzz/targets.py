@@ -29,4 +29,4 @@ TARGETS = {
     "recipe": Target(oracles.check_recipe, mutations.change_recipe, 768, 7),
 }
 if oracles.JOURNAL is not None:
-    TARGETS["journal"] = Target(oracles.check_journal, mutations.change_json, 1024, 5)
+    TARGETS["journal"] = Target(oracles.check_journal, mutations.change_lines, 1024, 5)
