@@ -72,11 +72,11 @@ def fuzz(name: str, seconds: float, work: Path) -> Result:
 
 def runs(names: list[str], seconds: float, cpu: bool, work: Path) -> Iterator[Result]:
     """Fuzz each target for its share of `seconds`, of CPU or of wall clock, in turns."""
-    total = sum(TARGETS[name].share for name in names)
+    total, most = sum(TARGETS[n].share for n in names), max(TARGETS[n].share for n in names)
     left = {name: seconds * TARGETS[name].share / total for name in names}
     while names := [name for name in names if left[name] >= 1]:
         for name in names:
-            turn = min(SLICE, left[name])
+            turn = min(SLICE * TARGETS[name].share / most, left[name])
             result = fuzz(name, turn, work)
             left[name] -= result.cpu_seconds if cpu else turn
             yield result
