@@ -130,7 +130,7 @@ def fresh_header(rng: Random) -> bytes:
     at = 0
     for _ in range(int(rng.random() * 5)):
         dtype = rng.choice(tuple(DTYPE_BITS))
-        shape = [int(rng.random() * 4) for _ in range(int(rng.random() * 4))]
+        shape = _huge_but_empty(rng) if rng.random() < 0.1 else _small(rng)
         bits = DTYPE_BITS[dtype]
         for size in shape:
             bits *= size
@@ -143,6 +143,17 @@ def fresh_header(rng: Random) -> bytes:
     rng.shuffle(items)
     text = json.dumps(dict(items), separators=(",", ":"), ensure_ascii=rng.random() < 0.5)
     return text.encode()
+
+
+def _small(rng: Random) -> list[int]:
+    return [int(rng.random() * 4) for _ in range(int(rng.random() * 4))]
+
+
+def _huge_but_empty(rng: Random) -> list[int]:
+    """Sizes whose product may overflow, were it not for a zero among them."""
+    shape = [0, *(1 << int(rng.random() * 48) for _ in range(1 + int(rng.random() * 3)))]
+    rng.shuffle(shape)
+    return shape
 
 
 def change_json(data: bytes, rng: Random) -> bytes:

@@ -127,6 +127,9 @@ def check_manifest(data: bytes) -> None:
         assert len(header.raw) == length
     for placement in again.placements:
         assert placement.shard(0, 1) == placement.spec
+    ratios = [unit for rule in again.attributes if rule.per for unit in (rule.times, rule.per)]
+    for unit in (*ratios, *(rule.unit for rule in again.arguments)):
+        refused(lambda u=unit: again.local(u, 0), LayoutError)  # type: ignore[misc]
 
 
 def check_recipe(data: bytes) -> None:
