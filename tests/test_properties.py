@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 
+from shardkit import integrity, stream
 from shardkit.checkpoint.header import read_header
 from shardkit.groups import groups, stored_bytes
 from shardkit.manifest import Manifest
@@ -162,18 +163,20 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: what is tried here is no matter of the disk."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+def scratch(block: int) -> Iterator[Path]:
+    """A folder in memory where there is one, and buffers of `block` bytes in place of megabytes."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=memory) as folder:
+        patch.setattr(stream, "BLOCK", block)
+        patch.setattr(integrity, "BLOCK", block)
         yield Path(folder)
 
 
-def check_everything(model: Model, one: int, other: int) -> None:
+def check_everything(model: Model, one: int, other: int, block: int) -> None:
     """A model split over two numbers of ranks (`one`, `other`: any), and back."""
     most = min(model.plan(1).max_tp_size, MAX_RANKS)
     first, second = 1 + one % most, 1 + other % most
-    with scratch() as base:
+    with scratch(block) as base:
         source = model.write(base / "source")
 
         def cut(name: str, tp_size: int) -> Manifest:
@@ -227,19 +230,20 @@ COMMON = {
     "print_blob": True,
 }  # fmt: skip
 ANY = st.integers(0, 10_000)
+CASES = (models(), ANY, ANY, st.sampled_from([48, 512, 1 << 14]))
 
 
 @settings(max_examples=200, derandomize=True, **COMMON)
-@given(models(), ANY, ANY)
-def test_any_split_can_be_undone_and_redone(model: Model, one: int, other: int) -> None:
-    check_everything(model, one, other)
+@given(*CASES)
+def test_any_split_can_be_undone_and_redone(model: Model, one: int, other: int, block: int) -> None:
+    check_everything(model, one, other, block)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @settings(max_examples=2000, **COMMON)
-@given(models(), ANY, ANY)
+@given(*CASES)
 def test_two_thousand_other_splits_can_be_undone_and_redone(
-    model: Model, one: int, other: int
+    model: Model, one: int, other: int, block: int
 ) -> None:
-    check_everything(model, one, other)
+    check_everything(model, one, other, block)
