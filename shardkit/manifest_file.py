@@ -189,7 +189,7 @@ def _placement(name: str, value: Any) -> Placement:
     parts = fields.items("sections", lambda part, where: _section(part, f"{name}: {where}"))
     spec = TensorSpec(name, fields.string("dtype"), shape)
     whole = style in ("replicate", "ignore", "once", "gather")
-    if dim == -1 and (not parts or (style == "gather" and sum(map(len, parts)) == shape[-1])):
+    if dim == -1 and (not parts or (style == "gather" and shape[-1:] == (sum(map(len, parts)),))):
         return Placement(spec, style, None, parts)
     if dim == -1 or whole or sum(map(len, parts)) != shape[dim]:
         raise JsonError(f"{name}: its sections are not those of a dimension that is divided")

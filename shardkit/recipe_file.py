@@ -11,6 +11,7 @@ from typing import Any, get_args
 from shardkit.errors import RecipeError
 from shardkit.notation import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
+from shardkit.strict_json import one_line
 
 UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore", "once")
 DIVIDED: tuple[Style, ...] = ("column", "row", "norm", "gather")
@@ -36,10 +37,17 @@ def load_recipe(path: Path) -> Recipe:
     if len(data) > MAX_BYTES:
         raise RecipeError(f"recipe {path}: larger than {MAX_BYTES} bytes")
     try:
-        table = tomllib.loads(data.decode())
-        return _recipe(path.stem, hashlib.sha256(data).hexdigest(), table)
-    except (RecipeError, ValueError, RecursionError) as error:
+        return parse_recipe(path.stem, data)
+    except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
+
+
+def parse_recipe(name: str, data: bytes) -> Recipe:
+    """A recipe from its file's bytes.  Raises RecipeError that names the key."""
+    try:
+        return _recipe(name, hashlib.sha256(data).hexdigest(), tomllib.loads(data.decode()))
+    except (RecipeError, ValueError, RecursionError) as error:
+        raise RecipeError(one_line(str(error))) from None
 
 
 def _recipe(name: str, sha256: str, table: dict[str, Any]) -> Recipe:

@@ -6,6 +6,7 @@ import re
 from typing import Any, NoReturn
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
+_MAYBE_MINUS_ZERO = re.compile(rb"-0(?![0-9.eE])")
 
 
 class JsonError(ValueError):
@@ -15,13 +16,9 @@ class JsonError(ValueError):
 def parse(data: bytes) -> Any:
     """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on."""
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
+        # A hook for each integer would cost as much as all the rest.
+        decoder = _CAREFUL if _MAYBE_MINUS_ZERO.search(data) else _DECODER
+        value = decoder.decode(data.decode("utf-8"))
         if _MAYBE_SURROGATE.search(data):
             canonical(value)
     except UnicodeDecodeError as error:
@@ -54,6 +51,12 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def one_line(text: str, limit: int = 1000) -> str:
+    """Text that quotes a file, as an error may print it: what cannot be printed is escaped."""
+    text = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -78,3 +81,10 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise JsonError(f"{name} is not JSON")
+
+
+_HOOKS: dict[str, Any] = {
+    "object_pairs_hook": _unique, "parse_constant": _refuse_constant, "parse_float": _finite,
+}  # fmt: skip
+_DECODER = json.JSONDecoder(**_HOOKS)
+_CAREFUL = json.JSONDecoder(**_HOOKS, parse_int=_integer)

@@ -25,6 +25,7 @@ MAX_NAME = 65_536
 MAX_RANK = 64
 MAX_DIM = 1 << 48
 LFS_POINTER = b"version https://git-lfs"
+_KEYS = frozenset(("dtype", "shape", "data_offsets"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,21 @@ def header_of(fd: int, path: Path, error: type[ShardkitError] = CheckpointError)
     """Read and check the header of an open file; `path` is for messages.  Raises `error`."""
     size = os.fstat(fd).st_size
     try:
-        start = os.pread(fd, len(LFS_POINTER), 0)
-        _check_start(start, size)
-        raw = os.pread(fd, struct.unpack("<Q", start[:8])[0], 8)
-        return parse_header(raw, size)
+        length = header_length(os.pread(fd, len(LFS_POINTER), 0), size)
+        return parse_header(os.pread(fd, length, 8), size)
     except (JsonError, LayoutError) as fault:
         raise error(f"{path}: {fault}") from None
     except OSError as failure:
         raise error(f"{path}: cannot be read: {failure.strerror}") from None
 
 
-def _check_start(start: bytes, size: int) -> None:
-    if start == LFS_POINTER:
+def header_length(start: bytes, size: int) -> int:
+    """The bytes of header that a file's first bytes announce.  Raises JsonError."""
+    if start.startswith(LFS_POINTER):
         raise JsonError("a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     if size < 8:
         raise JsonError(f"{size} bytes, too short for a safetensors file: truncated")
-    length = struct.unpack("<Q", start[:8])[0]
+    length: int = struct.unpack("<Q", start[:8])[0]
     if length > MAX_HEADER:
         raise JsonError(
             f"header of {length} bytes, more than the {MAX_HEADER} allowed: no safetensors file"
@@ -82,6 +82,7 @@ def _check_start(start: bytes, size: int) -> None:
         raise JsonError(
             f"header of {length} bytes in a file of {size}: truncated, or no safetensors file"
         )
+    return length
 
 
 def parse_header(raw: bytes, file_size: int) -> Header:
@@ -133,7 +134,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
 
 def _entry(name: str, value: Any, base: int) -> Entry:
     _check_name(name)
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _KEYS:
         raise JsonError(f"tensor {shown(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -142,15 +143,13 @@ def _entry(name: str, value: Any, base: int) -> Entry:
         raise JsonError(f"tensor {shown(name)}: shape is no list of sizes")
     if not _sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise JsonError(f"tensor {shown(name)}: data_offsets are no range")
+    start, stop = offsets
     spec = TensorSpec(name, dtype, tuple(shape))
-    if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 64:
+    if math.prod(filter(None, shape)) * DTYPE_BITS[dtype] >= 1 << 64:
         raise JsonError(f"tensor {shown(name)}: shape is too large, zeros left aside")
-    if spec.nbytes != offsets[1] - offsets[0]:
-        raise JsonError(
-            f"tensor {shown(name)}: {offsets[1] - offsets[0]} bytes,"
-            f" but its shape needs {spec.nbytes}"
-        )
-    return Entry(spec, base + offsets[0], base + offsets[1])
+    if (needed := spec.nbytes) != stop - start:
+        raise JsonError(f"tensor {shown(name)}: {stop - start} bytes, but its shape needs {needed}")
+    return Entry(spec, base + start, base + stop)
 
 
 def _check_name(name: str) -> None:
@@ -159,4 +158,6 @@ def _check_name(name: str) -> None:
 
 
 def _sizes(value: Any, limit: int) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)
+    if not isinstance(value, list) or not {*map(type, value)} <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < limit)

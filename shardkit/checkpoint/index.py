@@ -8,7 +8,7 @@ from typing import Any
 from shardkit import strict_json
 from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name, read_small, real_file
-from shardkit.strict_json import shown
+from shardkit.strict_json import JsonError, shown
 
 SUFFIX = ".safetensors.index.json"
 MAX_BYTES = 256 << 20
@@ -29,24 +29,32 @@ class Index:
 
 def read_index(folder: Path, name: str) -> Index:
     """Read an index.  Raises CheckpointError for anything but a map of tensor to file name."""
-    path = real_file(folder, name, CheckpointError)
+    data = read_small(real_file(folder, name, CheckpointError), MAX_BYTES, CheckpointError)
     try:
-        table = strict_json.parse(read_small(path, MAX_BYTES, CheckpointError))
-    except strict_json.JsonError as fault:
-        raise CheckpointError(f"{folder / name}: damaged index: {fault}; fetch it again") from None
+        return parse_index(data, name)
+    except JsonError as fault:
+        raise CheckpointError(f"{folder / name}: {fault}") from None
+
+
+def parse_index(data: bytes, name: str) -> Index:
+    """An index from its bytes.  Raises JsonError."""
+    try:
+        table = strict_json.parse(data)
+    except JsonError as fault:
+        raise JsonError(f"damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / name}: damaged index: no weight_map of tensor to file")
+        raise JsonError("damaged index: no weight_map of tensor to file")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file):
-            raise CheckpointError(
-                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is not the name of a"
-                " file in this folder"
+            raise JsonError(
+                f"{shown(tensor)} is in {shown(file)}, which is not the name of a file in this"
+                " folder"
             )
         if not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is no safetensors"
-                " file; convert the checkpoint to safetensors first"
+            raise JsonError(
+                f"{shown(tensor)} is in {shown(file)}, which is no safetensors file; convert the"
+                " checkpoint to safetensors first"
             )
     metadata = table.get("metadata")
     return Index(name, weight_map, _kept(metadata) if isinstance(metadata, dict) else {})

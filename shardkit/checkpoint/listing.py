@@ -32,12 +32,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = real_file(folder, "config.json", CheckpointError)
     if not path.exists():
         raise CheckpointError(f"{folder}: no config.json; name the folder of a Hugging Face model")
+    data = read_small(path, MAX_CONFIG, CheckpointError)
     try:
-        config = strict_json.parse(read_small(path, MAX_CONFIG, CheckpointError))
+        return parse_config(data)
     except strict_json.JsonError as fault:
         raise CheckpointError(f"{folder}/config.json: {fault}") from None
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """A config from its bytes.  Raises JsonError."""
+    config = strict_json.parse(data)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}/config.json: is no JSON object")
+        raise strict_json.JsonError("is no JSON object")
     return config
 
 
