@@ -6,14 +6,21 @@ import re
 from typing import Any, NoReturn
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
+MAX_VALUES = 16_000_000
+MAX_WIDE = 32 << 20  # one character outside ASCII makes Python hold all of them in up to four bytes
 
 
 class JsonError(ValueError):
     """The text is not JSON as this project accepts it; the message says why, in one line."""
 
 
-def parse(data: bytes) -> Any:
-    """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on."""
+def parse(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on.
+
+    Text of more than `max_values` commas and brackets is refused before a value is made of it: an
+    empty list is two bytes of text and a hundred of memory.
+    """
+    _check_size(data, max_values)
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -52,6 +59,14 @@ def shown(value: object, limit: int = 80) -> str:
     """A value from a file as an error may print it: one line, escaped, cut short."""
     text = ascii(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _check_size(data: bytes, max_values: int) -> None:
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > max_values:
+        raise JsonError(f"{values} commas and brackets, more than the {max_values} allowed")
+    if len(data) > MAX_WIDE and not (data.isascii() and not _MAYBE_SURROGATE.search(data)):
+        raise JsonError(f"{len(data)} bytes, more than the {MAX_WIDE} allowed outside ASCII")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
