@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
+from shardkit.checkpoint.agreement import check_config
 from shardkit.checkpoint.listing import is_companion, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, read_small, real_file
@@ -76,6 +77,27 @@ class Checkpoint:
         if not isinstance(model_type, str) or not model_type:
             raise CheckpointError(f"{self.folder}/config.json: no model_type")
         return model_type
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong and does no harm, a line each."""
+        stated = self.index.total_size if self.index else None
+        total = sum(spec.nbytes for spec in self.specs())
+        if self.index is None or stated in (None, 0, total):
+            return ()
+        return (
+            f"{self.folder / self.index.name}: total_size is {shown(stated)}, but the tensors are"
+            f" {total} bytes; what is written has the true size",
+        )
+
+    def check(self) -> "Checkpoint":
+        """Return itself; raise CheckpointError where the config and the tensors do not agree."""
+        try:
+            check_config(self.config, self.specs(), self.folder)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, file by file, in the order its bytes lie."""
@@ -164,13 +186,13 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     if source and _is(folder.is_dir):
         if revision is not None:
             raise CheckpointError(f"{source}: a folder has no revision; leave --revision out")
-        return Checkpoint(folder)
+        return Checkpoint(folder).check()
     if source and _is(folder.exists):
         raise CheckpointError(f"{source}: is a file; name the folder it is in")
     from shardkit.checkpoint.hub import download  # here, as it costs 0.3 s
 
     local, commit = download(source, revision)
-    return Checkpoint(local, commit, source)
+    return Checkpoint(local, commit, source).check()
 
 
 def _is(question: Callable[[], bool]) -> bool:

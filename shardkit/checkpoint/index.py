@@ -11,7 +11,8 @@ from shardkit.files import is_plain_name, read_small, real_file
 from shardkit.strict_json import shown
 
 SUFFIX = ".safetensors.index.json"
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20  # the longest known, of 210 000 tensors, has 25 MB
+MAX_VALUES = 2_000_000
 MAX_COUNT = 1 << 62
 
 
@@ -25,13 +26,14 @@ class Index:
     name: str
     weight_map: dict[str, str]
     metadata: dict[str, str | int] = field(default_factory=dict)
+    total_size: object = field(default=None, compare=False)
 
 
 def read_index(folder: Path, name: str) -> Index:
     """Read an index.  Raises CheckpointError for anything but a map of tensor to file name."""
     path = real_file(folder, name, CheckpointError)
     try:
-        table = strict_json.parse(read_small(path, MAX_BYTES, CheckpointError))
+        table = strict_json.parse(read_small(path, MAX_BYTES, CheckpointError), MAX_VALUES)
     except strict_json.JsonError as fault:
         raise CheckpointError(f"{folder / name}: damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -48,8 +50,9 @@ def read_index(folder: Path, name: str) -> Index:
                 f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is no safetensors"
                 " file; convert the checkpoint to safetensors first"
             )
-    metadata = table.get("metadata")
-    return Index(name, weight_map, _kept(metadata) if isinstance(metadata, dict) else {})
+    found = table.get("metadata")
+    metadata = found if isinstance(found, dict) else {}
+    return Index(name, weight_map, _kept(metadata), metadata.get("total_size"))
 
 
 def _kept(metadata: dict[str, Any]) -> dict[str, str | int]:
