@@ -43,8 +43,7 @@ class Checkpoint:
         """Open the folder and check every header.  Raises CheckpointError."""
         self.folder = folder
         self.revision = revision
-        # A folder may be named with bytes that are no text; the manifest is text.
-        self.name = name or os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
+        self.name = name or folder_name(folder)
         self.config = read_config(folder)
         self.index, names = weight_files(folder, names_in(folder))
         self._places: dict[str, _Place] = {}
@@ -141,10 +140,7 @@ class Checkpoint:
 
     def companions(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each small file a model needs beside its weights; never code."""
-        for name in names_in(self.folder):
-            if is_companion(name) and (self.folder / name).is_file():
-                real = real_file(self.folder, name, CheckpointError)
-                yield name, read_small(real, MAX_COMPANION, CheckpointError)
+        return companions(self.folder)
 
     def _add(self, name: str) -> SourceFile:
         path = real_file(self.folder, name, CheckpointError)
@@ -182,17 +178,38 @@ class Checkpoint:
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache.  Raises CheckpointError."""
+    folder, commit = find_folder(source, revision)
+    return Checkpoint(folder, commit, source if commit else "").check()
+
+
+def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
+    """The folder a source is in, and of a Hub id the commit.  Raises CheckpointError.
+
+    With `pickled`, a repository of nothing but pickled weights is one too.
+    """
     folder = Path(source)
     if source and _is(folder.is_dir):
         if revision is not None:
             raise CheckpointError(f"{source}: a folder has no revision; leave --revision out")
-        return Checkpoint(folder).check()
+        return folder, ""
     if source and _is(folder.exists):
         raise CheckpointError(f"{source}: is a file; name the folder it is in")
     from shardkit.checkpoint.hub import download  # here, as it costs 0.3 s
 
-    local, commit = download(source, revision)
-    return Checkpoint(local, commit, source).check()
+    return download(source, revision, pickled)
+
+
+def folder_name(folder: Path) -> str:
+    """A folder's own name, as text, though its bytes may be none: the manifest is text."""
+    return os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
+
+
+def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each small file a model needs beside its weights; never code."""
+    for name in names_in(folder):
+        if is_companion(name) and (folder / name).is_file():
+            real = real_file(folder, name, CheckpointError)
+            yield name, read_small(real, MAX_COMPANION, CheckpointError)
 
 
 def _is(question: Callable[[], bool]) -> bool:

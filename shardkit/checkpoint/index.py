@@ -10,7 +10,8 @@ from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name, read_small, real_file
 from shardkit.strict_json import shown
 
-SUFFIX = ".safetensors.index.json"
+WEIGHTS = ".safetensors"
+SUFFIX = f"{WEIGHTS}.index.json"
 MAX_BYTES = 64 << 20  # the longest known, of 210 000 tensors, has 25 MB
 MAX_VALUES = 2_000_000
 MAX_COUNT = 1 << 62
@@ -29,8 +30,11 @@ class Index:
     total_size: object = field(default=None, compare=False)
 
 
-def read_index(folder: Path, name: str) -> Index:
-    """Read an index.  Raises CheckpointError for anything but a map of tensor to file name."""
+def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
+    """Read an index of files of one kind, safetensors unless another is asked for.
+
+    Raises CheckpointError for anything but a map of tensor to file name.
+    """
     path = real_file(folder, name, CheckpointError)
     try:
         table = strict_json.parse(read_small(path, MAX_BYTES, CheckpointError), MAX_VALUES)
@@ -45,10 +49,10 @@ def read_index(folder: Path, name: str) -> Index:
                 f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is not the name of a"
                 " file in this folder"
             )
-        if not file.endswith(".safetensors"):
+        if not file.endswith(suffix):
             raise CheckpointError(
-                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is no safetensors"
-                " file; convert the checkpoint to safetensors first"
+                f"{folder / name}: {shown(tensor)} is in {shown(file)}, which is no *{suffix} file;"
+                " convert the checkpoint to safetensors first"
             )
     found = table.get("metadata")
     metadata = found if isinstance(found, dict) else {}
