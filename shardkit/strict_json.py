@@ -6,7 +6,7 @@ import re
 from typing import Any, NoReturn
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
-MAX_VALUES = 16_000_000
+MAX_VALUES = 2_000_000  # commas and brackets; in longer text, one in eight bytes
 MAX_WIDE = 32 << 20  # one character outside ASCII makes Python hold all of them in up to four bytes
 
 
@@ -14,13 +14,13 @@ class JsonError(ValueError):
     """The text is not JSON as this project accepts it; the message says why, in one line."""
 
 
-def parse(data: bytes, max_values: int = MAX_VALUES) -> Any:
+def parse(data: bytes, max_values: int | None = None) -> Any:
     """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on.
 
     Text of more than `max_values` commas and brackets is refused before a value is made of it: an
     empty list is two bytes of text and a hundred of memory.
     """
-    _check_size(data, max_values)
+    _check_size(data, max_values or max(MAX_VALUES, len(data) // 8))
     try:
         value = json.loads(
             data.decode("utf-8"),
