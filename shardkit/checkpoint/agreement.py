@@ -60,6 +60,9 @@ class _Disagreement(ValueError):
 def _check_numbers(config: Config, specs: Sequence[TensorSpec]) -> None:
     largest = max((size for spec in specs for size in spec.shape), default=0)
     most = min(max(MANY, len(specs)), MAX_LAYERS)
+    for key in LAYERS:
+        if isinstance(value := _of_text(config).get(key), list | dict):
+            raise _Disagreement(f"{key} is {shown(value)}, not a count")
     for key, value in _fields(config):
         if key in POSITIVE and value is not None:
             _check_range(key, value, 1, MAX_SIZE if largest < MAX_SIZE else largest)

@@ -26,6 +26,7 @@ FAILED = 3
 OLDEST = (2, 10)  # before, a storage of another size than its record's corrupts memory
 COPIES = 4  # how often its bytes may be written: tied tensors are written under each name
 SPARE = 512 << 20
+UNPICKLER = "WeightsUnpickler error:"  # what torch says before it is advice to trust the file
 DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
     "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
@@ -129,10 +130,11 @@ def _write_all(out: int, view: memoryview) -> None:
 
 def _told(fault: BaseException) -> str:
     """An error of whatever library, in one printable line."""
-    text = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    text = str(fault).partition(UNPICKLER)[2].strip() or str(fault).strip()
+    text = (text or type(fault).__name__).splitlines()[0]
     if isinstance(fault, MemoryError):
         text = "needs more memory than its size allows"
-    return "".join(c for c in text[:400] if c.isprintable())
+    return "".join(c for c in text[:200] if c.isprintable())
 
 
 if __name__ == "__main__":

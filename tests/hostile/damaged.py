@@ -181,9 +181,9 @@ SHARDS: dict[str, Damage] = {
     "tp_size a string": Damage(_edit(lambda table: table.update(tp_size="2")), 3, ("tp_size",)),
     "an unknown key": Damage(_edit(lambda table: table.update(more=1)), 3, ("more",)),
     "no first file": Damage(lambda folder: (folder / RANKS[0]).unlink(), 3, (RANKS[0], "missing")),
-    "files swapped": Damage(_swap, 3, ("is the file of rank 1",)),
+    "files swapped": Damage(_swap, 3, ("is the file of rank '1'",)),
     "one file twice": Damage(
-        lambda folder: shutil.copy(folder / RANKS[0], folder / RANKS[1]), 3, ("rank 0, renamed",)
+        lambda folder: shutil.copy(folder / RANKS[0], folder / RANKS[1]), 3, ("rank '0', renamed",)
     ),
     "a file linked out": Damage(_link_out(RANKS[1]), 3, (RANKS[1],)),
     "a file of a FIFO": Damage(_fifo(RANKS[1]), 3, (RANKS[1], "not a regular")),
@@ -248,7 +248,7 @@ CONFIGS: dict[str, Damage] = {
         }.items()
         for value in values
     },
-    "heads that divide nothing": Damage(config(num_attention_heads=3), 1, ("q_proj",)),
+    "heads that divide nothing": Damage(config(num_attention_heads=3), 1, ("cannot share",)),
     "kv heads that divide nothing": Damage(config(num_key_value_heads=3), 1, ("3",)),
     "more kv heads than heads": Damage(config(num_key_value_heads=8), 1, ()),
     "a nested count of layers": Damage(
