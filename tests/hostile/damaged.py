@@ -285,7 +285,8 @@ CONFIGS: dict[str, Damage] = {
         config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}), 0
     ),
     "auto_map of another repository": Damage(
-        config(auto_map={"AutoConfig": "org/evil--evil.Config"}, trust_remote_code=True), 0
+        config(**{"auto_map": {"AutoConfig": "org/evil--evil.Config"}, "trust_remote_code": True}),
+        0,
     ),
     "a kernel for attention": Damage(config(attn_implementation="evil/kernel"), 0),
     "a kernel for attention, inner": Damage(
