@@ -7,14 +7,21 @@ from typing import Any, NoReturn
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
 _MAYBE_MINUS_ZERO = re.compile(rb"-0(?![0-9.eE])")
+MAX_VALUES = 2_000_000  # commas and brackets; in longer text, one in eight bytes
+MAX_WIDE = 32 << 20  # one character outside ASCII makes Python hold all of them in up to four bytes
 
 
 class JsonError(ValueError):
     """The text is not JSON as this project accepts it; the message says why, in one line."""
 
 
-def parse(data: bytes) -> Any:
-    """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on."""
+def parse(data: bytes, max_values: int | None = None) -> Any:
+    """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on.
+
+    Text of more than `max_values` commas and brackets is refused before a value is made of it: an
+    empty list is two bytes of text and a hundred of memory.
+    """
+    _check_size(data, max_values or max(MAX_VALUES, len(data) // 8))
     try:
         # A hook for each integer would cost as much as all the rest.
         decoder = _CAREFUL if _MAYBE_MINUS_ZERO.search(data) else _DECODER
@@ -55,6 +62,14 @@ def one_line(text: str, limit: int = 1000) -> str:
     """Text that quotes a file, as an error may print it: what cannot be printed is escaped."""
     text = text if len(text) <= limit else text[:limit] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _check_size(data: bytes, max_values: int) -> None:
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > max_values:
+        raise JsonError(f"{values} commas and brackets, more than the {max_values} allowed")
+    if len(data) > MAX_WIDE and not (data.isascii() and not _MAYBE_SURROGATE.search(data)):
+        raise JsonError(f"{len(data)} bytes, more than the {MAX_WIDE} allowed outside ASCII")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

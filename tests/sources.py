@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
-CONFIG = {"model_type": "llama", "num_hidden_layers": 1}
+CONFIG = {"model_type": "llama"}
 
 
 def file_bytes(header: str | bytes | Mapping[str, Any], data: bytes = b"") -> bytes:

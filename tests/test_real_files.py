@@ -1,7 +1,6 @@
 """Checkpoints as they are found: no prefix, old buffers, tied weights stored twice."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from families import make
 from harness import cut
 from safetensors.torch import load_file, save_file
+from splitting import split_folder
 
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards import ShardedCheckpoint
@@ -78,17 +78,20 @@ def test_it_is_split_run_and_merged_bit_for_bit(kind: str, ranks: Ranks, tmp_pat
         assert (tmp_path / "merged" / file).read_bytes() == (source / file).read_bytes()
 
 
-def test_a_config_that_is_not_the_weights_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"num_hidden_layers is 3, but .* no tensor of .model.layers.2"),
+        ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, but there are tensors of .*layers.1"),
+        ({"attention_bias": True}, r"q_proj.bias.*needs it, and no shard holds it"),
+    ],
+)
+def test_a_config_that_is_not_the_weights_is_refused(
+    change: dict[str, object], message: str, ranks: Ranks, tmp_path: Path
+) -> None:
     source = make("llama", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    config["num_hidden_layers"] = 3
+    config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
-    cut(source, tmp_path / "shards", 2)
-    with pytest.raises(Exception, match=r"model.layers.2.*needs it, and no shard holds it"):
-        LocalRanks(ranks).load(tmp_path / "shards", None)
-    config["num_hidden_layers"] = 1
-    (source / "config.json").write_text(json.dumps(config))
-    shutil.rmtree(tmp_path / "shards")
-    cut(source, tmp_path / "shards", 2)
-    with pytest.raises(Exception, match=r"model.layers.1.*has no tensor"):
+    split_folder(source, tmp_path / "shards", 2)  # opens it unchecked
+    with pytest.raises(Exception, match=message):
         LocalRanks(ranks).load(tmp_path / "shards", None)

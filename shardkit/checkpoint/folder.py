@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
+from shardkit.checkpoint.agreement import check_config
 from shardkit.checkpoint.listing import is_companion, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, read_small, real_file
@@ -42,8 +43,7 @@ class Checkpoint:
         """Open the folder and check every header.  Raises CheckpointError."""
         self.folder = folder
         self.revision = revision
-        # A folder may be named with bytes that are no text; the manifest is text.
-        self.name = name or os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
+        self.name = name or folder_name(folder)
         self.config = read_config(folder)
         self.index, names = weight_files(folder, names_in(folder))
         self._places: dict[str, _Place] = {}
@@ -76,6 +76,27 @@ class Checkpoint:
         if not isinstance(model_type, str) or not model_type:
             raise CheckpointError(f"{self.folder}/config.json: no model_type")
         return model_type
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong and does no harm, a line each."""
+        stated = self.index.total_size if self.index else None
+        total = sum(spec.nbytes for spec in self.specs())
+        if self.index is None or stated in (None, 0, total):
+            return ()
+        return (
+            f"{self.folder / self.index.name}: total_size is {shown(stated)}, but the tensors are"
+            f" {total} bytes; what is written has the true size",
+        )
+
+    def check(self) -> "Checkpoint":
+        """Return itself; raise CheckpointError where the config and the tensors do not agree."""
+        try:
+            check_config(self.config, self.specs(), self.folder)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, file by file, in the order its bytes lie."""
@@ -124,10 +145,7 @@ class Checkpoint:
 
     def companions(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each small file a model needs beside its weights; never code."""
-        for name in names_in(self.folder):
-            if is_companion(name) and (self.folder / name).is_file():
-                real = real_file(self.folder, name, CheckpointError)
-                yield name, read_small(real, MAX_COMPANION, CheckpointError)
+        return companions(self.folder)
 
     def _add(self, name: str) -> SourceFile:
         path = real_file(self.folder, name, CheckpointError)
@@ -165,17 +183,38 @@ class Checkpoint:
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache.  Raises CheckpointError."""
+    folder, commit = find_folder(source, revision)
+    return Checkpoint(folder, commit, source if commit else "").check()
+
+
+def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
+    """The folder a source is in, and of a Hub id the commit.  Raises CheckpointError.
+
+    With `pickled`, a repository of nothing but pickled weights is one too.
+    """
     folder = Path(source)
     if source and _is(folder.is_dir):
         if revision is not None:
             raise CheckpointError(f"{source}: a folder has no revision; leave --revision out")
-        return Checkpoint(folder)
+        return folder, ""
     if source and _is(folder.exists):
         raise CheckpointError(f"{source}: is a file; name the folder it is in")
     from shardkit.checkpoint.hub import download  # here, as it costs 0.3 s
 
-    local, commit = download(source, revision)
-    return Checkpoint(local, commit, source)
+    return download(source, revision, pickled)
+
+
+def folder_name(folder: Path) -> str:
+    """A folder's own name, as text, though its bytes may be none: the manifest is text."""
+    return os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
+
+
+def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each small file a model needs beside its weights; never code."""
+    for name in names_in(folder):
+        if is_companion(name) and (folder / name).is_file():
+            real = real_file(folder, name, CheckpointError)
+            yield name, read_small(real, MAX_COMPANION, CheckpointError)
 
 
 def _is(question: Callable[[], bool]) -> bool:

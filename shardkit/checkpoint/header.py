@@ -20,10 +20,12 @@ from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 250_000  # in one file: what can be checked in 256 MB; models have up to 210 000
+MAX_VALUES = 12 * MAX_TENSORS  # an entry is 8 commas and brackets, and one more for each dimension
 MAX_NAME = 65_536
 MAX_RANK = 64
 MAX_DIM = 1 << 48
+METADATA = "__metadata__"  # the one key of a header that is no tensor
 LFS_POINTER = b"version https://git-lfs"
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 
@@ -89,14 +91,14 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     """The header's tensors, their bytes proven to cover the file exactly.  Raises JsonError."""
     if not raw.startswith(b"{"):
         raise JsonError("header does not start with '{'")
-    table = strict_json.parse(raw)
+    _check_count(raw.count(b'"data_offsets"'))  # before anything is made of them
+    table = strict_json.parse(raw, MAX_VALUES)
     if not isinstance(table, dict):
         raise JsonError("header is no object")
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise JsonError("__metadata__ is no table of strings")
-    if len(table) > MAX_TENSORS:
-        raise JsonError(f"{len(table)} tensors, more than the {MAX_TENSORS} allowed")
+    _check_count(len(table))
     base = 8 + len(raw)
     entries = sorted(
         (_entry(name, value, base) for name, value in table.items()),
@@ -121,7 +123,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
 
     Padded with spaces so that the data starts at a multiple of 8, as the library writes it.
     """
-    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    table: dict[str, Any] = {METADATA: metadata} if metadata else {}
     at = 0
     for spec in specs:
         stop = at + spec.nbytes
@@ -132,8 +134,19 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
     return struct.pack("<Q", len(text)) + text
 
 
+def check_name(name: str) -> None:
+    """Raise JsonError for a tensor name that is empty, too long, unprintable, or not a tensor's."""
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name == METADATA:
+        raise JsonError(f"tensor name {shown(name)} is empty, reserved, too long or unprintable")
+
+
+def _check_count(tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise JsonError(f"{tensors} tensors, more than the {MAX_TENSORS} allowed")
+
+
 def _entry(name: str, value: Any, base: int) -> Entry:
-    _check_name(name)
+    check_name(name)
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise JsonError(f"tensor {shown(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -150,11 +163,6 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     if (needed := spec.nbytes) != stop - start:
         raise JsonError(f"tensor {shown(name)}: {stop - start} bytes, but its shape needs {needed}")
     return Entry(spec, base + start, base + stop)
-
-
-def _check_name(name: str) -> None:
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise JsonError(f"tensor name {shown(name)} is empty, too long or unprintable")
 
 
 def _sizes(value: Any, limit: int) -> bool:

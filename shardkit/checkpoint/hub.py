@@ -23,7 +23,7 @@ from shardkit.errors import CheckpointError
 from shardkit.strict_json import shown
 
 
-def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+def download(repo_id: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
     """The local snapshot folder of a Hub id and its commit hash.
 
     The small files come first: they say which weights are wanted, and whether the repository is a
@@ -34,7 +34,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     folder = _fetch(repo_id, revision, [f"*{suffix}" for suffix in COMPANIONS])
     commit = folder.name
     read_config(folder)
-    _, weights = weight_files(folder, _names(repo_id, commit, folder))
+    _, weights = weight_files(folder, _names(repo_id, commit, folder), pickled)
     _fetch(repo_id, commit, [escape(name) for name in weights])
     return folder, commit
 

@@ -10,8 +10,10 @@ from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name, read_small, real_file
 from shardkit.strict_json import JsonError, shown
 
-SUFFIX = ".safetensors.index.json"
-MAX_BYTES = 256 << 20
+WEIGHTS = ".safetensors"
+SUFFIX = f"{WEIGHTS}.index.json"
+MAX_BYTES = 64 << 20  # the longest known, of 210 000 tensors, has 25 MB
+MAX_VALUES = 2_000_000
 MAX_COUNT = 1 << 62
 
 
@@ -25,21 +27,25 @@ class Index:
     name: str
     weight_map: dict[str, str]
     metadata: dict[str, str | int] = field(default_factory=dict)
+    total_size: object = field(default=None, compare=False)
 
 
-def read_index(folder: Path, name: str) -> Index:
-    """Read an index.  Raises CheckpointError for anything but a map of tensor to file name."""
+def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
+    """Read an index of files of one kind, safetensors unless another is asked for.
+
+    Raises CheckpointError for anything but a map of tensor to file name.
+    """
     data = read_small(real_file(folder, name, CheckpointError), MAX_BYTES, CheckpointError)
     try:
-        return parse_index(data, name)
+        return parse_index(data, name, suffix)
     except JsonError as fault:
         raise CheckpointError(f"{folder / name}: {fault}") from None
 
 
-def parse_index(data: bytes, name: str) -> Index:
+def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     """An index from its bytes.  Raises JsonError."""
     try:
-        table = strict_json.parse(data)
+        table = strict_json.parse(data, MAX_VALUES)
     except JsonError as fault:
         raise JsonError(f"damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -51,13 +57,14 @@ def parse_index(data: bytes, name: str) -> Index:
                 f"{shown(tensor)} is in {shown(file)}, which is not the name of a file in this"
                 " folder"
             )
-        if not file.endswith(".safetensors"):
+        if not file.endswith(suffix):
             raise JsonError(
-                f"{shown(tensor)} is in {shown(file)}, which is no safetensors file; convert the"
+                f"{shown(tensor)} is in {shown(file)}, which is no *{suffix} file; convert the"
                 " checkpoint to safetensors first"
             )
-    metadata = table.get("metadata")
-    return Index(name, weight_map, _kept(metadata) if isinstance(metadata, dict) else {})
+    found = table.get("metadata")
+    metadata = found if isinstance(found, dict) else {}
+    return Index(name, weight_map, _kept(metadata), metadata.get("total_size"))
 
 
 def _kept(metadata: dict[str, Any]) -> dict[str, str | int]:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from shardkit import strict_json
-from shardkit.checkpoint.index import SUFFIX, Index, read_index
+from shardkit.checkpoint.index import SUFFIX, WEIGHTS, Index, read_index
 from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name, read_small, real_file
 
 SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = ".bin"
+PICKLED_SINGLE, PICKLED_INDEX = f"pytorch_model{PICKLED}", f"{PICKLED}.index.json"
+PICKLES = (PICKLED, ".pt", ".pth", ".ckpt")
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 MANIFEST = "manifest.json"
-MAX_CONFIG = 16 << 20
+_WAY_OUT = " convert them to safetensors first, or read them apart with --allow-pickle"
+MAX_CONFIG = 4 << 20  # the longest known name 21 000 labels twice, in 2 MB
 
 
 def names_in(folder: Path) -> list[str]:
@@ -57,13 +60,16 @@ def is_companion(name: str) -> bool:
     )
 
 
-def weight_files(folder: Path, names: Sequence[str]) -> tuple[Index | None, list[str]]:
+def weight_files(
+    folder: Path, names: Sequence[str], pickled: bool = False
+) -> tuple[Index | None, list[str]]:
     """The index, if there is one, and the weights files.  Raises CheckpointError if in doubt.
 
-    `names` are what the folder holds, or will hold; only an index is read.
+    `names` are what the folder holds, or will hold; only an index is read.  With `pickled`, pickled
+    files are named where there are no others.
     """
     indices = _own(name for name in names if name.endswith(SUFFIX))
-    weights = _own(name for name in names if name.endswith(".safetensors"))
+    weights = _own(name for name in names if name.endswith(WEIGHTS))
     if MANIFEST in names and any(name.startswith("rank-") for name in weights):
         raise CheckpointError(
             f"{folder}: a shard folder, no checkpoint; use `shardkit merge` or `shardkit reshard`"
@@ -82,15 +88,22 @@ def weight_files(folder: Path, names: Sequence[str]) -> tuple[Index | None, list
             f"{folder}: {len(weights)} safetensors files, and no *{SUFFIX} that says which belong"
             f" to the model; fetch the index, or leave only {SINGLE}"
         )
+    if pickled and PICKLED_SINGLE in names:
+        return None, [PICKLED_SINGLE]
+    if pickled and (found := [name for name in names if name.endswith(PICKLED_INDEX)]):
+        return _indexed(folder, found[0], names, PICKLED)
     if any(name.endswith(PICKLES) for name in names):
+        read = f" there is neither {PICKLED_SINGLE} nor *{PICKLED_INDEX}" if pickled else ""
         raise CheckpointError(
-            f"{folder}: only pickled weights, which can run code; convert them to safetensors first"
+            f"{folder}: only pickled weights, which can run code;{read or _WAY_OUT}"
         )
     raise CheckpointError(f"{folder}: no safetensors file; name the folder that holds the weights")
 
 
-def _indexed(folder: Path, name: str, names: Sequence[str]) -> tuple[Index, list[str]]:
-    index = read_index(folder, name)
+def _indexed(
+    folder: Path, name: str, names: Sequence[str], suffix: str = WEIGHTS
+) -> tuple[Index, list[str]]:
+    index = read_index(folder, name, suffix)
     files = sorted(set(index.weight_map.values()))
     present = set(names)
     if SINGLE in present and SINGLE not in files:

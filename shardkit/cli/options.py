@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.folder import open_checkpoint
+from shardkit.checkpoint.pickled import opened
 from shardkit.errors import CheckpointError
 from shardkit.manifest import NAME
 
@@ -38,18 +38,27 @@ RESUME = click.option(
     "--resume", is_flag=True,
     help="Go on with what a stopped run has left, and keep it if this one is stopped.",
 )  # fmt: skip
+ALLOW_PICKLE = click.option(
+    "--allow-pickle", is_flag=True,
+    help="Read pickled .bin weights where there are no others: converted by a process apart, which"
+    " takes as much room in TMPDIR as they have.",
+)  # fmt: skip
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )
 
 
-def open_source(source: str, revision: str | None) -> Checkpoint:
+@contextmanager
+def open_source(
+    source: str, revision: str | None, allow_pickle: bool = False
+) -> Iterator[Checkpoint]:
     """Open an unsharded checkpoint, a folder or a Hub id.  Raises CheckpointError."""
     if (Path(source) / NAME).exists():
         raise CheckpointError(
             f"{source}: is a shard folder already; use `shardkit reshard` or `shardkit merge`"
         )
-    return open_checkpoint(source, revision)
+    with opened(source, revision, allow_pickle) as checkpoint:
+        yield checkpoint
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import click
 
 from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
-from shardkit.cli.options import JSON, RECIPE, REVISION, TP, open_source
+from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP, open_source
 from shardkit.cli.report import plan_sizes, say_plan_sizes
 from shardkit.cli.text import by_rank, plural, say, say_json, size
 from shardkit.costs import Collectives, KvCache, collectives, kv_cache
@@ -32,9 +32,15 @@ STYLES = {
 @TP
 @RECIPE
 @REVISION
+@ALLOW_PICKLE
 @JSON
 def plan(
-    source: str, tp_size: int, recipe: str | None, revision: str | None, as_json: bool
+    source: str,
+    tp_size: int,
+    recipe: str | None,
+    revision: str | None,
+    allow_pickle: bool,
+    as_json: bool,
 ) -> None:
     """Show what a split would hold and cost.
 
@@ -46,7 +52,7 @@ def plan(
       shardkit plan models/llama --tp 8
       shardkit plan models/llama --tp 8 --json
     """
-    with open_source(source, revision) as checkpoint:
+    with open_source(source, revision, allow_pickle) as checkpoint:
         found = find_recipe(checkpoint.config, recipe)
         made = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
     if as_json:

@@ -7,6 +7,7 @@ import click
 
 from shardkit.catalog import find_recipe
 from shardkit.cli.options import (
+    ALLOW_PICKLE,
     FOLDER,
     FORCE,
     JSON,
@@ -18,7 +19,7 @@ from shardkit.cli.options import (
     progress_bar,
 )
 from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
-from shardkit.cli.text import plural, say, say_json, size
+from shardkit.cli.text import plural, printable, say, say_json, size
 from shardkit.costs import generates
 from shardkit.groups import groups, stored_bytes
 from shardkit.plan import Plan, make_plan
@@ -34,6 +35,7 @@ from shardkit.split import split as write_split
 @REVISION
 @FORCE
 @RESUME
+@ALLOW_PICKLE
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @JSON
 def split(
@@ -44,6 +46,7 @@ def split(
     revision: str | None,
     force: bool,
     resume: bool,
+    allow_pickle: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +63,7 @@ def split(
     """
     target = shard_target(out, force, resume)
     target.check()
-    with open_source(source, revision) as checkpoint:
+    with open_source(source, revision, allow_pickle) as checkpoint:
         found = find_recipe(checkpoint.config, recipe)
         plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
         total = sum(stored_bytes(groups(plan), tp_size))
@@ -75,6 +78,9 @@ def split(
             )
         seconds = perf_counter() - started
         texts = generates(plan, checkpoint.config)
+        warnings = checkpoint.warnings
+    for warning in warnings:
+        click.echo(f"Warning: {printable(warning)}", err=True)
     commands = next_commands(out, tp_size, source, texts)
     if as_json:
         say_json(written(manifest, out, seconds, commands))

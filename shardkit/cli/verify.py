@@ -1,10 +1,14 @@
 """`shardkit verify`: the levels on stdout, and the exit code."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from shardkit.cli.options import FOLDER, JSON, REVISION, progress_bar
+from shardkit.checkpoint.pickled import opened
+from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
 from shardkit.cli.run_options import DEVICE, DTYPE, quiet_transformers
 from shardkit.cli.text import say, say_json
 from shardkit.errors import ManifestError, VerifyError
@@ -25,6 +29,7 @@ from shardkit.verify.run import verify as run
     help="How deep to look; each level includes those before.",
 )
 @REVISION
+@ALLOW_PICKLE
 @DTYPE
 @DEVICE
 @JSON
@@ -33,6 +38,7 @@ def verify(
     source: str | None,
     level: Level,
     revision: str | None,
+    allow_pickle: bool,
     dtype: str | None,
     device: str | None,
     as_json: bool,
@@ -50,10 +56,11 @@ def verify(
       shardkit verify llama-tp4 --against models/llama
       torchrun --nproc-per-node 4 -m shardkit verify llama-tp4 --against models/llama
     """
-    request = Request(shards, source, revision, level, dtype, device)
     quiet_transformers()
-    with progress_bar(_bytes_to_read(request), "verify") as advance:
-        report = run(request, advance)
+    with readable(source, revision, allow_pickle) as found:
+        request = Request(shards, *found, level, dtype, device)
+        with progress_bar(_bytes_to_read(request), "verify") as advance:
+            report = run(request, advance)
     if report is None:
         return
     if as_json:
@@ -62,6 +69,18 @@ def verify(
         say_report(report)
     if not report.passed:
         raise VerifyError(f"{shards}: not what it should be; see the report")
+
+
+@contextmanager
+def readable(
+    source: str | None, revision: str | None, allow_pickle: bool
+) -> Iterator[tuple[str | None, str | None]]:
+    """A source and revision whose weights are safetensors; ranks that torchrun adds read none."""
+    if source is None or not allow_pickle or os.environ.get("RANK", "0") != "0":
+        yield source, revision
+        return
+    with opened(source, revision, allow_pickle) as checkpoint:
+        yield str(checkpoint.folder), None
 
 
 def say_report(report: Report) -> None:

@@ -70,7 +70,7 @@ class Engine:
 
         if not has_tokenizer(self.folder):
             raise ManifestError(f"{self.folder}: no tokenizer; give token ids")
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
         """The model's output tensors, by name: `logits`, or `last_hidden_state`, and so on.

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.errors import ManifestError
@@ -26,9 +26,11 @@ from shardkit.runtime.experts import slow_experts, suit_experts
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
 from shardkit.runtime.localize import localize, select
+from shardkit.runtime.model_config import model_config
 from shardkit.runtime.names import Conversion, conversions
 from shardkit.shards import open_shard
 
+MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                 "BF16": torch.bfloat16}  # fmt: skip
 
@@ -104,7 +106,7 @@ def build(
     folder: Path, manifest: Manifest, group: TensorParallelGroup, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """Build the model on the meta device, make it local, and fill it from this rank's file."""
-    config = AutoConfig.from_pretrained(folder)
+    config = model_config(folder, [placed.spec for placed in manifest.plan.placements])
     dtype = dtype or default_dtype(config, manifest)
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=dtype)
@@ -234,7 +236,14 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> N
     for name in left:
         if not any(re.search(pattern, name) for pattern in computed):
             raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    made = sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == "meta")
+    if made > MAX_COMPUTED:
+        raise ManifestError(
+            f"config.json: {type(model).__name__} would compute tables of {made} bytes for itself,"
+            f" more than the {MAX_COMPUTED} allowed"
+        )
+    for name, tensor in tensors:
         if tensor.device.type == "meta":
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)

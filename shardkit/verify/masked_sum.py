@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
@@ -28,6 +28,7 @@ from shardkit.recipe import Recipe
 from shardkit.runtime.experts import suit_experts
 from shardkit.runtime.forward import uncached
 from shardkit.runtime.load import check_shapes, model_class
+from shardkit.runtime.model_config import source_config
 from shardkit.runtime.names import conversions
 from shardkit.verify.inputs import make_inputs
 
@@ -62,7 +63,8 @@ def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[st
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, as transformers itself loads it."""
-    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    config = source_config(folder)
+    model = model_class(config).from_pretrained(folder, config=config)
     assert isinstance(model, PreTrainedModel)
     suit_experts(model)
     return model.eval()

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shardkit.errors import CheckpointError
 from shardkit.runtime.experts import suit_experts
 from shardkit.runtime.forward import fitted, tensors_of, uncached
 from shardkit.runtime.load import model_class
+from shardkit.runtime.model_config import source_config
 from shardkit.runtime.ranks import Ranks
 from shardkit.runtime.trace import Trace
 
@@ -84,9 +85,9 @@ class Unsharded:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Load it with transformers.  Raises CheckpointError for weights it would make up."""
-        config = AutoConfig.from_pretrained(folder)
+        config = source_config(folder)
         model, info = model_class(config).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         self.model: PreTrainedModel = model.eval()
         suit_experts(self.model)

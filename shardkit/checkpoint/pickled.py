@@ -1,0 +1,121 @@
+"""Pickled weights, where they are allowed: converted to safetensors in a private folder, then read
+as any checkpoint is.
+
+A process apart reads one file at a time, so that no more than about one file is in memory, and
+none of the pickle's objects reach this process.  It costs a copy of the weights on disk, in
+TMPDIR, for as long as the checkpoint is open.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardkit.checkpoint.folder import (
+    Checkpoint,
+    companions,
+    find_folder,
+    folder_name,
+    open_checkpoint,
+)
+from shardkit.checkpoint.index import Index, index_bytes
+from shardkit.checkpoint.listing import PICKLED, names_in, weight_files
+from shardkit.errors import CheckpointError
+from shardkit.files import open_regular, real_file
+
+SLOWEST = 5_000_000  # bytes in a second
+KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")  # no token of the user's
+
+
+@contextmanager
+def opened(source: str, revision: str | None, allow_pickle: bool) -> Iterator[Checkpoint]:
+    """An open checkpoint, a folder or a Hub id, whatever its weights are, if that is allowed.
+
+    Safetensors are read where there are any.  Raises CheckpointError.
+    """
+    if not allow_pickle:
+        with open_checkpoint(source, revision) as checkpoint:
+            yield checkpoint
+        return
+    folder, commit = find_folder(source, revision, pickled=True)
+    index, files = weight_files(folder, names_in(folder), pickled=True)
+    name = folder_name(folder) if not commit else source
+    if not files[0].endswith(PICKLED):
+        with Checkpoint(folder, commit, name).check() as checkpoint:
+            yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as apart:
+        convert(folder, index, files, Path(apart))
+        with Checkpoint(Path(apart), commit, name).check() as checkpoint:
+            yield checkpoint
+
+
+def convert(folder: Path, index: Index | None, files: Sequence[str], apart: Path) -> None:
+    """Write the checkpoint in `folder` as safetensors into `apart`.  Raises CheckpointError."""
+    real = {name: real_file(folder, name, CheckpointError) for name in files}
+    _check_room(real.values(), apart)
+    for name, data in companions(folder):
+        (apart / name).write_bytes(data)
+    for name, path in real.items():
+        _convert_file(path, apart / safe_name(name))
+    if index is not None:
+        places = {tensor: safe_name(file) for tensor, file in index.weight_map.items()}
+        (apart / safe_name(index.name)).write_bytes(
+            index_bytes(Index(index.name, places, index.metadata), 0)
+        )
+
+
+def safe_name(name: str) -> str:
+    """What a pickled file, or an index of some, is called as safetensors."""
+    stem, dot, rest = name.partition(PICKLED)
+    return stem.replace("pytorch_model", "model", 1) + (".safetensors" if dot else "") + rest
+
+
+def _convert_file(path: Path, out: Path) -> None:
+    source = open_regular(path, CheckpointError)
+    try:
+        target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _run(source, target, path)
+        finally:
+            os.close(target)
+    except OSError as failure:
+        raise CheckpointError(f"{out}: {failure.strerror}") from None
+    finally:
+        os.close(source)
+
+
+def _run(source: int, target: int, path: Path) -> None:
+    """Run the process that converts one file, and wait for it.  Raises CheckpointError."""
+    command = [sys.executable, "-P", "-m", "shardkit.checkpoint.unpickle", f"{source}", f"{target}"]
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    modules = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    environment |= {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            pass_fds=(source, target), env=environment, cwd="/", check=False,
+            timeout=600 + os.fstat(source).st_size / SLOWEST,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{path}: took too long to unpickle") from None
+    if done.returncode:
+        told = done.stdout.decode(errors="replace").strip()
+        told = told or f"the process that unpickles it ended with {done.returncode}"
+        raise CheckpointError(f"{path}: {told}")
+
+
+def _check_room(files: Iterable[Path], apart: Path) -> None:
+    try:
+        needed = sum(path.stat().st_size for path in files)
+    except OSError as failure:
+        raise CheckpointError(f"{failure.filename}: {failure.strerror}") from None
+    if (free := shutil.disk_usage(apart).free) < needed * 1.01:
+        raise CheckpointError(
+            f"{apart.parent}: converting pickled weights needs {needed * 1.01 / 1e9:.2f} GB, and"
+            f" {free / 1e9:.2f} GB are free; name another folder in TMPDIR"
+        )
