@@ -12,6 +12,7 @@ from families import make
 from harness import cut
 
 from shardkit.errors import ManifestError
+from shardkit.runtime.configs import checked_copy
 
 PROGRAM = """
 import json, os, pathlib, sys, torch
@@ -89,21 +90,18 @@ def test_damage_that_a_plain_load_takes_is_every_ranks_error(split: Split, tmp_p
             assert f"rank 1: {split.path(1)}: truncated" in found
 
 
-def test_the_configs_are_what_transformers_reads_and_of_the_bytes_that_were_checked(
-    split: Split,
-) -> None:
-    from transformers import AutoConfig, GenerationConfig
-
-    from shardkit.runtime.configs import open_configs
-
-    config, generation = open_configs(split.folder, split.manifest)
-    assert config.to_dict() == AutoConfig.from_pretrained(split.folder).to_dict()
-    assert config.name_or_path == str(split.folder)
-    theirs = GenerationConfig.from_pretrained(split.folder)
-    assert generation is not None
-    assert generation.to_dict() == theirs.to_dict()
+def test_configs_are_read_from_a_copy_of_the_bytes_that_were_checked(split: Split) -> None:
+    names = ["config.json", "generation_config.json"]
+    with checked_copy(split.folder, split.manifest) as copy:
+        assert sorted(path.name for path in copy.iterdir()) == names
+        with written(split.folder / names[0], 0, b" "):
+            sound = copy.joinpath(names[0]).read_bytes()
+            assert sound != (split.folder / names[0]).read_bytes()
+        assert sound == (split.folder / names[0]).read_bytes()
+    assert not copy.exists()
     with (
-        written(split.folder / "generation_config.json", 0, b" "),
+        written(split.folder / names[1], 0, b" "),
         pytest.raises(ManifestError, match="not the file that was split"),
+        checked_copy(split.folder, split.manifest),
     ):
-        open_configs(split.folder, split.manifest)
+        pass

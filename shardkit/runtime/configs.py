@@ -1,10 +1,10 @@
 """The configs that a split has copied: their bytes checked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.errors import ManifestError
@@ -27,14 +27,13 @@ def read_configs(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     return found
 
 
-def open_configs(
-    folder: Path, manifest: Manifest
-) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """The model's config and its generation config, of the bytes that were checked."""
+@contextmanager
+def checked_copy(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """A folder of the configs alone, for readers that open files: of the bytes that were checked.
+
+    Raises ManifestError.
+    """
     with TemporaryDirectory(prefix="shardkit-") as checked:
         for name, data in read_configs(folder, manifest).items():
             Path(checked, name).write_bytes(data)
-        config = AutoConfig.from_pretrained(checked)
-        config.name_or_path = str(folder)
-        has_generation = CONFIGS[1] in manifest.copied
-        return config, GenerationConfig.from_pretrained(checked) if has_generation else None
+        yield Path(checked)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.errors import ManifestError
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
 from shardkit.runtime.classes import find_model_class
-from shardkit.runtime.configs import open_configs, read_configs
+from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.experts import slow_experts, suit_experts
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
@@ -99,7 +99,9 @@ def build(
     verify: bool = False,
 ) -> PreTrainedModel:
     """Build the model on the meta device, make it local, and fill it from this rank's file."""
-    config, generation = open_configs(folder, manifest)
+    with checked_copy(folder, manifest) as checked:
+        config = AutoConfig.from_pretrained(checked)
+    config.name_or_path = str(folder)
     dtype = dtype or default_dtype(config, manifest)
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=dtype)
@@ -119,8 +121,9 @@ def build(
     select(model, manifest.plan, placed, group.tp_rank)
     for module in model.modules():
         fit_widths(module)
-    if model.can_generate() and generation is not None:
-        model.generation_config = generation
+    if model.can_generate() and "generation_config.json" in manifest.copied:
+        with checked_copy(folder, manifest) as checked:
+            model.generation_config = GenerationConfig.from_pretrained(checked)
     if model.can_generate() and group.tp_size > 1:
         sample_alike(model, group)
     return model
