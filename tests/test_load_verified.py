@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import environment
+from command import environment, run
 from damage import Split, written
 from families import make
 from harness import cut
@@ -88,6 +88,18 @@ def test_damage_that_a_plain_load_takes_is_every_ranks_error(split: Split, tmp_p
     for own in (0, 1):
         for found in said[own][-1].values():
             assert f"rank 1: {split.path(1)}: truncated" in found
+
+
+def test_the_command_generates_from_sound_shards_and_refuses_a_flipped_bit(split: Split) -> None:
+    arguments = ("generate", split.folder, "1 2", "--max-new-tokens", "2", "--verify")
+    assert run(*arguments).exit_code == 0
+    at, byte = split.flipped(1, 8 * len(split.sound[1]) - 8)
+    with written(split.path(1), at, byte):
+        done = run(*arguments)
+    assert done.exit_code == 7
+    assert done.stdout == ""
+    assert f"Error: rank 1: {split.path(1)}: " in done.stderr
+    assert split.named(1, at) in done.stderr
 
 
 def test_configs_are_read_from_a_copy_of_the_bytes_that_were_checked(split: Split) -> None:
