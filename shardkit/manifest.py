@@ -88,7 +88,12 @@ class Manifest:
 
     @cached_property
     def data(self) -> bytes:
-        """The canonical bytes: what is on disk, and what the digest is of."""
+        """The canonical bytes: what is on disk, with the digest of what they say without it."""
+        own = hashlib.sha256(self.unsealed()).hexdigest()
+        return strict_json.canonical({**to_json(self), "sha256": own}) + b"\n"
+
+    def unsealed(self) -> bytes:
+        """The canonical bytes without their own digest, which is all that an older manifest has."""
         return strict_json.canonical(to_json(self)) + b"\n"
 
     @property
@@ -125,6 +130,19 @@ def stored_specs(plan: Plan, tp_rank: int) -> list[TensorSpec]:
     """What a rank's file holds, in order."""
     shards = (p.shard(tp_rank, plan.tp_size) for p in stored_order(plan.placements))
     return [shard for shard in shards if shard is not None]
+
+
+def signing_digest(manifest: Manifest, manifest_sha256: str) -> str:
+    """The digest that OpenSSF model signing signs: of every file's raw sha256, by the file's name.
+
+    https://github.com/sigstore/model-transparency calls it the subject.  `manifest_sha256` is of
+    manifest.json as it is on disk.
+    """
+    digests = {NAME: manifest_sha256}
+    digests |= {rank.name: rank.digest.sha256 for rank in manifest.ranks}
+    digests |= {name: digest.sha256 for name, digest in manifest.copied.items()}
+    joined = b"".join(bytes.fromhex(digests[name]) for name in sorted(digests))
+    return hashlib.sha256(joined).hexdigest()
 
 
 def make_split_id(plan: Plan, sample: str, recipe_sha256: str) -> str:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardkit.checkpoint.header import read_header
+from shardkit.checkpoint.header import header_of
 from shardkit.errors import ManifestError
 from shardkit.files import open_regular
 from shardkit.layout import Tile, length
@@ -118,13 +118,24 @@ def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
     fd = open_regular(path, ManifestError)
     try:
         expected = shard_header(manifest, tp_rank)
-        if os.pread(fd, len(expected), 0) != expected:
-            raise ManifestError(_foreign(path, manifest, tp_rank))
+        found = os.pread(fd, len(expected), 0)
+        if found != expected:
+            at, why = first_difference(found, expected), _foreign(fd, path, manifest, tp_rank)
+            raise ManifestError(f"{why}; its header differs at byte {at}")
         _check_size(path, rank, os.fstat(fd).st_size)
+    except OSError as failure:
+        os.close(fd)
+        raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def first_difference(found: bytes, expected: bytes) -> int:
+    """Where `found` stops being `expected`: its own length where it is only shorter."""
+    pairs = zip(found, expected, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), len(found))
 
 
 def _check_size(path: Path, rank: RankFile, size: int) -> None:
@@ -133,9 +144,12 @@ def _check_size(path: Path, rank: RankFile, size: int) -> None:
         raise ManifestError(f"{path}: {word}: {size} bytes, the manifest says {rank.digest.size}")
 
 
-def _foreign(path: Path, manifest: Manifest, tp_rank: int) -> str:
+def _foreign(fd: int, path: Path, manifest: Manifest, tp_rank: int) -> str:
     """What is wrong with a shard whose header is not the manifest's."""
-    found = read_header(path, ManifestError).metadata
+    try:
+        found = header_of(fd, path, ManifestError).metadata
+    except ManifestError as fault:
+        return str(fault)
     if found.get("split_id") != manifest.split_id:
         other = shown(found.get("split_id", "none"))
         return f"{path}: of another split: {other}, not {manifest.split_id}"

@@ -19,6 +19,7 @@ from shardkit.manifest_file import parse_manifest, read_manifest, shard_header
 from shardkit.recipe_file import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest-format-1.json"
+UNSEALED = GOLDEN.with_name("unsealed-format-1.json")  # as the first manifests were
 BIG = 1 << 40
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 NORM = "model.norm.weight"
@@ -97,6 +98,13 @@ def test_the_first_format_is_still_read() -> None:
     assert manifest.data == GOLDEN.read_bytes()
 
 
+def test_a_manifest_without_its_own_digest_is_still_read() -> None:
+    manifest = parse_manifest(UNSEALED.read_bytes())
+    assert manifest == parse_manifest(GOLDEN.read_bytes())
+    assert manifest.unsealed() == UNSEALED.read_bytes()
+    assert hashlib.sha256(UNSEALED.read_bytes()).hexdigest() in GOLDEN.read_text()
+
+
 def golden_split(base: Path) -> Manifest:
     """The split whose manifest is the golden file."""
     recipe = load_recipe(GOLDEN.parent / "tiny.toml")
@@ -145,6 +153,23 @@ def without(*path: Any) -> Callable[[Table], None]:
         del table[path[-1]]
 
     return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("sha256", to=SHA),
+        changed("sha256", to=0),
+        changed("source", "id", to="another"),
+        changed("local", "attributes", 0, "module", to="other.*.self_attn"),
+    ],
+)
+def test_what_nothing_else_checks_is_checked_by_the_manifests_own_digest(
+    change: Callable[[Table], None], sound: Table, tmp_path: Path
+) -> None:
+    table = copy.deepcopy(sound)
+    change(table)
+    assert "not of its own sha256" in fault_of(written(table), tmp_path)
 
 
 def section(name: str = K_PROJ, **fields: Any) -> Callable[[Table], None]:

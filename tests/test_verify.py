@@ -50,8 +50,8 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
 
 def weights(shards: Path, source: Path) -> Check:
-    with ShardedCheckpoint(shards) as opened, open_checkpoint(str(source)) as checkpoint:
-        return check_weights(opened, checkpoint, quiet)
+    with open_checkpoint(str(source)) as checkpoint:
+        return check_weights(shards, checkpoint, quiet)
 
 
 def numerics(shards: Path, source: Path, ranks: Ranks) -> Check:

@@ -31,6 +31,7 @@ from shardkit.errors import ManifestError
     help="Sample at this temperature; 0 takes the likeliest token.",
 )
 @click.option("--seed", type=int, metavar="N", help="Sample the same tokens each time.")
+@click.option("--verify", is_flag=True, help="Hash the very bytes that are loaded; refuse damage.")
 @DTYPE
 @DEVICE
 @JSON
@@ -40,6 +41,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int | None,
+    verify: bool,
     dtype: str | None,
     device: str | None,
     as_json: bool,
@@ -65,7 +67,7 @@ def generate(
         options["temperature"] = temperature
     asked = prompt if has_tokenizer(shards) else token_ids(prompt)
     wanted = getattr(torch, dtype) if dtype else None
-    with runtime.launch(shards, device=device, dtype=wanted) as engine:
+    with runtime.launch(shards, device=device, dtype=wanted, verify=verify) as engine:
         if as_json:
             ids = engine.generate(asked, seed, **options)[0].tolist()
             text = engine.tokenizer.decode(ids, skip_special_tokens=True) if asked is prompt else ""

@@ -1,6 +1,7 @@
 """`shardkit inspect`: what a folder holds."""
 
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.text import plural, say, say_json, size
-from shardkit.errors import CheckpointError, LayoutError, RecipeError
+from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeError
+from shardkit.files import read_small
 from shardkit.groups import blocking_tensor, total_bytes
-from shardkit.manifest import NAME, Manifest
-from shardkit.manifest_file import read_manifest
+from shardkit.manifest import NAME, Manifest, signing_digest
+from shardkit.manifest_file import MAX_BYTES, read_manifest
 from shardkit.plan import make_plan
 
 
@@ -47,6 +49,7 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "kind": "shards",
         "split_id": manifest.split_id,
+        "signing_sha256": _signing_sha256(folder, manifest),
         "tp_size": manifest.tp_size,
         "shardkit": manifest.shardkit,
         "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
@@ -84,10 +87,17 @@ def _say_shards(folder: Path, manifest: Manifest) -> None:
         f" in {plural(source['files'], 'file')}"
     )
     say(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
+    say(f"Signed as {found['signing_sha256']} (the sha256 that OpenSSF model signing signs)")
     say(f"Copied    {', '.join(found['copied']) or 'nothing'}")
     for rank in found["ranks"]:
         state = "" if rank["state"] == "present" else f"  {rank['state'].upper()}"
         say(f"  {rank['file']}  {rank['size']:>15,} bytes  sha256 {rank['sha256']}{state}")
+
+
+def _signing_sha256(folder: Path, manifest: Manifest) -> str:
+    """As the manifest has the files; `shardkit verify` is what shows that they are so."""
+    data = read_small(folder / NAME, MAX_BYTES, ManifestError)
+    return signing_digest(manifest, sha256(data).hexdigest())
 
 
 def _state(path: Path, expected: int) -> str:

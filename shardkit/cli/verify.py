@@ -11,11 +11,24 @@ from shardkit.checkpoint.pickled import opened
 from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
 from shardkit.cli.run_options import DEVICE, DTYPE, quiet_transformers
 from shardkit.cli.text import say, say_json
-from shardkit.errors import ManifestError, VerifyError
+from shardkit.errors import LayoutError, ManifestError, VerifyError
 from shardkit.manifest_file import read_manifest
 from shardkit.verify.report import Report
 from shardkit.verify.run import Level, Request
 from shardkit.verify.run import verify as run
+from shardkit.verify.scope import Scope
+
+
+def part(
+    _ctx: click.Context, _parameter: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    """`1/4` as numbers.  Raises click.BadParameter."""
+    if value is None:
+        return None
+    found, _, parts = value.partition("/")
+    if not (found.isdecimal() and parts.isdecimal() and 1 <= int(found) <= int(parts)):
+        raise click.BadParameter(f"{value!r} is no part such as 1/4")
+    return int(found), int(parts)
 
 
 @click.command()
@@ -24,9 +37,20 @@ from shardkit.verify.run import verify as run
 @click.option(
     "--level",
     type=click.Choice(["files", "weights", "numerics"]),
-    default="numerics",
-    show_default=True,
-    help="How deep to look; each level includes those before.",
+    help="How deep to look; each level includes those before.  By default as deep as can be.",
+)
+@click.option("--quick", is_flag=True, help="Read no shard data: sizes, headers, the small files.")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=0),
+    metavar="R",
+    help="Look at one rank's file only: what its host needs.",
+)
+@click.option(
+    "--subset",
+    callback=part,
+    metavar="N/T",
+    help="Read the data of the N-th of T parts of the ranks' files.",
 )
 @REVISION
 @ALLOW_PICKLE
@@ -36,7 +60,10 @@ from shardkit.verify.run import verify as run
 def verify(
     shards: Path,
     source: str | None,
-    level: Level,
+    level: Level | None,
+    quick: bool,
+    rank: int | None,
+    subset: tuple[int, int] | None,
     revision: str | None,
     allow_pickle: bool,
     dtype: str | None,
@@ -49,16 +76,22 @@ def verify(
     is the source's.  numerics: the shards, run together, compute what the unsharded model computes,
     within its own rounding error; where they do not, the first module that diverges is named.
 
-    Ranks are started here, unless torchrun has started them.  Exits with 4 if a level fails.
+    Without the source, files alone can be shown: that the weights are those that the split wrote,
+    by sha256.  Ranks are started here, unless torchrun has started them.  Exits with 4 if a level
+    fails.
 
     \b
     Example:
       shardkit verify llama-tp4 --against models/llama
+      shardkit verify llama-tp4 --quick
+      shardkit verify llama-tp4 --subset 1/4
       torchrun --nproc-per-node 4 -m shardkit verify llama-tp4 --against models/llama
     """
+    scope = Scope(rank, subset, quick)
+    deep = depth(scope, level)
     quiet_transformers()
     with readable(source, revision, allow_pickle) as found:
-        request = Request(shards, *found, level, dtype, device)
+        request = Request(shards, *found, deep, dtype, device, scope)
         with progress_bar(_bytes_to_read(request), "verify") as advance:
             report = run(request, advance)
     if report is None:
@@ -83,6 +116,17 @@ def readable(
         yield str(checkpoint.folder), None
 
 
+def depth(scope: Scope, level: Level | None) -> Level:
+    """How deep to look: as deep as the scope allows, unless said.  Raises click.UsageError."""
+    if scope.subset and (scope.quick or scope.rank is not None):
+        raise click.UsageError("--subset says whose data is read: leave out --quick and --rank")
+    deepest: Level = "files" if scope.quick else "numerics" if scope.whole else "weights"
+    order = ("files", "weights", "numerics")
+    if level and order.index(level) > order.index(deepest):
+        raise click.UsageError(f"--level {level} needs more than --quick, --rank or --subset read")
+    return level or deepest
+
+
 def say_report(report: Report) -> None:
     """A line for each level, and its faults below it."""
     for check in report.checks:
@@ -93,7 +137,9 @@ def say_report(report: Report) -> None:
 
 def _bytes_to_read(request: Request) -> int:
     try:
-        total = sum(rank.digest.size for rank in read_manifest(request.folder).ranks)
-    except ManifestError:
+        manifest = read_manifest(request.folder)
+        read = request.scope.read(manifest.tp_size)
+    except (ManifestError, LayoutError):
         return 0
+    total = sum(manifest.ranks[rank].digest.size for rank in read)
     return total * 2 if request.source and request.level != "files" else total

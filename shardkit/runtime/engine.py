@@ -25,16 +25,18 @@ def launch(
     dtype: torch.dtype | None = None,
     timeout: float = COLLECTIVE_TIMEOUT,
     request_timeout: float = REQUEST_TIMEOUT,
+    verify: bool = False,
 ) -> "Engine":
     """Start the ranks of a shard folder on this host, as many as it was split for.
 
     Timeouts in seconds.  Raises ManifestError before a process is started where the folder is not
-    whole, and RanksError, naming the rank and the cause, where a rank cannot load its part.
+    whole, and RanksError, naming the rank and the cause, where a rank cannot load its part.  With
+    `verify` each rank hashes the bytes that it loads.
     """
     manifest = read_manifest(Path(folder))
     ranks = Ranks(manifest.tp_size, device, timeout, request_timeout)
     try:
-        return Engine(Path(folder), ranks, dtype)
+        return Engine(Path(folder), ranks, dtype, verify)
     except BaseException:
         ranks.close()
         raise
@@ -43,12 +45,14 @@ def launch(
 class Engine:
     """A running model.  Close it, or use it in a `with`."""
 
-    def __init__(self, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None, verify: bool = False
+    ) -> None:
         """Load `folder` into `ranks`, which the engine then owns."""
         self.folder = folder.resolve()
         self.ranks = ranks
         name = "" if dtype is None else str(dtype).removeprefix("torch.")
-        loaded = ranks.ask("load", folder=str(self.folder), dtype=name)
+        loaded = ranks.ask("load", folder=str(self.folder), dtype=name, verify=verify)
         self.dtype: torch.dtype = getattr(torch, loaded[0].header["dtype"])
         if slow := loaded[0].header["slow"]:
             warnings.warn(slow, RuntimeWarning, stacklevel=3)  # where launch was called

@@ -4,35 +4,31 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from os import close
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.errors import ManifestError
-from shardkit.files import read_small
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.plan import Placement
 from shardkit.runtime.classes import find_model_class
+from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.experts import slow_experts, suit_experts
 from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
 from shardkit.runtime.localize import localize, select
 from shardkit.runtime.model_config import model_config
 from shardkit.runtime.names import Conversion, conversions
+from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.shards import open_shard
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                "BF16": torch.bfloat16}  # fmt: skip
 
 
 def load(
@@ -42,24 +38,26 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     timeout: float = COLLECTIVE_TIMEOUT,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """This rank's part of the model in `folder`, ready for `model(...)` and `model.generate(...)`.
 
     Under torchrun each rank calls it; alone it loads a folder of tp_size 1.  Every rank's outputs
     are the whole model's.  `dtype` None is the checkpoint's own.  `timeout` in seconds bounds each
     collective.  The ranks compare manifests before the first collective: with a wrong world size,
-    or a missing, foreign or damaged shard, every rank raises the same RanksError.  Rank 0 warns of
-    what makes the model slow here.
+    or a missing, foreign or truncated shard, every rank raises the same RanksError.  With `verify`
+    each rank hashes the very bytes that it loads, and one flipped bit is such an error, too.  Rank
+    0 warns of what makes the model slow here.
     """
     group = group or connect(device, timeout)
-    model, slow = load_told(Path(folder), group, dtype)
+    model, slow = load_told(Path(folder), group, dtype, verify)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
 
 
 def load_told(
-    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None
+    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     manifest, error = None, ""
@@ -71,7 +69,7 @@ def load_told(
     assert manifest is not None
     model, unsuited, error = None, "", ""
     try:
-        model = build(folder, manifest, group, dtype)
+        model = build(folder, manifest, group, dtype, verify)
         unsuited = suit_experts(model)
     except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
@@ -92,21 +90,21 @@ def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
             f" start {manifest.tp_size}, or `shardkit reshard` it for {tp_size}"
         )
     close(open_shard(folder, manifest, tp_rank))
-    for name in ("config.json", "generation_config.json"):
-        if name in manifest.copied:
-            data = read_small(folder / name, MAX_COMPANION, ManifestError)
-            if sha256(data).hexdigest() != manifest.copied[name].sha256:
-                raise ManifestError(
-                    f"{folder / name}: not the file that was split with the weights"
-                )
+    read_configs(folder, manifest)
     return manifest
 
 
 def build(
-    folder: Path, manifest: Manifest, group: TensorParallelGroup, dtype: torch.dtype | None
+    folder: Path,
+    manifest: Manifest,
+    group: TensorParallelGroup,
+    dtype: torch.dtype | None,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Build the model on the meta device, make it local, and fill it from this rank's file."""
-    config = model_config(folder, [placed.spec for placed in manifest.plan.placements])
+    with checked_copy(folder, manifest) as checked:
+        config = model_config(checked, [placed.spec for placed in manifest.plan.placements])
+    config.name_or_path = str(folder)
     dtype = dtype or default_dtype(config, manifest)
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=dtype)
@@ -117,8 +115,9 @@ def build(
     missing = model.state_dict().keys() - placed.keys()
     tied = tie_placements(model, placed, missing)
     localize(model, manifest, {**placed, **tied}, group)
-    shard = folder / manifest.ranks[group.tp_rank].name
-    fill(model, shard, plan, group.device, dtype)
+    wanted = {name for conversion in plan for name, _ in conversion.sources}
+    tensors = read_tensors(folder, manifest, group.tp_rank, wanted, verify)
+    fill(model, tensors, plan, group.device, dtype)
     if group.tp_rank:
         clear(model, [name for name, placement in placed.items() if placement.style == "once"])
     finish(model, missing, group.device)
@@ -126,7 +125,8 @@ def build(
     for module in model.modules():
         fit_widths(module)
     if model.can_generate() and "generation_config.json" in manifest.copied:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with checked_copy(folder, manifest) as checked:
+            model.generation_config = GenerationConfig.from_pretrained(checked)
     if model.can_generate() and group.tp_size > 1:
         sample_alike(model, group)
     return model
@@ -189,23 +189,27 @@ def tie_placements(
 
 def fill(
     model: PreTrainedModel,
-    shard: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
     plan: list[Conversion],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Read each tensor, convert it, and make it a parameter or buffer of the model."""
+    """Convert tensors, as soon as all that one is made of have come, and put them in the model."""
     keep = tuple(model._get_dtype_plan(dtype))
-    with safe_open(shard, framework="pt", device=str(device), backend="pread") as file:
-        for conversion in plan:
-            tensors = {name: file.get_tensor(name) for name, _ in conversion.sources}
-            for name, tensor in conversion.run(tensors, model).items():
-                path, _, leaf = name.rpartition(".")
-                owner = model.get_submodule(path)
-                wanted = getattr(owner, leaf).dtype
-                if any(part in name for part in keep):
-                    wanted = torch.float32
-                put(owner, leaf, tensor.to(wanted))
+    owner = {name: at for at, part in enumerate(plan) for name, _ in part.sources}
+    waiting: dict[int, dict[str, torch.Tensor]] = {}
+    for source, read in tensors:
+        at = owner[source]
+        waiting.setdefault(at, {})[source] = read.to(device)
+        if len(waiting[at]) < len(plan[at].sources):
+            continue
+        for name, tensor in plan[at].run(waiting.pop(at), model).items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            wanted = getattr(module, leaf).dtype
+            if any(part in name for part in keep):
+                wanted = torch.float32
+            put(module, leaf, tensor.to(wanted))
 
 
 def clear(model: PreTrainedModel, names: Iterable[str]) -> None:

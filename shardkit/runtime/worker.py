@@ -56,7 +56,8 @@ class Worker:
         self.model = None
         name = message.header["dtype"]
         dtype = getattr(torch, name) if name else None
-        self.model, slow = load_told(Path(message.header["folder"]), self.group, dtype)
+        folder, verify = Path(message.header["folder"]), message.header.get("verify", False)
+        self.model, slow = load_told(folder, self.group, dtype, verify)
         return Message({"dtype": str(self.model.dtype).removeprefix("torch."), "slow": slow})
 
     def forward(self, message: Message) -> Message:

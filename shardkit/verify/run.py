@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shardkit.checkpoint import open_checkpoint
-from shardkit.errors import ShardkitError
+from shardkit.checkpoint import Checkpoint, open_checkpoint
+from shardkit.errors import ManifestError, ShardkitError
 from shardkit.manifest_file import read_manifest
-from shardkit.shards import ShardedCheckpoint
-from shardkit.verify.files import check_files
+from shardkit.verify.files import EVERYTHING, check_files
 from shardkit.verify.report import Check, Report
+from shardkit.verify.scope import Scope
 from shardkit.verify.weights import check_weights
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Level = Literal["files", "weights", "numerics"]
 WAIT = 3600.0  # seconds: ranks wait while the unsharded model runs beside them
-NO_SOURCE = "needs the source: name it with --against"
+NO_SOURCE = "that is shown against the source alone: name it with --against"
 BAD_FILES = "the files are not what was written"
 
 
@@ -37,13 +38,15 @@ class Request:
     level: Level = "numerics"
     dtype: str | None = None
     device: str | None = None
+    scope: Scope = EVERYTHING
 
 
 def verify(request: Request, progress: Callable[[int], object]) -> Report | None:
     """Check files, weights and numerics as deep as asked; a failed level ends it.
 
     Starts the ranks on this host; under torchrun it uses those, and only rank 0 returns a report.
-    Raises CheckpointError for a source that cannot be read, and RanksError for ranks that disagree.
+    Raises CheckpointError for a source that cannot be read, before the shards are, LayoutError for
+    a scope that the folder has no ranks for, and RanksError for ranks that disagree.
     """
     leads = os.environ.get("RANK", "0") == "0"
     joined = None
@@ -54,43 +57,57 @@ def verify(request: Request, progress: Callable[[int], object]) -> Report | None
             joined.follow()
         return None
     try:
-        return Report(str(request.folder), tuple(_checks(request, joined, progress)))
+        with _source(request) as source:
+            return Report(str(request.folder), tuple(_checks(request, source, joined, progress)))
     finally:
         if joined is not None:
             joined.stop()
 
 
+@contextmanager
+def _source(request: Request) -> Iterator[Checkpoint | None]:
+    """The source, if a level needs it and there is one."""
+    if request.source is None or request.level == "files":
+        yield None
+        return
+    with open_checkpoint(request.source, request.revision) as source:
+        yield source
+
+
 def _checks(
-    request: Request, joined: JoinedRanks | None, progress: Callable[[int], object]
-) -> list[Check]:
-    checks = [check_files(request.folder, progress)]
-    good = checks[0].verdict == "passed"
+    request: Request,
+    source: Checkpoint | None,
+    joined: JoinedRanks | None,
+    progress: Callable[[int], object],
+) -> Iterator[Check]:
+    files = check_files(request.folder, progress, request.scope)
+    yield files
+    good = files.verdict == "passed"
     if request.level != "files":
-        checks.append(
-            _weights(request, progress) if good else Check("weights", "not run", BAD_FILES)
-        )
+        yield _weights(request, source, good, progress)
     if request.level == "numerics":
-        checks.append(
-            _numerics(request, joined) if good else Check("numerics", "not run", BAD_FILES)
+        yield (
+            _numerics(request, source, joined) if good else Check("numerics", "not run", BAD_FILES)
         )
-    return checks
 
 
-def _weights(request: Request, progress: Callable[[int], object]) -> Check:
-    if request.source is None:
-        return Check("weights", "not run", NO_SOURCE)
-    with (
-        ShardedCheckpoint(request.folder) as shards,
-        open_checkpoint(request.source, request.revision) as checkpoint,
-    ):
-        return check_weights(shards, checkpoint, progress)
+def _weights(
+    request: Request, source: Checkpoint | None, good: bool, progress: Callable[[int], object]
+) -> Check:
+    """The weights against the source's: of damaged files too, to say which bytes are."""
+    if source is None:
+        return Check("weights", "not run", NO_SOURCE if good else BAD_FILES)
+    try:
+        return check_weights(request.folder, source, progress, request.scope)
+    except ManifestError:
+        if good:
+            raise
+        return Check("weights", "not run", BAD_FILES)
 
 
-def _numerics(request: Request, joined: JoinedRanks | None) -> Check:
-    if request.source is None:
+def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks | None) -> Check:
+    if source is None:
         return Check("numerics", "not run", NO_SOURCE)
-    with open_checkpoint(request.source, request.revision) as checkpoint:
-        source = checkpoint.folder
     from shardkit.runtime.ranks import Ranks
     from shardkit.verify.models import LocalRanks
     from shardkit.verify.numerics import check_numerics
@@ -98,9 +115,9 @@ def _numerics(request: Request, joined: JoinedRanks | None) -> Check:
     manifest, dtype = read_manifest(request.folder), _dtype(request.dtype)
     try:
         if joined is not None:
-            return check_numerics(request.folder, manifest, source, joined, dtype)
+            return check_numerics(request.folder, manifest, source.folder, joined, dtype)
         with Ranks(manifest.tp_size, request.device, WAIT, WAIT) as ranks:
-            return check_numerics(request.folder, manifest, source, LocalRanks(ranks), dtype)
+            return check_numerics(request.folder, manifest, source.folder, LocalRanks(ranks), dtype)
     except ShardkitError as error:
         return Check("numerics", "failed", "the shards do not run", (str(error),))
 

@@ -4,15 +4,22 @@ The same stream that writes shards runs over the source again, into sinks that c
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.manifest import RankFile, stored_order
-from shardkit.shards import ShardedCheckpoint
+from shardkit.errors import ManifestError
+from shardkit.integrity import Progress
+from shardkit.manifest import Manifest, stored_order
+from shardkit.manifest_file import read_manifest
+from shardkit.shards import first_difference, open_shard
 from shardkit.split import takes
 from shardkit.stream import Job, copy
 from shardkit.tensor import TensorSpec
+from shardkit.verify.files import EVERYTHING
 from shardkit.verify.report import Check
+from shardkit.verify.scope import Scope
 
 SHOWN = 8
 
@@ -20,13 +27,19 @@ SHOWN = 8
 class CompareSink:
     """Compares a rank's file with the bytes it should hold; the first difference of each tensor."""
 
-    def __init__(self, fd: int, rank: RankFile, tp_rank: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, tp_rank: int) -> None:
+        """Open the file, to be closed.  Raises ManifestError."""
         self.faults: dict[str, str] = {}
-        self._fd = fd
-        self._pieces = rank.pieces
+        self._fd = open_shard(folder, manifest, tp_rank)
+        self._path = folder / manifest.ranks[tp_rank].name
+        self._pieces = manifest.ranks[tp_rank].pieces
         self._tp_rank = tp_rank
         self._at: dict[str, int] = {}
         self._name = ""
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
 
     def start(self, name: str) -> None:
         """The next bytes are those of tensor `name`."""
@@ -34,44 +47,65 @@ class CompareSink:
         self._at[name] = 0
 
     def feed(self, parts: Sequence[memoryview]) -> None:
-        """Compare the next bytes with the file's."""
+        """Compare the next bytes with the file's.  Raises ManifestError if it cannot be read."""
         for part in parts:
             at = self._at[self._name]
-            found = os.pread(self._fd, len(part), self._pieces[self._name].offset + at)
+            try:
+                found = os.pread(self._fd, len(part), self._pieces[self._name].offset + at)
+            except OSError as failure:
+                raise ManifestError(f"{self._path}: cannot be read: {failure.strerror}") from None
             if self._name not in self.faults and found != bytes(part):
                 self.faults[self._name] = self._fault(at, found, bytes(part))
             self._at[self._name] = at + len(part)
 
     def _fault(self, at: int, found: bytes, expected: bytes) -> str:
-        pairs = zip(found, expected, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(found))
-        return f"rank {self._tp_rank}: {self._name}: differs from the source at byte {at + first}"
+        first = at + first_difference(found, expected)
+        return (
+            f"rank {self._tp_rank}: {self._name}: differs from the source at byte {first},"
+            f" byte {self._pieces[self._name].offset + first} of {self._path.name}"
+        )
 
 
 def check_weights(
-    shards: ShardedCheckpoint, source: Checkpoint, progress: Callable[[int], object]
+    folder: Path, source: Checkpoint, progress: Progress, scope: Scope = EVERYTHING
 ) -> Check:
-    """Compare every rank's pieces with the source's bytes, replicas included."""
-    manifest = shards.manifest
-    faults = _spec_faults(shards.specs(), source.specs())
+    """Compare the pieces of the ranks in scope with the source's bytes, replicas included.
+
+    Raises ManifestError for a shard that is missing, cut short or of another split.
+    """
+    manifest = read_manifest(folder)
+    ranks = scope.read(manifest.tp_size)
+    jobs = _jobs(manifest, ranks)
+    specs = [placement.spec for placement in manifest.plan.placements]
+    faults = _spec_faults(specs, source.specs())
     if not faults:
-        sinks = [
-            CompareSink(fd, rank, tp_rank)
-            for tp_rank, (fd, rank) in enumerate(zip(shards.fds, manifest.ranks, strict=True))
-        ]
-        order = stored_order(manifest.plan.placements)
-        jobs = [Job(p.spec, p.dim, takes(p, manifest.tp_size)) for p in order]
-        copy(source, jobs, sinks, progress)
+        with ExitStack() as opened:
+            sinks = []
+            for tp_rank in ranks:
+                sinks.append(CompareSink(folder, manifest, tp_rank))
+                opened.callback(sinks[-1].close)
+            copy(source, jobs, sinks, progress)
         faults = [fault for sink in sinks for fault in sink.faults.values()]
-    count = len(manifest.placements)
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         summary = f"{len(faults)} pieces are not the source's"
         return Check("weights", "failed", summary, (*faults[:SHOWN], *more))
+    where = "every rank" if scope.whole else f"rank {', '.join(map(str, ranks))}"
     return Check(
-        "weights", "passed", f"every byte of {count} tensors is the source's, on every rank",
-        numbers={"tensors": count},
+        "weights", "passed", f"every byte of {len(jobs)} tensors is the source's, on {where}",
+        numbers={"tensors": len(jobs)},
     )  # fmt: skip
+
+
+def _jobs(manifest: Manifest, ranks: Sequence[int]) -> list[Job]:
+    """What the split copied to these ranks; the n-th of them is sink n."""
+    jobs = []
+    for placement in stored_order(manifest.plan.placements):
+        taken = dict(takes(placement, manifest.tp_size))
+        held = tuple((sink, taken[rank]) for sink, rank in enumerate(ranks) if rank in taken)
+        if held:
+            jobs.append(Job(placement.spec, placement.dim, held))
+    return jobs
 
 
 def _spec_faults(ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> list[str]:
