@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.errors import ShardkitError
+from shardkit.errors import RanksLost, ShardkitError
 from shardkit.manifest_file import read_manifest
 from shardkit.shards import ShardedCheckpoint
+from shardkit.timeouts import Timeouts
 from shardkit.verify.files import check_files
 from shardkit.verify.report import Check, Report
 from shardkit.verify.weights import check_weights
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from shardkit.verify.joined import JoinedRanks
 
 Level = Literal["files", "weights", "numerics"]
-WAIT = 3600.0  # seconds: ranks wait while the unsharded model runs beside them
 NO_SOURCE = "needs the source: name it with --against"
 BAD_FILES = "the files are not what was written"
 
@@ -37,6 +37,7 @@ class Request:
     level: Level = "numerics"
     dtype: str | None = None
     device: str | None = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 def verify(request: Request, progress: Callable[[int], object]) -> Report | None:
@@ -99,8 +100,10 @@ def _numerics(request: Request, joined: JoinedRanks | None) -> Check:
     try:
         if joined is not None:
             return check_numerics(request.folder, manifest, source, joined, dtype)
-        with Ranks(manifest.tp_size, request.device, WAIT, WAIT) as ranks:
+        with Ranks(manifest.tp_size, request.device, request.timeouts) as ranks:
             return check_numerics(request.folder, manifest, source, LocalRanks(ranks), dtype)
+    except RanksLost:
+        raise
     except ShardkitError as error:
         return Check("numerics", "failed", "the shards do not run", (str(error),))
 
@@ -109,7 +112,8 @@ def _join(request: Request) -> JoinedRanks:
     from shardkit.runtime.group import connect
     from shardkit.verify.joined import JoinedRanks
 
-    return JoinedRanks(connect(request.device, WAIT), request.folder, _dtype(request.dtype))
+    group = connect(request.device, request.timeouts)
+    return JoinedRanks(group, request.folder, _dtype(request.dtype))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
