@@ -5,10 +5,17 @@ from pathlib import Path
 import click
 
 from shardkit.cli.options import FOLDER, JSON, REVISION, progress_bar
-from shardkit.cli.run_options import DEVICE, DTYPE, quiet_transformers
+from shardkit.cli.run_options import (
+    DEVICE,
+    DTYPE,
+    TIMEOUT,
+    end_on_sigterm,
+    quiet_transformers,
+)
 from shardkit.cli.text import say, say_json
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.manifest_file import read_manifest
+from shardkit.timeouts import Timeouts
 from shardkit.verify.report import Report
 from shardkit.verify.run import Level, Request
 from shardkit.verify.run import verify as run
@@ -27,6 +34,7 @@ from shardkit.verify.run import verify as run
 @REVISION
 @DTYPE
 @DEVICE
+@TIMEOUT
 @JSON
 def verify(
     shards: Path,
@@ -35,6 +43,7 @@ def verify(
     revision: str | None,
     dtype: str | None,
     device: str | None,
+    timeouts: Timeouts,
     as_json: bool,
 ) -> None:
     """Prove shards right, or say what is wrong.
@@ -50,8 +59,9 @@ def verify(
       shardkit verify llama-tp4 --against models/llama
       torchrun --nproc-per-node 4 -m shardkit verify llama-tp4 --against models/llama
     """
-    request = Request(shards, source, revision, level, dtype, device)
+    request = Request(shards, source, revision, level, dtype, device, timeouts)
     quiet_transformers()
+    end_on_sigterm()
     with progress_bar(_bytes_to_read(request), "verify") as advance:
         report = run(request, advance)
     if report is None:

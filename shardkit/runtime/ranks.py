@@ -163,7 +163,7 @@ class Ranks:
 
     def _place(self, rank: int, fd: int, device: str | None) -> str:
         """What a rank is told as it starts, as `worker.main` reads it."""
-        environment = {"RANK": rank, "LOCAL_RANK": rank}
+        environment: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank}
         if self.size > 1:
             port = self._store.port
             environment |= {
