@@ -1,5 +1,6 @@
 """Starts groups of ranks in which one is faulty, and says how each of the others ended."""
 
+import contextlib
 import json
 import os
 import queue
@@ -125,7 +126,8 @@ def run_ranks(
         zygote.wait(survivors, limit)
     finally:
         for pid in set(pids.values()) - zygote.ended.keys():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         late = set(survivors) - zygote.ended.keys()
         zygote.wait(list(pids.values()), 10)
     assert not late, f"still running after {limit} s: {said(tmp_path)}"

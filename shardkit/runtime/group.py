@@ -103,9 +103,11 @@ class TensorParallelGroup:
     def join(self, link: Link) -> None:
         """Meet the other ranks, compare, and make the process group.  Raises RanksError."""
         self.link = link
+        self.lost = "these ranks have not met"
         said = link.meet(json.dumps(self.itself()), _unlike)
         if fault := _unlike(said):
             raise RanksError(fault)
+        self.lost = ""
         self._together("the making of the group", self._open)
 
     def leave(self) -> None:
