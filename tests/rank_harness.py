@@ -25,7 +25,10 @@ MARK = "SHARDKIT_FAULT_TEST"  # in the environment of every process of a test
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank's exit code, what it said, and the seconds from the fault to its end."""
+    """A rank's exit code, what it said, and the seconds from the fault to its end.
+
+    Without those in which the interpreter then tears itself down: on a busy machine, many.
+    """
 
     code: int
     said: str
@@ -62,15 +65,6 @@ class Zygote:
             if "pid" in told:
                 return int(told["pid"])
             self.ended[told["ended"]] = told
-
-    def time_to_end(self, tmp_path: Path) -> float:
-        """Seconds that a rank takes on this machine, now, to end once it has nothing to do."""
-        folder = tmp_path / "ending"
-        folder.mkdir()
-        pid = self.fork("nothing", {"stamps": str(folder)}, {}, tmp_path / "log")
-        self.wait([pid], 60)
-        (stamp,) = folder.iterdir()
-        return float(self.ended[pid]["at"]) - float(stamp.read_text())
 
     def wait(self, pids: list[int], seconds: float) -> None:
         """Wait until these have ended, at most so long."""
@@ -132,12 +126,14 @@ def run_ranks(
         zygote.wait(list(pids.values()), 10)
     assert not late, f"still running after {limit} s: {said(tmp_path)}"
     check_nothing_left(tmp_path, list(pids.values()))
-    since = max(float(path.read_text()) for path in stamps.iterdir())
+    marks = {path.name: float(path.read_text()) for path in stamps.iterdir()}
+    since = max(at for name, at in marks.items() if not name.startswith("ended"))
+    ends = {int(name.split("-")[-1]): at for name, at in marks.items() if name.startswith("ended")}
     return {
         at: Ended(
             zygote.ended[pid]["code"],
             (tmp_path / f"log-{at}").read_text(),
-            zygote.ended[pid]["at"] - since,
+            ends.get(pid, zygote.ended[pid]["at"]) - since,
         )
         for at, pid in pids.items()
         if at != faulty

@@ -1,5 +1,6 @@
 """What the ranks of the fault tests run: join, load, compute, and fail at a given point."""
 
+import atexit
 import json
 import os
 import signal
@@ -59,6 +60,7 @@ def program(
 
     try:
         stamp(at, "start")
+        atexit.register(stamp, at, "ended")  # the last thing but the interpreter's own ending
         pretend(options)
         reach("before joining")
         group = runtime.connect("cpu", Timeouts(**timeouts))
@@ -121,12 +123,6 @@ def compute(
             model.generate(ids, max_new_tokens=5, do_sample=False)
         reach("between two calls")
         model(ids)
-
-
-def nothing(stamps: str) -> int:
-    """A rank that has only to end, which takes an interpreter its time."""
-    stamp(Path(stamps), "ending")
-    return 0
 
 
 if __name__ == "__main__":  # under torchrun: each rank's own arguments, by rank

@@ -208,21 +208,13 @@ def splits(source: Path) -> dict[int, Path]:
     return folders
 
 
-def check(ended: dict[int, Ended], says: str, seconds: float, overhead: float = 0.0) -> None:
+def check(ended: dict[int, Ended], says: str, seconds: float) -> None:
     """Every rank ended with an error in time, in one line that names the rank and the cause."""
     for rank, one in ended.items():
         assert one.code == 7, (rank, one)
-        assert one.after < seconds + SLACK + overhead, (rank, one, overhead)
+        assert one.after < seconds + SLACK, (rank, one)
         (line,) = [text for text in one.said.splitlines() if text.startswith("Error: ")]
         assert re.search(says, line), (rank, one)
-
-
-def check_in_time(
-    ended: dict[int, Ended], says: str, seconds: float, zygote: Zygote, tmp_path: Path
-) -> None:
-    """As `check`; a machine too busy to end even an idle interpreter at once has that time more."""
-    slow = any(one.after >= seconds + SLACK for one in ended.values())
-    check(ended, says, seconds, 2 * zygote.time_to_end(tmp_path) if slow else 0.0)
 
 
 def table() -> Iterator[Any]:
@@ -249,7 +241,7 @@ def test_a_faulty_rank_is_named_by_every_other(
     ranks += [{"arguments": bad, "environment": scenario.environment}]
     ended = run_ranks(zygote, tmp_path, ranks, -1 if scenario.everyone else faulty)
     says = scenario.says.format(r=faulty)
-    check_in_time(ended, says, SECONDS[scenario.timeout], zygote, tmp_path)
+    check(ended, says, SECONDS[scenario.timeout])
 
 
 @pytest.mark.slow
@@ -270,7 +262,7 @@ def test_a_rank_that_never_starts_is_named(world: int, zygote: Zygote, tmp_path:
     ranks: list[dict[str, Any]] = [{"arguments": {"timeouts": SECONDS}} for _ in range(world)]
     ranks[1]["never"] = True
     ended = run_ranks(zygote, tmp_path, ranks, 1)
-    check_in_time(ended, "rank 1 did not join within 5 s", SECONDS["join"], zygote, tmp_path)
+    check(ended, "rank 1 did not join within 5 s", SECONDS["join"])
 
 
 @pytest.mark.slow
@@ -279,7 +271,7 @@ def test_a_rank_started_twice_is_named(world: int, zygote: Zygote, tmp_path: Pat
     ranks: list[dict[str, Any]] = [{"arguments": {"timeouts": SECONDS}} for _ in range(world)]
     ranks[-1]["environment"] = {"RANK": "0"}
     ended = run_ranks(zygote, tmp_path, ranks, -1)
-    check_in_time(ended, "rank 0 was started twice", SECONDS["join"], zygote, tmp_path)
+    check(ended, "rank 0 was started twice", SECONDS["join"])
 
 
 @pytest.mark.slow
@@ -305,7 +297,7 @@ def test_a_faulty_rank_that_keeps_the_store_is_named(
     ranks += [{"arguments": plain}] * (world - 1)
     ended = run_ranks(zygote, tmp_path, ranks, 0, keeper="rank 0")
     seconds = SECONDS["join" if phase == "before joining" else "collective"]
-    check_in_time(ended, says, seconds, zygote, tmp_path)
+    check(ended, says, seconds)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Ranks that a command, a program or torchrun started: none outlives it, and it names the faulty."""
+"""Ranks that a command, a program or torchrun has started: none outlives it, and it says why."""
 
 import json
 import os
