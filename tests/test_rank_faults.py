@@ -18,6 +18,7 @@ from harness import cut
 from rank_harness import Ended, Zygote, run_ranks
 
 from shardkit import runtime
+from shardkit.runtime.faults import State, blame, differences
 
 WORLDS = [2, 3, 4]
 SECONDS = {"join": 5.0, "load": 20.0, "collective": 3.0, "request": 20.0}
@@ -310,3 +311,26 @@ def test_ranks_that_differ_say_the_same(
     assert {one.said for one in ended.values()} == {
         "Error: rank 0 has dtype float64, ranks 1, 2, 3 float32: every rank must load it alike\n"
     }
+
+
+def test_the_odd_rank_is_the_one_that_most_contradict() -> None:
+    reports = {2: {"torch": "2"}, 0: {"torch": "1"}, 1: {"torch": "2"}}
+    assert differences(reports).startswith("rank 0 has torch 1, ranks 1, 2 2:")
+    assert differences({1: {"torch": "2"}, 0: {"torch": "1"}}).startswith("rank 1 has torch 2")
+    assert differences({0: {"torch": "1"}, 1: {}}).startswith("rank 1 has torch none")
+    assert not differences({0: {"torch": "1"}, 1: {"torch": "1"}})
+
+
+def test_blame_falls_on_who_left_then_on_the_silent_then_on_the_late() -> None:
+    here, late = State(failed="all_reduce 3"), State(alive=True, doing="after all_reduce 2")
+    gone, silent = State(left="ValueError: boom"), State()
+
+    def told(error: str = "Timed out", **others: State) -> str:
+        return blame("all_reduce 3", error, 30, {int(n[1:]): s for n, s in others.items()})
+
+    assert told(r1=here, r2=gone, r3=late).startswith("rank 2 left: ValueError: boom (")
+    assert told(r1=here, r2=silent, r3=late).startswith("rank 2 died or is stopped")
+    assert told("Connection closed by peer", r1=silent).startswith("rank 1 died (")
+    assert told(r1=here, r2=late).startswith("rank 2 (after all_reduce 2) did not come to")
+    assert "rank 1 was in broadcast 3" in told(r1=State(failed="broadcast 3"), r2=here)
+    assert told("odd", r1=here) == "the ranks lost each other in all_reduce 3: odd"

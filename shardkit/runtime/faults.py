@@ -31,7 +31,11 @@ class State:
 
 
 def differences(reports: Mapping[int, Mapping[str, str]]) -> str:
-    """The first thing ranks report differently, naming those that most others contradict; or ""."""
+    """The first thing ranks report differently, naming those that most others contradict; or "".
+
+    Between equally many, those that are like the lowest rank are taken for the usual.
+    """
+    reports = dict(sorted(reports.items()))
     for key in dict.fromkeys(key for report in reports.values() for key in report):
         values = {rank: report.get(key, "none") for rank, report in reports.items()}
         usual = Counter(values.values()).most_common(1)[0][0]
@@ -47,7 +51,7 @@ def differences(reports: Mapping[int, Mapping[str, str]]) -> str:
 def errors(found: Mapping[int, str]) -> str:
     """What ranks could not do, each cause once with the first rank that has it; or ""."""
     first: dict[str, int] = {}
-    for rank, error in found.items():
+    for rank, error in sorted(found.items()):
         if error:
             first.setdefault(error, rank)
     return "; ".join(f"rank {rank}: {error}" for error, rank in first.items())

@@ -226,7 +226,7 @@ def _place() -> tuple[int, int]:
 
 
 def _unlike(said: Mapping[int, str]) -> str:
-    return differences({rank: json.loads(text) for rank, text in sorted(said.items())})
+    return differences({rank: json.loads(text) for rank, text in said.items()})
 
 
 def _report(report: Mapping[str, str], error: str, note: str) -> str:
