@@ -9,6 +9,7 @@
     ├── OutputError        5   the output exists, cannot be written, or has no room
     ├── SourceChanged      6   a source file changed while it was read
     └── RanksError         7   ranks disagree, died, or did not answer in time
+        └── RanksLost      7   the latter: it is no fault of what they run
 
 Exit code 2 is click's own, for wrong usage.  The numbers are stable.
 """
@@ -62,3 +63,7 @@ class RanksError(ShardkitError):
     """Ranks disagree, died, or did not answer in time."""
 
     exit_code = 7
+
+
+class RanksLost(RanksError):
+    """A rank died, stalled or never came: what the others were doing is undecided."""

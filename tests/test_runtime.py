@@ -15,6 +15,7 @@ from harness import cut
 
 from shardkit import runtime
 from shardkit.errors import ManifestError, RanksError
+from shardkit.timeouts import Timeouts
 
 PROGRAM = """
 import json, os, pathlib, sys, torch
@@ -188,9 +189,9 @@ def test_a_killed_rank_is_named_and_nothing_is_left_running(stories_tp2: Path) -
 
 
 def test_a_stopped_rank_is_reported_within_the_timeout(stories_tp2: Path) -> None:
-    engine = runtime.launch(stories_tp2, request_timeout=3)
+    engine = runtime.launch(stories_tp2, timeouts=Timeouts(request=3))
     os.kill(engine.ranks.pids[1], signal.SIGSTOP)
-    with pytest.raises(RanksError, match="did not answer within 3 s"):
+    with pytest.raises(RanksError, match=r"rank 1 died or is stopped.*did not answer within 3 s"):
         engine.logits([1, 2])
     assert not any(alive(pid) for pid in engine.ranks.pids)
 

@@ -6,9 +6,16 @@ from typing import Any
 import click
 
 from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.run_options import DEVICE, DTYPE, quiet_transformers
+from shardkit.cli.run_options import (
+    DEVICE,
+    DTYPE,
+    TIMEOUT,
+    end_on_sigterm,
+    quiet_transformers,
+)
 from shardkit.cli.text import say, say_json
 from shardkit.errors import ManifestError
+from shardkit.timeouts import Timeouts
 
 
 @click.command()
@@ -34,6 +41,7 @@ from shardkit.errors import ManifestError
 @click.option("--verify", is_flag=True, help="Hash the very bytes that are loaded; refuse damage.")
 @DTYPE
 @DEVICE
+@TIMEOUT
 @JSON
 def generate(
     shards: Path,
@@ -44,6 +52,7 @@ def generate(
     verify: bool,
     dtype: str | None,
     device: str | None,
+    timeouts: Timeouts,
     as_json: bool,
 ) -> None:
     """Generate text from shards.
@@ -57,6 +66,7 @@ def generate(
       shardkit generate llama-tp4 "Once upon a time" --max-new-tokens 100
     """
     quiet_transformers()
+    end_on_sigterm()
     import torch
 
     from shardkit import runtime
@@ -67,7 +77,8 @@ def generate(
         options["temperature"] = temperature
     asked = prompt if has_tokenizer(shards) else token_ids(prompt)
     wanted = getattr(torch, dtype) if dtype else None
-    with runtime.launch(shards, device=device, dtype=wanted, verify=verify) as engine:
+    started = runtime.launch(shards, device=device, dtype=wanted, timeouts=timeouts, verify=verify)
+    with started as engine:
         if as_json:
             ids = engine.generate(asked, seed, **options)[0].tolist()
             text = engine.tokenizer.decode(ids, skip_special_tokens=True) if asked is prompt else ""

@@ -9,10 +9,17 @@ import click
 
 from shardkit.checkpoint.pickled import opened
 from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
-from shardkit.cli.run_options import DEVICE, DTYPE, quiet_transformers
+from shardkit.cli.run_options import (
+    DEVICE,
+    DTYPE,
+    TIMEOUT,
+    end_on_sigterm,
+    quiet_transformers,
+)
 from shardkit.cli.text import say, say_json
 from shardkit.errors import LayoutError, ManifestError, VerifyError
 from shardkit.manifest_file import read_manifest
+from shardkit.timeouts import Timeouts
 from shardkit.verify.report import Report
 from shardkit.verify.run import Level, Request
 from shardkit.verify.run import verify as run
@@ -56,6 +63,7 @@ def part(
 @ALLOW_PICKLE
 @DTYPE
 @DEVICE
+@TIMEOUT
 @JSON
 def verify(
     shards: Path,
@@ -68,6 +76,7 @@ def verify(
     allow_pickle: bool,
     dtype: str | None,
     device: str | None,
+    timeouts: Timeouts,
     as_json: bool,
 ) -> None:
     """Prove shards right, or say what is wrong.
@@ -90,8 +99,9 @@ def verify(
     scope = Scope(rank, subset, quick)
     deep = depth(scope, level)
     quiet_transformers()
+    end_on_sigterm()
     with readable(source, revision, allow_pickle) as found:
-        request = Request(shards, *found, deep, dtype, device, scope)
+        request = Request(shards, *found, deep, dtype, device, scope, timeouts)
         with progress_bar(_bytes_to_read(request), "verify") as advance:
             report = run(request, advance)
     if report is None:

@@ -12,8 +12,9 @@ import torch
 
 from shardkit.errors import ManifestError, ShardkitError
 from shardkit.manifest_file import read_manifest
-from shardkit.runtime.group import COLLECTIVE_TIMEOUT
-from shardkit.runtime.ranks import REQUEST_TIMEOUT, Ranks
+from shardkit.runtime.group import DEFAULT
+from shardkit.runtime.ranks import Ranks
+from shardkit.timeouts import Timeouts
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -23,18 +24,18 @@ def launch(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    timeout: float = COLLECTIVE_TIMEOUT,
-    request_timeout: float = REQUEST_TIMEOUT,
+    timeouts: Timeouts = DEFAULT,
     verify: bool = False,
 ) -> "Engine":
     """Start the ranks of a shard folder on this host, as many as it was split for.
 
-    Timeouts in seconds.  Raises ManifestError before a process is started where the folder is not
-    whole, and RanksError, naming the rank and the cause, where a rank cannot load its part.  With
-    `verify` each rank hashes the bytes that it loads.
+    With `verify` each rank hashes the bytes that it loads.  Raises ManifestError before a process
+    is started where the folder is not whole, and RanksError, naming the rank and the cause, where a
+    rank cannot load its part, then or later dies, or does not answer within `timeouts`.  The ranks
+    end with this process, however it ends.
     """
     manifest = read_manifest(Path(folder))
-    ranks = Ranks(manifest.tp_size, device, timeout, request_timeout)
+    ranks = Ranks(manifest.tp_size, device, timeouts)
     try:
         return Engine(Path(folder), ranks, dtype, verify)
     except BaseException:
@@ -112,6 +113,9 @@ class Engine:
         try:
             ids = _until_done(steps)
             yield from self._texts(ids) if isinstance(prompt, str) else ids
+        except (KeyboardInterrupt, SystemExit):
+            self.ranks.kill()  # else the thread would end only with what it generates
+            raise
         finally:
             thread.join()
 

@@ -1,9 +1,11 @@
 """Loads this rank's shard into a transformers model."""
 
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from os import close
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from shardkit.plan import Placement
 from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.experts import slow_experts, suit_experts
-from shardkit.runtime.group import COLLECTIVE_TIMEOUT, TensorParallelGroup, connect
+from shardkit.runtime.group import DEFAULT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
 from shardkit.runtime.localize import localize, select
 from shardkit.runtime.model_config import model_config
 from shardkit.runtime.names import Conversion, conversions
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
+from shardkit.runtime.same import called_alike
 from shardkit.shards import open_shard
+from shardkit.timeouts import Timeouts
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 
@@ -37,20 +41,23 @@ def load(
     group: TensorParallelGroup | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    timeout: float = COLLECTIVE_TIMEOUT,
+    timeouts: Timeouts = DEFAULT,
     verify: bool = False,
 ) -> PreTrainedModel:
     """This rank's part of the model in `folder`, ready for `model(...)` and `model.generate(...)`.
 
     Under torchrun each rank calls it; alone it loads a folder of tp_size 1.  Every rank's outputs
-    are the whole model's.  `dtype` None is the checkpoint's own.  `timeout` in seconds bounds each
-    collective.  The ranks compare manifests before the first collective: with a wrong world size,
-    or a missing, foreign or truncated shard, every rank raises the same RanksError.  With `verify`
-    each rank hashes the very bytes that it loads, and one flipped bit is such an error, too.  Rank
-    0 warns of what makes the model slow here.
+    are the whole model's.  `dtype` None is the checkpoint's own.  Before the first collective the
+    ranks compare their versions, manifests and the shapes and dtypes they will load: with a wrong
+    world size, or a missing, foreign or truncated shard, every rank raises the same RanksError.
+    With `verify` each rank hashes the very bytes that it loads, and one flipped bit is such an
+    error, too.  So is a rank that is called with other inputs than the rest, and, within
+    `timeouts`, one that dies, stalls or never comes: every one that is left names it.  Rank 0 warns
+    of what makes the model slow here.
     """
-    group = group or connect(device, timeout)
+    group = group or connect(device, timeouts)
     model, slow = load_told(Path(folder), group, dtype, verify)
+    called_alike(model, group)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -60,21 +67,24 @@ def load_told(
     folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
-    manifest, error = None, ""
+    group.doing("preparing to load")
+    manifest, model, unsuited, error = None, None, "", ""
     try:
         manifest = prepare(folder, group.tp_rank, group.tp_size)
+        model = whole(folder, manifest, dtype)
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
-    group.agree({"manifest": manifest.sha256 if manifest else ""}, error)
+    group.agree(group.itself() | (loads(manifest, model) if manifest and model else {}), error)
     assert manifest is not None
-    model, unsuited, error = None, "", ""
+    assert model is not None
+    group.doing("loading")
     try:
-        model = build(folder, manifest, group, dtype, verify)
+        fill_in(model, folder, manifest, group, verify)
         unsuited = suit_experts(model)
     except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
     found = group.agree({}, error, unsuited)
-    assert model is not None
+    group.doing("idle")
     return model, slow_experts(found) if found else ""
 
 
@@ -94,21 +104,38 @@ def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
     return manifest
 
 
-def build(
-    folder: Path,
-    manifest: Manifest,
-    group: TensorParallelGroup,
-    dtype: torch.dtype | None,
-    verify: bool = False,
-) -> PreTrainedModel:
-    """Build the model on the meta device, make it local, and fill it from this rank's file."""
+def whole(folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The whole model, on the meta device.  Raises ShardkitError where none can be made."""
     with checked_copy(folder, manifest) as checked:
         config = model_config(checked, [placed.spec for placed in manifest.plan.placements])
     config.name_or_path = str(folder)
     dtype = dtype or default_dtype(config, manifest)
     with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype)
-    model.requires_grad_(False).eval()
+        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+    return model.requires_grad_(False).eval()
+
+
+def loads(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
+    """What a rank is about to load, in which every rank must be alike."""
+    plan = {n: [list(t.shape), str(t.dtype)] for n, t in model.state_dict().items()}
+    return {
+        "transformers": transformers.__version__,
+        "manifest": manifest.sha256,
+        "split": manifest.split_id,
+        "dtype": str(model.config.dtype).removeprefix("torch."),
+        "tensors": sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def fill_in(
+    model: PreTrainedModel,
+    folder: Path,
+    manifest: Manifest,
+    group: TensorParallelGroup,
+    verify: bool,
+) -> None:
+    """Make the whole model local, and fill it from this rank's file."""
+    dtype = model.config.dtype
     loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
     plan = conversions(model, loaded)
     placed = check_shapes(model, manifest.placements, plan)
@@ -129,7 +156,6 @@ def build(
             model.generation_config = GenerationConfig.from_pretrained(checked)
     if model.can_generate() and group.tp_size > 1:
         sample_alike(model, group)
-    return model
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -1,5 +1,6 @@
 """Starts ranks on this host and drives them: a death, an error or a silence is always reported."""
 
+import json
 import os
 import selectors
 import signal
@@ -10,47 +11,65 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 import torch
 import torch.distributed as dist
 
-from shardkit.errors import RanksError
-from shardkit.runtime.group import COLLECTIVE_TIMEOUT, JOIN_TIMEOUT
+from shardkit.errors import RanksError, RanksLost
+from shardkit.runtime.group import DEFAULT
+from shardkit.runtime.link import ROLL_CALL
+from shardkit.runtime.store import beat_key
 from shardkit.runtime.wire import Message, receive, send
+from shardkit.timeouts import Timeouts
 
-GRACE = 3.0  # seconds the other ranks have to answer once one has failed
-REQUEST_TIMEOUT = 600.0
+GRACE = 2.0  # seconds the other ranks have to answer once one has failed
+
+OnToken = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a rank gives no answer: in words, whether it is lost, and whether it has ended."""
+
+    told: str
+    lost: bool = True
+    ended: bool = False
+
+
+Faults = dict[int, Fault]
+Outcome = dict[int, Message | Fault]
 
 
 class Ranks:
     """`size` rank processes on this host; to be closed, or used in a `with`."""
 
-    def __init__(
-        self,
-        size: int,
-        device: str | None = None,
-        timeout: float = COLLECTIVE_TIMEOUT,
-        request_timeout: float = REQUEST_TIMEOUT,
-    ) -> None:
-        """Start them and wait until all have joined.  Timeouts in seconds.  Raises RanksError."""
+    worker = "shardkit.runtime.worker"  # the module each rank runs
+
+    def __init__(self, size: int, device: str | None = None, timeouts: Timeouts = DEFAULT) -> None:
+        """Start them and wait until all have joined.  Raises RanksError."""
         self.size = size
-        self.request_timeout = request_timeout
-        self._turn = threading.Lock()  # requests of several threads go one after another
+        self.timeouts = timeouts
+        self._turn = threading.RLock()  # requests of several threads go one after another
         self._store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=JOIN_TIMEOUT),
+            timeout=timedelta(seconds=timeouts.join),
         )  # fmt: skip
         self._logs: list[IO[bytes]] = []
         self._socks: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(size):
-                self._start(rank, device, timeout)
-            self._collect(time.monotonic() + 2 * JOIN_TIMEOUT, None)
+                self._start(rank, device)
+            outcome: Outcome = {}
+            self._collect(2 * timeouts.join, outcome)  # ranks give up first, and say why
+            if faults := faults_of(outcome):
+                raise judged(faults, size)
         except BaseException:
+            self.kill()
             self.close()
             raise
 
@@ -69,7 +88,7 @@ class Ranks:
         self,
         do: str,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        on_token: Callable[[list[int]], None] | None = None,
+        on_token: OnToken | None = None,
         **header: object,
     ) -> list[Message]:
         """Have every rank do something; their answers by rank.
@@ -78,18 +97,38 @@ class Ranks:
         every rank answered, all of them are then stopped.
         """
         message = Message({"do": do, **header}, tensors or {})
+        limit = self.timeouts.load if do == "load" else self.timeouts.request
         with self._turn:
             if not self._processes:
                 raise RanksError("the ranks have stopped; launch them again")
-            for rank, sock in enumerate(self._socks):
-                try:
-                    send(sock, message)
-                except OSError:
-                    self._fail(self._death(rank))
-            return self._collect(time.monotonic() + self.request_timeout, on_token)
+            outcome: Outcome = {}
+            try:
+                self._send(message, outcome)
+                self._collect(limit, outcome, on_token)
+            finally:
+                if len(outcome) < self.size or any(f.lost for f in faults_of(outcome).values()):
+                    self.kill()  # the next answers would not be the next question's
+                    self.close()
+        if faults := faults_of(outcome):
+            raise judged(faults, self.size)
+        return [found for _, found in sorted(outcome.items()) if isinstance(found, Message)]
+
+    def kill(self) -> None:
+        """End every rank at once, a request included that another thread is waiting for."""
+        for process in self._processes:
+            process.kill()
 
     def close(self) -> None:
         """Stop every rank, by force if need be."""
+        if not self._turn.acquire(blocking=False):
+            self.kill()
+            self._turn.acquire()
+        try:
+            self._close()
+        finally:
+            self._turn.release()
+
+    def _close(self) -> None:
         for sock in self._socks:
             sock.close()
         deadline = time.monotonic() + GRACE
@@ -103,98 +142,150 @@ class Ranks:
             log.close()
         self._socks, self._processes, self._logs = [], [], []
 
-    def _start(self, rank: int, device: str | None, timeout: float) -> None:
+    def _start(self, rank: int, device: str | None) -> None:
         ours, theirs = socket.socketpair()
+        ours.settimeout(self.timeouts.collective)  # a rank may stop in the middle of a message
         log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the ranks)
         self._logs.append(log)
         self._socks.append(ours)
-        root = str(Path(__file__).parents[2])
-        threads = max(1, (os.cpu_count() or 1) // self.size)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        place = (theirs.fileno(), self._store.port, rank, self.size, timeout)
-        arguments = [*map(str, place), device or ""]
         with theirs:
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "shardkit.runtime.worker", *arguments],
+                    [sys.executable, "-m", self.worker, self._place(rank, theirs.fileno(), device)],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=environment,
+                    env=self._environment(),
                     process_group=0,  # a Ctrl-C goes to the controlling process alone
                 )
             )
 
-    def _collect(
-        self, deadline: float, on_token: Callable[[list[int]], None] | None
-    ) -> list[Message]:
-        """Every rank's answer.  Once one fails, the others have a moment to say why, too."""
-        answers: dict[int, Message] = {}
-        faults: dict[int, str] = {}
+    def _place(self, rank: int, fd: int, device: str | None) -> str:
+        """What a rank is told as it starts, as `worker.main` reads it."""
+        environment: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank}
+        if self.size > 1:
+            port = self._store.port
+            environment |= {
+                "WORLD_SIZE": self.size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}  # it is kept here
+        return json.dumps({
+            "socket": fd, "device": device, "timeouts": asdict(self.timeouts),
+            "parent": os.getpid(),
+            "signalled": threading.current_thread() is threading.main_thread(),
+            "environment": {name: str(value) for name, value in environment.items()},
+        })  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // self.size)
+        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        given = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        return given | {"PYTHONPATH": os.pathsep.join(path)}
+
+    def _send(self, message: Message, outcome: Outcome) -> None:
+        for rank, sock in enumerate(self._socks):
+            try:
+                send(sock, message)
+            except OSError:
+                outcome[rank] = self._death(rank)
+
+    def _collect(self, limit: float, outcome: Outcome, on_token: OnToken | None = None) -> None:
+        """Add every rank's answer or fault, those within `limit` seconds or of the last token.
+
+        Once one fails, the others have a moment to say why, too.
+        """
+        deadline = time.monotonic() + limit
         with selectors.DefaultSelector() as selector:
             for rank, sock in enumerate(self._socks):
-                selector.register(sock, selectors.EVENT_READ, rank)
-            while len(answers) + len(faults) < self.size:
+                if rank not in outcome:
+                    selector.register(sock, selectors.EVENT_READ, rank)
+            while selector.get_map():
+                if faults_of(outcome):
+                    deadline = min(deadline, time.monotonic() + GRACE)
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     break
-                for key, _ in ready:
-                    rank = key.data
-                    message = _try_receive(self._socks[rank])
-                    if message is not None and "token" in message.header and on_token:
-                        on_token(message.header["token"])
+                for rank in [key.data for key, _ in ready]:
+                    found = self._take(rank)
+                    if not isinstance(found, list):
+                        selector.unregister(self._socks[rank])
+                        outcome[rank] = found
                         continue
-                    selector.unregister(self._socks[rank])
-                    if message is not None and "error" not in message.header:
-                        answers[rank] = message
-                        continue
-                    faults[rank] = message.header["error"] if message else self._death(rank)
-                    deadline = min(deadline, time.monotonic() + GRACE)
-        return self._judged(answers, faults)
+                    deadline = time.monotonic() + limit
+                    if on_token:
+                        on_token(found)
+        if not faults_of(outcome):
+            outcome |= self._silence([r for r in range(self.size) if r not in outcome], limit)
 
-    def _judged(self, answers: dict[int, Message], faults: dict[int, str]) -> list[Message]:
-        if len(answers) == self.size:
-            return [answers[rank] for rank in range(self.size)]
-        silent = [r for r in range(self.size) if r not in answers and r not in faults]
-        if not faults:
-            names = ", ".join(map(str, silent))
-            self._fail(f"rank {names} did not answer within {self.request_timeout:.0f} s")
-        cause = min(faults, key=lambda rank: (_follows(faults[rank]), rank))
-        told = faults[cause]
-        if len(set(faults.values())) > 1 and not told.startswith("rank "):
-            told = f"rank {cause}: {told}"
-        if len(faults) < self.size or any(p.poll() is not None for p in self._processes):
-            self._fail(told)
-        raise RanksError(told)
+    def _take(self, rank: int) -> Message | Fault | list[int]:
+        """What a rank has sent: its answer, why it has none, or the token ids of a step."""
+        try:
+            message = receive(self._socks[rank])
+        except (OSError, ValueError):
+            message = None
+        if message is None:
+            return self._death(rank)
+        if "token" in message.header:
+            return list(message.header["token"])
+        if "error" in message.header:
+            return Fault(message.header["error"], message.header["lost"])
+        return message
 
-    def _fail(self, told: str) -> NoReturn:
-        self.close()
-        raise RanksError(told)
+    def _silence(self, ranks: list[int], limit: float) -> Faults:
+        """Ranks that do not answer in time: those that give no sign of life, if there are such."""
+        if not ranks:
+            return {}
+        before = self._beats(ranks)
+        time.sleep(ROLL_CALL)
+        now = self._beats(ranks)
+        stopped = [rank for rank in ranks if now.get(rank) == before.get(rank) is not None]
+        how = "died or is stopped: no sign of life" if stopped else "is running, but"
+        return {
+            rank: Fault(f"rank {rank} {how}, and did not answer within {limit:g} s")
+            for rank in stopped or ranks
+        }
 
-    def _death(self, rank: int) -> str:
+    def _beats(self, ranks: list[int]) -> dict[int, bytes]:
+        """The last sign of life of those ranks that have given one."""
+        return {
+            rank: self._store.get(key)
+            for rank in ranks
+            if self._store.check([key := beat_key(rank)])
+        }
+
+    def _death(self, rank: int) -> Fault:
         """What became of a rank that closed its connection."""
         process = self._processes[rank]
         try:
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
-            return f"rank {rank} closed its connection"
+            return Fault(f"rank {rank} does not answer any more")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         self._logs[rank].seek(0)
         lines = self._logs[rank].read()[-4096:].decode(errors="replace").strip().splitlines()
-        return f"rank {rank} {how}" + (f": {lines[-1]}" if lines else "")
+        return Fault(f"rank {rank} {how}" + (f": {lines[-1]}" if lines else ""), ended=True)
 
 
-def _try_receive(sock: socket.socket) -> Message | None:
-    try:
-        return receive(sock)
-    except OSError:
-        return None
+def faults_of(outcome: Outcome) -> Faults:
+    """Those ranks that gave no answer, and why."""
+    return {rank: found for rank, found in outcome.items() if isinstance(found, Fault)}
 
 
-def _follows(text: str) -> bool:
-    """Whether a fault only follows from another rank's: its connection was closed."""
-    return "Connection" in text or "closed by peer" in text
+def judged(faults: Faults, size: int) -> RanksError:
+    """The error that says why: deaths, else what is a rank's own, else what ranks say of others.
+
+    Ranks that are left tell that a collective failed, and whom they miss.
+    """
+    ended = [fault.told for fault in faults.values() if fault.ended]
+    own = {rank: fault.told for rank, fault in faults.items() if not fault.lost}
+    if ended:
+        return RanksLost("; ".join(ended))
+    if own:
+        first = min(own)
+        told = own[first]
+        alike = len(own) == size and len(set(own.values())) == 1
+        return RanksError(told if alike or told.startswith("rank ") else f"rank {first}: {told}")
+    return RanksLost("; ".join(dict.fromkeys(fault.told for fault in faults.values())))

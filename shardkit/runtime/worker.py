@@ -1,29 +1,32 @@
 """One rank, started by `ranks.Ranks`: does what the controlling process asks, until it is gone."""
 
 import ctypes
+import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from shardkit.errors import RanksError
+from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.forward import fitted, tensors_of, uncached
-from shardkit.runtime.group import JOIN_TIMEOUT, TensorParallelGroup, connect
+from shardkit.runtime.group import TensorParallelGroup, connect
 from shardkit.runtime.load import load_told
 from shardkit.runtime.trace import Trace
 from shardkit.runtime.wire import Message, receive, send
+from shardkit.timeouts import Timeouts
 
 PR_SET_PDEATHSIG = 1
+LOOK = 0.5  # seconds between two looks at whether the controlling process is there
 
 
 class Worker:
@@ -46,9 +49,7 @@ class Worker:
             try:
                 answer = self.actions[message.header["do"]](message)
             except Exception as error:
-                text = str(error) or type(error).__name__
-                kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
-                answer = Message({"error": kind + text.split("\n")[0]})
+                answer = failure(error)
             send(self.sock, answer)
 
     def load(self, message: Message) -> Message:
@@ -125,25 +126,55 @@ class TokenStreamer(BaseStreamer):  # type: ignore[misc]
         """Nothing: the answer itself ends the stream."""
 
 
-def main(arguments: list[str]) -> None:
-    """Join the other ranks, say so, and work."""
-    fd, port, rank, size, timeout, device = arguments
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controlling process decides
-    sock = socket.socket(fileno=int(fd))
-    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank)
+def failure(error: Exception) -> Message:
+    """An error as an answer, in one line."""
+    text = str(error) or type(error).__name__
+    kind = "" if isinstance(error, RanksError) else f"{type(error).__name__}: "
+    return Message({"error": kind + text.split("\n")[0], "lost": isinstance(error, RanksLost)})
+
+
+def end_with(parent: int, signalled: bool) -> None:
+    """End this process when the controlling process does, whatever either is doing then.
+
+    The kernel's signal reaches even a rank that is stopped; but it comes when the thread that
+    started the rank ends, so it is asked for only if that is the main thread (`signalled`).
+    """
+    if signalled:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="shardkit-parent", daemon=True).start()
+
+
+def settle(environment: Mapping[str, str]) -> None:
+    """Take the place given to this rank, and none that torchrun gave the controlling process."""
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    os.environ.pop("WORLD_SIZE", None)
+    os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if int(size) > 1:
-        store = dist.TCPStore(
-            "127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=JOIN_TIMEOUT)
-        )
-        group = connect(device or None, float(timeout), store)
-    else:
-        os.environ.pop("WORLD_SIZE")
-        group = connect(device or None)
+
+
+def main(arguments: list[str]) -> int:
+    """Join the other ranks, say so, and work."""
+    place = json.loads(arguments[0])
+    end_with(place["parent"], place["signalled"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controlling process decides
+    settle(place["environment"])
+    sock = socket.socket(fileno=place["socket"])
+    try:
+        group = connect(place["device"], Timeouts(**place["timeouts"]))
+    except RanksError as error:
+        send(sock, failure(error))
+        return error.exit_code
     send(sock, Message({"ready": str(group.device)}))
     Worker(sock, group).run()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

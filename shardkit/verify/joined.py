@@ -1,5 +1,6 @@
 """A sharded model over the ranks torchrun started: rank 0 leads, the others follow."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shardkit.verify.inputs import make_inputs
 from shardkit.verify.models import Tensors, greedy, judged, prompt
 
 STOP, FORWARD, GENERATE, TRACE, SEARCH = range(5)
+WORK = 24 * 3600.0  # seconds the unsharded model may take while the others wait for rank 0
 
 
 class JoinedRanks:
@@ -62,7 +64,7 @@ class JoinedRanks:
     def follow(self) -> None:
         """Do what rank 0 does until it stops."""
         while True:
-            told = self.group.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
+            told = self._hear()
             if told[0] == STOP:
                 return
             if told[0] == FORWARD:
@@ -75,7 +77,20 @@ class JoinedRanks:
                 self._trace()
 
     def _tell(self, what: int, *numbers: int) -> None:
-        self.group.broadcast(torch.tensor([what, *numbers, 0, 0][:3]))
+        told = [what, *numbers, 0, 0][:3]
+        if self.group.link is not None:
+            self.group.link.tell(json.dumps(told))
+        else:
+            self.group.broadcast(torch.tensor(told))
+
+    def _hear(self) -> list[int]:
+        """What rank 0 tells next.  That may take long, so it is no collective: it must but live."""
+        if self.group.link is None:
+            found: list[int] = self.group.broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
+            return found
+        self.group.doing("waiting for rank 0")
+        heard: list[int] = json.loads(self.group.link.listen(0, WORK))
+        return heard
 
     def _forward(self) -> Tensors:
         with torch.inference_mode():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from shardkit.checkpoint import Checkpoint, open_checkpoint
-from shardkit.errors import ManifestError, ShardkitError
+from shardkit.errors import ManifestError, RanksLost, ShardkitError
 from shardkit.manifest_file import read_manifest
+from shardkit.timeouts import Timeouts
 from shardkit.verify.files import EVERYTHING, check_files
 from shardkit.verify.report import Check, Report
 from shardkit.verify.scope import Scope
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from shardkit.verify.joined import JoinedRanks
 
 Level = Literal["files", "weights", "numerics"]
-WAIT = 3600.0  # seconds: ranks wait while the unsharded model runs beside them
 NO_SOURCE = "that is shown against the source alone: name it with --against"
 BAD_FILES = "the files are not what was written"
 
@@ -39,6 +39,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     scope: Scope = EVERYTHING
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 def verify(request: Request, progress: Callable[[int], object]) -> Report | None:
@@ -116,8 +117,10 @@ def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks |
     try:
         if joined is not None:
             return check_numerics(request.folder, manifest, source.folder, joined, dtype)
-        with Ranks(manifest.tp_size, request.device, WAIT, WAIT) as ranks:
+        with Ranks(manifest.tp_size, request.device, request.timeouts) as ranks:
             return check_numerics(request.folder, manifest, source.folder, LocalRanks(ranks), dtype)
+    except RanksLost:
+        raise
     except ShardkitError as error:
         return Check("numerics", "failed", "the shards do not run", (str(error),))
 
@@ -126,7 +129,8 @@ def _join(request: Request) -> JoinedRanks:
     from shardkit.runtime.group import connect
     from shardkit.verify.joined import JoinedRanks
 
-    return JoinedRanks(connect(request.device, WAIT), request.folder, _dtype(request.dtype))
+    group = connect(request.device, request.timeouts)
+    return JoinedRanks(group, request.folder, _dtype(request.dtype))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
