@@ -27,8 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from scenes import SCENES, Contents, Scene, state  # noqa: E402
-
+from faults.scenes import SCENES, Contents, Scene, state  # noqa: E402
 from shardkit import file_sink, folders  # noqa: E402
 from shardkit.cli import main, merge, reshard, split  # noqa: E402, F401  (loaded before the forks)
 

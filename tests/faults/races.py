@@ -20,8 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from scenes import Contents, source, state  # noqa: E402
-
+from faults.scenes import Contents, source, state  # noqa: E402
 from shardkit import file_sink  # noqa: E402
 from shardkit.cli import main, split  # noqa: E402, F401  (loaded before the forks)
 
