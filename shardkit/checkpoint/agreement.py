@@ -27,7 +27,9 @@ POSITIVE = {
 }  # fmt: skip
 # Layers that only predict further tokens are stored after the last that the config counts.
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-SEEING = {"vision_tower", "vision_model", "visual", "vision_embed_tokens"}
+# Towers beside the model of text, and the tables of a config that they are in.
+TOWERS = ("vision_config", "audio_config")
+TOWER = {"vision_tower", "vision_model", "vision_encoder", "visual", "audio_tower", "audio_model"}
 REPEATED = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?)$")
 LAYER_TYPES = ("layers_block_type", "layer_types")
 LISTED = re.compile(r"experts$|num_labels")
@@ -102,10 +104,10 @@ def _check_hidden(config: Config, specs: Sequence[TensorSpec]) -> None:
 
 def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
     """Each count of layers against the list of layers it is of: none missing, none too many."""
-    text, seen = _of_text(config), config.get("vision_config")
+    text, towers = _of_text(config), [config[key] for key in TOWERS if key in config]
     lists = layer_lists(spec.name for spec in specs)
-    looking = {n: at for n, at in lists.items() if SEEING & set(n.split("."))}
-    reading = {n: at for n, at in lists.items() if n not in looking or not seen}
+    beside = {n: at for n, at in lists.items() if TOWER & set(n.split("."))}
+    reading = {n: at for n, at in lists.items() if n not in beside or not towers}
     decoding = {n: at for n, at in reading.items() if "decoder" in n.split(".")}
     others = {n: at for n, at in reading.items() if n not in decoding}
     further = sum(count for _, count in _stated(text, FURTHER))
@@ -114,8 +116,8 @@ def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
         _check_list(counts, others, 0)
     elif counts := _stated(text, ("num_hidden_groups", *LAYERS)) or _listed(text):
         _check_list(counts[:1], others if "num_decoder_layers" in text else reading, further)
-    if isinstance(seen, Mapping):
-        _check_list(_stated(seen, (*LAYERS, "depth"))[:1], looking, 0)
+    if len(towers) == 1 and isinstance(towers[0], Mapping):
+        _check_list(_stated(towers[0], (*LAYERS, "depth"))[:1], beside, 0)
 
 
 def _check_list(
