@@ -27,6 +27,8 @@ from shardkit.runtime.names import Conversion, conversions
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.shards import open_shard
 
+COMPUTED = ("F64", "F32", "F16", "BF16")  # dtypes that a model computes in
+
 
 def load(
     folder: str | Path,
@@ -144,7 +146,7 @@ def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
     """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in TORCH_DTYPES)
+    stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in COMPUTED)
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else torch.float32
 
 
