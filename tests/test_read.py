@@ -12,10 +12,12 @@ from blueprints import write_source
 from damage import Split, written
 from safetensors import safe_open
 from splitting import split_folder
+from transformers import PreTrainedConfig
 
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.manifest_file import read_manifest
 from shardkit.recipe_file import load_recipe
+from shardkit.runtime.load import default_dtype
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.tensor import TensorSpec
 
@@ -27,6 +29,7 @@ def every_dtype(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tensor of each dtype that torch has, a scalar, and an empty one."""
     base = tmp_path_factory.mktemp("dtypes")
     specs = [TensorSpec(f"t_{dtype}", dtype, (3, 8)) for dtype in ORDER]
+    specs += [TensorSpec(f"table{n}", "I64", (2,)) for n in range(3)]
     specs += [TensorSpec("scalar", "F32", ()), TensorSpec("empty", "BF16", (0, 4))]
     write_source(base / "source", {"model_type": "plain"}, specs)
     listed = json.dumps([spec.name for spec in specs])
@@ -131,3 +134,10 @@ def test_a_wrong_sum_that_no_tensors_mark_shows_is_found(split: Split) -> None:
     manifest = replace(split.manifest, ranks=(replace(rank, digest=digest),))
     with pytest.raises(VerifyError, match="is not the manifest's"):
         list(read_tensors(split.folder, manifest, 0, names(split), True))
+
+
+def test_a_model_computes_in_the_dtype_of_its_weights_not_of_its_tables(split: Split) -> None:
+    assert default_dtype(PreTrainedConfig(), split.manifest) in (torch.float32, torch.bfloat16)
+    one = [p for p in split.manifest.plan.placements if p.spec.dtype in ("I64", "F8_E4M3", "F16")]
+    plan = replace(split.manifest.plan, placements=tuple(one))
+    assert default_dtype(PreTrainedConfig(), replace(split.manifest, plan=plan)) == torch.float16

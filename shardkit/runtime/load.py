@@ -34,6 +34,8 @@ from shardkit.timeouts import Timeouts
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 
+COMPUTED = ("F64", "F32", "F16", "BF16")  # dtypes that a model computes in
+
 
 def load(
     folder: str | Path,
@@ -173,7 +175,7 @@ def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
     """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in TORCH_DTYPES)
+    stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in COMPUTED)
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else torch.float32
 
 
