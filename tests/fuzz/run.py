@@ -5,8 +5,9 @@
     python tests/fuzz/run.py --report                    write RESULTS.md from the results so far
 
 The readers are those of `targets.py`.  Every slice of a run adds a line to `--results` (JSON
-lines), so that a run that is cut short is counted for what it did; `--report` adds them up.  An
-input that a reader fails on is kept in `--work`, and ends its target's run with exit code 1.
+lines), so that a run that is cut short is counted for what it did; `--report` adds them up.  What
+coverage grows by is kept in `--work`, and so is an input that a reader fails on, which ends the
+slice, and makes the exit code 1.
 """
 
 import argparse
@@ -72,7 +73,10 @@ def fuzz(name: str, seconds: float, work: Path) -> Result:
 
 def runs(names: list[str], seconds: float, cpu: bool, work: Path) -> Iterator[Result]:
     """Fuzz each target for its share of `seconds`, of CPU or of wall clock, in turns."""
-    total, most = sum(TARGETS[n].share for n in names), max(TARGETS[n].share for n in names)
+    total, most = (
+        sum(TARGETS[n].share for n in names),
+        max(target.share for target in TARGETS.values()),
+    )
     left = {name: seconds * TARGETS[name].share / total for name in names}
     while names := [name for name in names if left[name] >= 1]:
         for name in names:
@@ -140,6 +144,8 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.name}")
     options = parser.parse_args()
     names = list(TARGETS) if options.all else options.targets
+    if not names and not options.report:
+        parser.error("name a target, or give --all or --report")
     if wrong := set(names) - set(TARGETS):
         parser.error(f"no such target: {', '.join(sorted(wrong))}")
     results = options.results or options.work / "results.jsonl"
