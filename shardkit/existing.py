@@ -3,14 +3,29 @@
 import os
 import stat
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from shardkit.errors import ManifestError, OutputError
-from shardkit.manifest import NAME
+from shardkit.manifest import NAME, Manifest
 from shardkit.manifest_file import read_manifest
 from shardkit.strict_json import shown
+from shardkit.target import Target
 
 CONFIG = "config.json"
+
+
+def shard_target(out: Path, force: bool, resume: bool = False) -> Target:
+    """Where a split or a reshard goes."""
+    return Target(out, check_shards if force else None, resume)
+
+
+def merge_target(manifest: Manifest, out: Path, force: bool, resume: bool = False) -> Target:
+    """Where a merge goes."""
+    source = manifest.source
+    index = [source.index.name] if source.index else []
+    names = {*manifest.copied, *index, *(file.name for file in source.files)}
+    return Target(out, partial(check_merged, names=names) if force else None, resume)
 
 
 def check_shards(folder: Path) -> None:

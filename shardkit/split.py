@@ -7,7 +7,6 @@ shard folder as a checkpoint.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import ManifestError
-from shardkit.existing import check_merged, check_shards
+from shardkit.existing import merge_target, shard_target
 from shardkit.file_sink import FileSink
 from shardkit.files import read_small
 from shardkit.integrity import check_ranks
@@ -147,19 +146,6 @@ def merge(
 def beside(source: Checkpoint) -> int:
     """The bytes of the companion files."""
     return sum(len(data) for _, data in source.companions())
-
-
-def shard_target(out: Path, force: bool, resume: bool = False) -> Target:
-    """Where a split or a reshard goes."""
-    return Target(out, check_shards if force else None, resume)
-
-
-def merge_target(manifest: Manifest, out: Path, force: bool, resume: bool = False) -> Target:
-    """Where a merge goes."""
-    source = manifest.source
-    index = [source.index.name] if source.index else []
-    names = {*manifest.copied, *index, *(file.name for file in source.files)}
-    return Target(out, partial(check_merged, names=names) if force else None, resume)
 
 
 @contextmanager
