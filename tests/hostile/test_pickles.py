@@ -21,6 +21,8 @@ from sources import index_of
 
 from shardkit.checkpoint import unpickle
 from shardkit.checkpoint.archive import ArchiveError
+from shardkit.checkpoint.pickled import _convert_file
+from shardkit.errors import SourceChanged
 
 BIN = "pytorch_model.bin"
 
@@ -150,6 +152,23 @@ def test_a_pickle_is_refused_by_split_with_nothing_run_or_left(
     assert "cannot be unpickled" in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pickle_written_to_while_it_is_converted_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / BIN
+    path.write_bytes(saved(GOOD["plain"]))
+    convert_file = subprocess.run
+
+    def run_and_touch(*arguments: Any, **options: Any) -> Any:
+        done = convert_file(*arguments, **options)
+        os.utime(path, ns=(0, 0))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run_and_touch)
+    with pytest.raises(SourceChanged, match="changed while it was read"):
+        _convert_file(path, tmp_path / "out")
 
 
 def test_safetensors_are_read_where_there_are_any(tmp_path: Path, apart_folder: Path) -> None:
