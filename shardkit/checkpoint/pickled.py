@@ -24,7 +24,7 @@ from shardkit.checkpoint.folder import (
 )
 from shardkit.checkpoint.index import Index, index_bytes
 from shardkit.checkpoint.listing import PICKLED, names_in, weight_files
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, real_file
 
 SLOWEST = 5_000_000  # bytes in a second
@@ -76,11 +76,16 @@ def safe_name(name: str) -> str:
 
 
 def _convert_file(path: Path, out: Path) -> None:
+    """Convert one file, which must stay as its checksums were found to be."""
     source = open_regular(path, CheckpointError)
     try:
         target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            before = os.fstat(source)
             _run(source, target, path)
+            now = os.fstat(source)
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise SourceChanged(f"{path}: changed while it was read")
         finally:
             os.close(target)
     except OSError as failure:

@@ -1,7 +1,9 @@
 """Pickled weights: refused unless asked for, and then read apart, checked, and never run."""
 
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import pytest
 import torch
 from archives import BAD, GOOD, code_running, saved, with_pickle
 from box import MEGABYTES, apart
-from command import run
+from command import SHARDKIT, environment, run
 from conftest import shared
+from fake_hub import Repository, serving
 from fixture_checkpoints import small_checkpoint
 from safetensors.torch import load_file
 from sources import index_of
 
 from shardkit.checkpoint import unpickle
 from shardkit.checkpoint.archive import ArchiveError
+from shardkit.checkpoint.pickled import _convert_file
+from shardkit.errors import SourceChanged
 
 BIN = "pytorch_model.bin"
 
@@ -107,8 +112,6 @@ def pickled(source: Path, out: Path, files: int = 1) -> Path:
     names = {name: f"pytorch_model-0000{at % files + 1}.bin" for at, name in enumerate(held)}
     for file in set(names.values()):
         (out / file).write_bytes(saved({n: t for n, t in held.items() if names[n] == file}))
-    import json
-
     (out / f"{BIN}.index.json").write_text(json.dumps(index_of(names)))
     return out
 
@@ -151,7 +154,48 @@ def test_a_pickle_is_refused_by_split_with_nothing_run_or_left(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_pickle_written_to_while_it_is_converted_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / BIN
+    path.write_bytes(saved(GOOD["plain"]))
+    convert_file = subprocess.run
+
+    def run_and_touch(*arguments: Any, **options: Any) -> Any:
+        done = convert_file(*arguments, **options)
+        os.utime(path, ns=(0, 0))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run_and_touch)
+    with pytest.raises(SourceChanged, match="changed while it was read"):
+        _convert_file(path, tmp_path / "out")
+
+
 def test_safetensors_are_read_where_there_are_any(tmp_path: Path, apart_folder: Path) -> None:
     folder = small_checkpoint(tmp_path / "model")
     (folder / BIN).write_bytes(b"never opened")
     assert run("plan", folder, "--tp", "2", "--allow-pickle").exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_hub_repository_of_pickles_is_fetched_only_where_they_are_allowed(tmp_path: Path) -> None:
+    folder = pickled(shared("models/stories260K"), tmp_path / "model")
+    commit = "0" * 40
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serving({"org/name": Repository({commit: files}, {"main": commit})}) as hub:
+        env = environment(
+            HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0",
+            NO_PROXY="127.0.0.1", TMPDIR=str(tmp_path),
+        )  # fmt: skip
+        refused, made = (
+            subprocess.run(
+                [*SHARDKIT, "split", "org/name", "out", "--tp", "2", *flags],
+                capture_output=True, text=True, env=env, cwd=tmp_path, check=False,
+            )
+            for flags in ([], ["--allow-pickle"])
+        )  # fmt: skip
+        assert (refused.returncode, "--allow-pickle" in refused.stderr) == (3, True)
+        assert made.returncode == 0, made.stderr
+        assert BIN in hub.fetched()
+    record = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["source"]
+    assert (record["id"], record["revision"]) == ("org/name", commit)
