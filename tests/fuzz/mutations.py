@@ -162,7 +162,7 @@ def change_json(data: bytes, rng: Random) -> bytes:
 
 
 def change_manifest(data: bytes, rng: Random) -> bytes:
-    """A manifest like `data`, mostly in canonical form with the `split_id` that its layout has."""
+    """A manifest like `data`, mostly in canonical form and with the digests that it should have."""
     text = change_tokens(data, rng, HEADER_WORDS, 2)
     if rng.random() < 0.1:
         return text
@@ -171,6 +171,9 @@ def change_manifest(data: bytes, rng: Random) -> bytes:
         layout = [1, table["tp_size"], table["source"]["sample"], table["recipe"]["sha256"]]
         named = strict_json.canonical([*layout, table["tensors"]])
         table["split_id"] = hashlib.sha256(named).hexdigest()
+        if table.pop("sha256", None) is not None:
+            unsealed = strict_json.canonical(table) + b"\n"
+            table["sha256"] = hashlib.sha256(unsealed).hexdigest()
         return strict_json.canonical(table) + b"\n"
     except (ValueError, KeyError, TypeError, RecursionError):
         return text

@@ -17,11 +17,12 @@ from shardkit.checkpoint.index import index_bytes, parse_index
 from shardkit.checkpoint.listing import parse_config
 from shardkit.config import resolve_counts, resolve_units
 from shardkit.errors import LayoutError, RecipeError
+from shardkit.manifest import to_json
 from shardkit.manifest_file import parse_manifest, shard_header
 from shardkit.plan import Plan, place
 from shardkit.recipe import Recipe, module_pattern
 from shardkit.recipe_file import parse_recipe
-from shardkit.strict_json import JsonError
+from shardkit.strict_json import JsonError, canonical
 from shardkit.tensor import TensorSpec
 
 T = TypeVar("T")
@@ -118,7 +119,11 @@ def check_manifest(data: bytes) -> None:
     manifest = refused(lambda: parse_manifest(data), JsonError, LayoutError)
     if manifest is None:
         return
-    assert manifest.data == data
+    table = _json_of(data)
+    assert data == canonical(table) + b"\n"
+    table.pop("sha256", None)  # the older ones lack it
+    assert table == json.loads(canonical(to_json(manifest)))
+    assert parse_manifest(manifest.data) == manifest
     again = manifest.plan.over(1)
     for tp_rank in range(manifest.tp_size):
         length = header_length(shard_header(manifest, tp_rank)[:23], 1 << 62)

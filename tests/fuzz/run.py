@@ -6,8 +6,8 @@
 
 The readers are those of `targets.py`.  Every slice of a run adds a line to `--results` (JSON
 lines), so that a run that is cut short is counted for what it did; `--report` adds them up.  What
-coverage grows by is kept in `--work`, and so is an input that a reader fails on, which ends the
-slice, and makes the exit code 1.
+coverage grows by is kept in `--work`, and so is an input that a reader fails on, which ends its
+target's run, and makes the exit code 1.
 """
 
 import argparse
@@ -83,6 +83,8 @@ def runs(names: list[str], seconds: float, cpu: bool, work: Path) -> Iterator[Re
             turn = min(SLICE * TARGETS[name].share / most, left[name])
             result = fuzz(name, turn, work)
             left[name] -= result.cpu_seconds if cpu else turn
+            if result.crashes:
+                left[name] = 0
             yield result
 
 
