@@ -65,7 +65,8 @@ class Ranks:
             for rank in range(size):
                 self._start(rank, device)
             outcome: Outcome = {}
-            self._collect(2 * timeouts.join, outcome)  # ranks give up first, and say why
+            # Loading Python's libraries is loading; then ranks miss one that does not join.
+            self._collect(timeouts.load + timeouts.join, outcome)
             if faults := faults_of(outcome):
                 raise judged(faults, size)
         except BaseException:
