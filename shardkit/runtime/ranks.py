@@ -243,9 +243,9 @@ class Ranks:
         time.sleep(ROLL_CALL)
         now = self._beats(ranks)
         stopped = [rank for rank in ranks if now.get(rank) == before.get(rank) is not None]
-        how = "died or is stopped: no sign of life" if stopped else "is running, but"
+        how = "died or is stopped: no sign of life, and" if stopped else "is running, but"
         return {
-            rank: Fault(f"rank {rank} {how}, and did not answer within {limit:g} s")
+            rank: Fault(f"rank {rank} {how} did not answer within {limit:g} s")
             for rank in stopped or ranks
         }
 
