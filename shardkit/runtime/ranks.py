@@ -65,7 +65,8 @@ class Ranks:
             for rank in range(size):
                 self._start(rank, device)
             outcome: Outcome = {}
-            self._collect(2 * timeouts.join, outcome)  # ranks give up first, and say why
+            # Loading Python's libraries is loading; then ranks miss one that does not join.
+            self._collect(timeouts.load + timeouts.join, outcome)
             if faults := faults_of(outcome):
                 raise judged(faults, size)
         except BaseException:
@@ -242,9 +243,9 @@ class Ranks:
         time.sleep(ROLL_CALL)
         now = self._beats(ranks)
         stopped = [rank for rank in ranks if now.get(rank) == before.get(rank) is not None]
-        how = "died or is stopped: no sign of life" if stopped else "is running, but"
+        how = "died or is stopped: no sign of life, and" if stopped else "is running, but"
         return {
-            rank: Fault(f"rank {rank} {how}, and did not answer within {limit:g} s")
+            rank: Fault(f"rank {rank} {how} did not answer within {limit:g} s")
             for rank in stopped or ranks
         }
 
