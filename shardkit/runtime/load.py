@@ -1,10 +1,8 @@
 """Loads this rank's shard into a transformers model."""
 
 import json
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from os import close
 from pathlib import Path
@@ -12,27 +10,24 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.errors import ManifestError
 from shardkit.manifest import Manifest
 from shardkit.manifest_file import read_manifest
-from shardkit.plan import Placement
 from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.experts import slow_experts, suit_experts
+from shardkit.runtime.fill import check_shapes, clear, fill, finish, tie_placements
 from shardkit.runtime.group import DEFAULT, TensorParallelGroup, connect
 from shardkit.runtime.layers import fit_widths
 from shardkit.runtime.localize import localize, select
 from shardkit.runtime.model_config import model_config
-from shardkit.runtime.names import Conversion, conversions
+from shardkit.runtime.names import conversions
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.runtime.same import called_alike
 from shardkit.shards import open_shard
 from shardkit.timeouts import Timeouts
-
-MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 
 COMPUTED = ("F64", "F32", "F16", "BF16")  # dtypes that a model computes in
 
@@ -45,6 +40,7 @@ def load(
     dtype: torch.dtype | None = None,
     timeouts: Timeouts = DEFAULT,
     verify: bool = False,
+    check_inputs: bool = True,
 ) -> PreTrainedModel:
     """This rank's part of the model in `folder`, ready for `model(...)` and `model.generate(...)`.
 
@@ -53,13 +49,15 @@ def load(
     ranks compare their versions, manifests and the shapes and dtypes they will load: with a wrong
     world size, or a missing, foreign or truncated shard, every rank raises the same RanksError.
     With `verify` each rank hashes the very bytes that it loads, and one flipped bit is such an
-    error, too.  So is a rank that is called with other inputs than the rest, and, within
-    `timeouts`, one that dies, stalls or never comes: every one that is left names it.  Rank 0 warns
-    of what makes the model slow here.
+    error, too.  So is, within `timeouts`, a rank that dies, stalls or never comes: every one that
+    is left names it; and a rank that is called with other inputs than the rest, unless
+    `check_inputs` is False, which spares each forward and generate one small collective.  Rank 0
+    warns of what makes the model slow here.
     """
     group = group or connect(device, timeouts)
     model, slow = load_told(Path(folder), group, dtype, verify)
-    called_alike(model, group)
+    if check_inputs:
+        called_alike(model, group)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -177,120 +175,6 @@ def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
         return config.dtype
     stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in COMPUTED)
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else torch.float32
-
-
-def check_shapes(
-    model: PreTrainedModel, placements: Mapping[str, Placement], plan: list[Conversion]
-) -> dict[str, Placement]:
-    """Each of the model's tensors that the shards make, and the placement it is made of.
-
-    Converts tensors of the whole shapes, without data, and raises ManifestError where one is not
-    the shape the model has: a config that is not the weights'.
-    """
-    state, placed = model.state_dict(), {}
-    for conversion in plan:
-        sources = [placements[name] for name, _ in conversion.sources]
-        whole = {p.spec.name: torch.empty(p.spec.shape, device="meta") for p in sources}
-        for name, tensor in conversion.run(whole, model).items():
-            if name not in state or state[name].shape != tensor.shape:
-                have = tuple(state[name].shape) if name in state else "no such tensor"
-                raise ManifestError(
-                    f"{conversion.sources[0][0]}: makes {name} {tuple(tensor.shape)}, but"
-                    f" config.json says {have}"
-                )
-            placed[name] = sources[0]
-    return placed
-
-
-def tie_placements(
-    model: PreTrainedModel, placed: Mapping[str, Placement], missing: set[str]
-) -> dict[str, Placement]:
-    """The placements of tensors that are not stored because they are tied to one that is."""
-    tied: dict[str, Placement] = {}
-    for target, source in (model.all_tied_weights_keys or {}).items():
-        names = {target, source}
-        stored = [placed[name] for name in names if name in placed]
-        stored += [tied[name] for name in names if name in tied]
-        tied.update({name: stored[0] for name in names & missing if stored})
-    return tied
-
-
-def fill(
-    model: PreTrainedModel,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    plan: list[Conversion],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Convert tensors, as soon as all that one is made of have come, and put them in the model."""
-    keep = tuple(model._get_dtype_plan(dtype))
-    owner = {name: at for at, part in enumerate(plan) for name, _ in part.sources}
-    waiting: dict[int, dict[str, torch.Tensor]] = {}
-    for source, read in tensors:
-        at = owner[source]
-        waiting.setdefault(at, {})[source] = read.to(device)
-        if len(waiting[at]) < len(plan[at].sources):
-            continue
-        for name, tensor in plan[at].run(waiting.pop(at), model).items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            wanted = getattr(module, leaf).dtype
-            if any(part in name for part in keep):
-                wanted = torch.float32
-            put(module, leaf, tensor.to(wanted))
-
-
-def clear(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Zero what only rank 0 adds: a bias inside a region that is summed over the ranks."""
-    for name in names:
-        model.get_parameter_or_buffer(name).zero_()
-
-
-def put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
-    """Set a parameter or buffer, whatever shape it had, marked as not to be initialised."""
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = tensor = nn.Parameter(tensor, requires_grad=False)
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-
-
-def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
-    """Tie what is tied, and make what no checkpoint stores: the buffers a model computes.
-
-    Raises ManifestError for a weight that is neither stored, tied nor computed: transformers would
-    make it up at random.
-    """
-    left = set(missing)
-    model.tie_weights(missing_keys=left, recompute_mapping=False)
-    left = {name for name in left if _is_meta(model, name)}
-    computed = model._keys_to_ignore_on_load_missing or []
-    for name in left:
-        if not any(re.search(pattern, name) for pattern in computed):
-            raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    made = sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == "meta")
-    if made > MAX_COMPUTED:
-        raise ManifestError(
-            f"config.json: {type(model).__name__} would compute tables of {made} bytes for itself,"
-            f" more than the {MAX_COMPUTED} allowed"
-        )
-    for name, tensor in tensors:
-        if tensor.device.type == "meta":
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            made = torch.empty_like(tensor, device=device)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = made
-            else:
-                owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
-        else:
-            tensor._is_hf_initialized = True
-    model.initialize_weights()
-
-
-def _is_meta(model: PreTrainedModel, name: str) -> bool:
-    return bool(model.get_parameter_or_buffer(name).device.type == "meta")
 
 
 def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:

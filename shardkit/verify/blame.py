@@ -7,7 +7,7 @@ import torch
 from shardkit.layout import Span
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement
-from shardkit.runtime.load import check_shapes
+from shardkit.runtime.fill import check_shapes
 from shardkit.runtime.names import conversions
 from shardkit.verify.models import Sharded, Tensors, Unsharded
 from shardkit.verify.numbers import judge

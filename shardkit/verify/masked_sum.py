@@ -26,8 +26,9 @@ from shardkit.errors import VerifyError
 from shardkit.plan import Placement, Plan, make_plan
 from shardkit.recipe import Recipe
 from shardkit.runtime.experts import suit_experts
+from shardkit.runtime.fill import check_shapes
 from shardkit.runtime.forward import uncached
-from shardkit.runtime.load import check_shapes, model_class
+from shardkit.runtime.load import model_class
 from shardkit.runtime.model_config import source_config
 from shardkit.runtime.names import conversions
 from shardkit.verify.inputs import make_inputs
