@@ -9,7 +9,6 @@ from typing import Any
 from shardkit.cli.options import status
 from shardkit.cli.text import plural, say
 from shardkit.recipe import Recipe
-from shardkit.runtime.model_config import check_buildable
 from shardkit.runtime.pool import RankPool
 from shardkit.verify.trials import Trial, caught, make_models, try_recipe
 
@@ -18,8 +17,6 @@ def run_checks(
     recipe: Recipe, config: Path | None, tp_sizes: Sequence[int], mutants: int
 ) -> dict[str, Any]:
     """The proofs of a recipe, and of errors planted in it, as JSON values."""
-    if config is not None:
-        check_buildable(config)
     with (
         tempfile.TemporaryDirectory(prefix="shardkit-") as folder,
         RankPool() as pool,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardkit.checkpoint.agreement import check_config
 from shardkit.checkpoint.listing import read_config
 from shardkit.draft.shrink import shrunk, ways
 from shardkit.errors import RecipeError
@@ -35,10 +36,12 @@ class Tiny:
 def make_tiny(model: str, work: Path) -> Tiny:
     """Save a small model of a type, or of the type of the config.json in a folder.
 
-    Raises RecipeError where transformers knows no such type, or no small one can be built and run.
+    Raises RecipeError where transformers knows no such type, or no small one can be built and run,
+    and CheckpointError for a config that should reach no builder.
     """
     folder = Path(model)
     source = read_config(folder) if (folder / "config.json").is_file() else {}
+    check_config(source, (), folder)
     model_type = str(source.get("model_type", "")) or model
     cls, config = _config(model_type, source)
     name = class_name(config, source)

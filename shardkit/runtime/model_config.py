@@ -5,7 +5,7 @@ No config.json reaches a class of transformers but through here.
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,6 @@ def source_config(folder: Path) -> PreTrainedConfig:
     """The config of an unsharded checkpoint's folder.  Raises CheckpointError."""
     with Checkpoint(folder) as checkpoint:
         return model_config(folder, checkpoint.specs())
-
-
-def check_buildable(folder: Path) -> None:
-    """Raise CheckpointError for a config, without weights, that should not reach a model's class.
-
-    For a builder that reads the folder itself: what it would run or fetch is refused, not left out.
-    """
-    model_config(folder)
-    if kernel := next(_kernels(read_config(folder)), None):
-        raise CheckpointError(
-            f"{folder}/config.json: {kernel} names a kernel to fetch; remove the field"
-        )
-
-
-def _kernels(table: dict[str, Any]) -> Iterator[str]:
-    """The fields that name an implementation on the Hub, which is code."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _kernels(value)
-        if "implementation" in key and "/" in str(value):
-            yield key
 
 
 def inert(value: Any) -> Any:

@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from shardkit.config import serves
 from shardkit.errors import RecipeError
 from shardkit.recipe import Recipe
 from shardkit.runtime.load import model_class
+from shardkit.runtime.model_config import model_config
 from shardkit.runtime.pool import RankPool
 from shardkit.verify.mutants import Mutant, mutants
 from shardkit.verify.proof import Proof, prove
@@ -58,12 +58,11 @@ def make_models(recipe: Recipe, config: Path | None, folder: Path) -> dict[str, 
 
 
 def make_like(config: Path, folder: Path) -> Path:
-    """Save a model with random weights of a folder's config.json.  Raises RecipeError if large."""
-    try:
-        found = AutoConfig.from_pretrained(config)
-    except (OSError, ValueError) as error:
-        told = str(error).split("\n")[0]
-        raise RecipeError(f"{config}: no config of a model that can be built: {told}") from None
+    """Save a model with random weights of a folder's config.json.
+
+    Raises RecipeError if it is large, and CheckpointError for a config that no model can have.
+    """
+    found = model_config(config)
     cls = model_class(found)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(found).parameters())

@@ -31,6 +31,7 @@ OPENERS = {"open", "fdopen", "read_bytes", "read_text", "safe_open", "load_file"
 # Where the package opens a file otherwise than by shardkit.files, and why it may.
 OPENED = {
     "shardkit/files.py": "the safe opener itself",
+    "shardkit/folders.py": "folders of the output, to sync and to lock",
     "shardkit/publish.py": "the output: exclusive, no links, its own folders",
     "shardkit/checkpoint/pickled.py": "makes the converted file, exclusive, in a private folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
@@ -46,7 +47,6 @@ OPENED = {
     "shardkit/verify/masked_sum.py": "a small model that a proof has made",
     "shardkit/verify/proof.py": "a small model that a proof has made",
     "shardkit/verify/samples.py": "the bundled samples",
-    "shardkit/verify/trials.py": "a config that check_buildable has passed",
 }
 
 
