@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint sweep bench clean
+.PHONY: demo test lint slow sweep bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/shardkit demo
@@ -18,6 +18,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow --ignore tests/test_families.py
 
 sweep: $(VENV)/dev
 	$(BIN)/python tests/sweep.py
