@@ -1,8 +1,11 @@
 """The rendezvous store that torch's environment variables name, each answer with a deadline."""
 
+import contextlib
 import os
 import queue
+import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from shardkit.errors import RanksLost
 
 PREFIX = "shardkit/"  # and how often torchrun has started these ranks anew
+RETRY = 0.1  # seconds between two tries to reach the store
 T = TypeVar("T")
 
 
@@ -31,7 +35,9 @@ class RankStore:
         self._thread = threading.Thread(target=self._serve, name="shardkit-store", daemon=True)
         self._thread.start()
         self._lost = ""
-        self._store = self._do(lambda: connect_store(self.here, join), join + 1)
+        if not self.here and not _reachable(join):
+            raise RanksLost(f"{self.keeper} died or never started: no store there in {join:g} s")
+        self._store = self._do(lambda: connect_store(self.here, join), join)
 
     def set(self, key: str, text: str) -> None:
         """Set a key."""
@@ -70,7 +76,7 @@ class RankStore:
             raise RanksLost(self._lost) from None
         if error is not None:
             reason = str(error).split("\n")[0]
-            self._lost = f"{self.keeper} died or never started: no store there ({reason})"
+            self._lost = f"{self.keeper} died: its store is gone ({reason})"
             raise RanksLost(self._lost) from None
         answer: T = found
         return answer
@@ -90,8 +96,7 @@ Reply = queue.SimpleQueue[tuple[Any, Exception | None]]
 def connect_store(host: bool, join: float) -> dist.Store:
     """A connection to the store of MASTER_ADDR and MASTER_PORT; `host` it here as well."""
     store = dist.TCPStore(
-        os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(os.environ["MASTER_PORT"]),
+        *_address(),
         is_master=host,
         wait_for_workers=False,
         multi_tenant=True,
@@ -103,6 +108,20 @@ def connect_store(host: bool, join: float) -> dist.Store:
 def beat_key(rank: int) -> str:
     """Where the signs of life of a rank that `Ranks` started are, for who keeps its store."""
     return f"{PREFIX}0/beat/{rank}"
+
+
+def _address() -> tuple[str, int]:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
+
+
+def _reachable(seconds: float) -> bool:
+    """Whether something comes to listen there; torch's client overruns its time, and is loud."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(_address(), timeout=1.0):
+            return True
+        time.sleep(RETRY)
+    return False
 
 
 def _kept_by_agent() -> bool:
