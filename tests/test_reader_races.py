@@ -1,6 +1,5 @@
 """A reader that looks while a writer publishes: nothing, the whole old or the whole new output."""
 
-import inspect
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,9 +23,6 @@ from shardkit.split import split
 RANKS = 3
 FEW, MANY = 5, 50
 Known = dict[str, dict[str, bytes]]
-needs_force = pytest.mark.skipif(
-    "force" not in inspect.signature(split).parameters, reason="this split cannot replace"
-)
 
 
 def serve(pipe: Connection) -> None:
@@ -36,7 +32,7 @@ def serve(pipe: Connection) -> None:
         with Checkpoint(source) as checkpoint:
             recipe = find_recipe(checkpoint.config)
             plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, RANKS)
-            split(checkpoint, plan, recipe, out, **({"force": True} if force else {}))
+            split(checkpoint, plan, recipe, out, force=force)
         pipe.send("done")
 
 
@@ -143,7 +139,6 @@ def test_a_reader_sees_nothing_or_the_whole_output(
     first_races(FEW, sources, known, tmp_path)
 
 
-@needs_force
 def test_a_reader_sees_the_whole_old_or_the_whole_new_output(
     sources: dict[str, Path], known: Known, tmp_path: Path
 ) -> None:
@@ -157,7 +152,6 @@ def test_fifty_readers_see_nothing_or_the_whole_output(
     first_races(MANY, sources, known, tmp_path)
 
 
-@needs_force
 @pytest.mark.slow
 def test_fifty_readers_see_the_whole_old_or_the_whole_new_output(
     sources: dict[str, Path], known: Known, tmp_path: Path
