@@ -1,8 +1,11 @@
 """What ranks have told each other, judged: how they differ, and which one is to blame."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from shardkit.errors import RanksError, RanksLost
 
 SAME_SOFTWARE = "every rank must run the same versions"
 SAME_FOLDER = "every rank must load the same shard folder"
@@ -28,6 +31,15 @@ class State:
     left: str | None = None  # why it ended, in its own words
     alive: bool = False  # it is heard of
     doing: str = ""  # what it said it does, when last heard of
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a rank gives no answer: in words, whether it is lost, and whether it has ended."""
+
+    told: str
+    lost: bool = True
+    ended: bool = False
 
 
 def differences(reports: Mapping[int, Mapping[str, str]]) -> str:
@@ -79,6 +91,29 @@ def blame(doing: str, error: str, limit: float, others: Mapping[int, State]) -> 
     if elsewhere:
         return f"{', '.join(elsewhere)} while this one was in {doing}: the ranks are out of step"
     return f"the ranks lost each other in {doing}: {error}"
+
+
+def brief(error: Exception) -> str:
+    """The first sentence of a library's error, without the place in its source; never empty."""
+    line = str(error).split("\n")[0] or type(error).__name__
+    return re.sub(r"^\[\S+\] ", "", line).split(". ")[0]
+
+
+def judged(faults: Mapping[int, Fault], size: int) -> RanksError:
+    """The error that says why: deaths, else what is a rank's own, else what ranks say of others.
+
+    Ranks that are left tell that a collective failed, and whom they miss.
+    """
+    ended = [fault.told for fault in faults.values() if fault.ended]
+    own = {rank: fault.told for rank, fault in faults.items() if not fault.lost}
+    if ended:
+        return RanksLost("; ".join(ended))
+    if own:
+        first = min(own)
+        told = own[first]
+        alike = len(own) == size and len(set(own.values())) == 1
+        return RanksError(told if alike or told.startswith("rank ") else f"rank {first}: {told}")
+    return RanksLost("; ".join(dict.fromkeys(fault.told for fault in faults.values())))
 
 
 def named(ranks: Iterable[int]) -> str:

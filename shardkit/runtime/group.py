@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.faults import differences, errors
+from shardkit.runtime.faults import brief, differences, errors
 from shardkit.runtime.link import Link
 from shardkit.runtime.store import connect_store
 from shardkit.timeouts import Timeouts
@@ -76,7 +76,7 @@ class TensorParallelGroup:
         """
         mine = _report(report, error, note)
         if self.link is not None and by_store:
-            said = self.link.exchange(mine, self.link.timeouts.load)
+            said = self._exchange(self.link, mine)
         else:
             said = self._by_gather(mine)
         told = {rank: json.loads(text) for rank, text in said.items()}
@@ -128,10 +128,13 @@ class TensorParallelGroup:
         self.steps += 1
         if self.link is not None:
             self.link.at = "in", name, self.steps
+        reason = ""
         try:
             act()
         except (RuntimeError, ValueError, OSError) as error:
-            self._lose(f"{name} {self.steps}", str(error).split("\n")[0])
+            reason = brief(error)
+        if reason:  # here, since the exception holds the group, whose closing tells the others
+            self._lose(f"{name} {self.steps}", reason)
         if self.link is not None:
             self.link.at = "after", name, self.steps
 
@@ -139,7 +142,16 @@ class TensorParallelGroup:
         self.lost = f"{doing} failed: {reason}"
         if self.link is not None:
             self.lost = self.link.explain(doing, reason, self._close)
-        raise RanksLost(self.lost) from None
+        raise RanksLost(self.lost)
+
+    def _exchange(self, link: Link, mine: str) -> dict[int, str]:
+        if self.lost:
+            raise RanksLost(self.lost)
+        try:
+            return link.exchange(mine, link.timeouts.load)
+        except RanksLost as error:
+            self.lost = str(error)  # so that this rank waits for no other when it leaves
+            raise
 
     def _open(self) -> None:
         assert self.link is not None

@@ -104,7 +104,7 @@ class Link:
             if failed:
                 close()
             if not failed or self.store.here:
-                self._wait_for_leavers()
+                self._wait_for_leavers(ROLL_CALL + 1 if failed else LEAVE)
         except RanksError:
             pass  # the store is gone, and whoever kept it
         close()
@@ -137,15 +137,17 @@ class Link:
                     return said
                 raise RanksLost(self._overdue(list(missing), said, watch, limit))
             time.sleep(POLL if time.monotonic() < began + 1 else 10 * POLL)
-        self._check(watch, [])
+        self._check(watch, {})
         return said
 
-    def _check(self, watch: "Watch", missing: Iterable[int]) -> None:
-        """Raise RanksError if waiting for these ranks is vain."""
+    def _check(self, watch: "Watch", missing: Mapping[int, str]) -> None:
+        """Raise RanksError if waiting for these keys of ranks is vain."""
         for fault in self.store.read({0: "fault"}).values():
             raise RanksError(fault)
-        for rank, reason in self.store.read(self._keys("left", missing)).items():
-            raise RanksLost(f"rank {rank} left: {reason}")
+        if left := self.store.read(self._keys("left", missing)):
+            spoke = self.store.read({rank: missing[rank] for rank in left})  # before it left
+            for rank in left.keys() - spoke.keys():
+                raise RanksLost(f"rank {rank} left: {left[rank]}")
         if quiet := watch.quiet(self.store.read(self._keys("beat", missing))):
             raise RanksLost(
                 f"{named(quiet)} died or is stopped: no sign of life for {watch.limit:g} s"
@@ -173,8 +175,8 @@ class Link:
             for r in self._others
         }
 
-    def _wait_for_leavers(self) -> None:
-        end = time.monotonic() + LEAVE
+    def _wait_for_leavers(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if len(self.store.read(self._keys("left"))) == self.size:
                 return

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,8 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from shardkit.errors import RanksError, RanksLost
+from shardkit.errors import RanksError
+from shardkit.runtime.faults import Fault, judged
 from shardkit.runtime.group import DEFAULT
 from shardkit.runtime.link import ROLL_CALL
 from shardkit.runtime.store import beat_key
@@ -29,15 +30,6 @@ from shardkit.timeouts import Timeouts
 GRACE = 2.0  # seconds the other ranks have to answer once one has failed
 
 OnToken = Callable[[list[int]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why a rank gives no answer: in words, whether it is lost, and whether it has ended."""
-
-    told: str
-    lost: bool = True
-    ended: bool = False
 
 
 Faults = dict[int, Fault]
@@ -273,20 +265,3 @@ class Ranks:
 def faults_of(outcome: Outcome) -> Faults:
     """Those ranks that gave no answer, and why."""
     return {rank: found for rank, found in outcome.items() if isinstance(found, Fault)}
-
-
-def judged(faults: Faults, size: int) -> RanksError:
-    """The error that says why: deaths, else what is a rank's own, else what ranks say of others.
-
-    Ranks that are left tell that a collective failed, and whom they miss.
-    """
-    ended = [fault.told for fault in faults.values() if fault.ended]
-    own = {rank: fault.told for rank, fault in faults.items() if not fault.lost}
-    if ended:
-        return RanksLost("; ".join(ended))
-    if own:
-        first = min(own)
-        told = own[first]
-        alike = len(own) == size and len(set(own.values())) == 1
-        return RanksError(told if alike or told.startswith("rank ") else f"rank {first}: {told}")
-    return RanksLost("; ".join(dict.fromkeys(fault.told for fault in faults.values())))

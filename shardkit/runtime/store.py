@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shardkit.errors import RanksLost
+from shardkit.runtime.faults import brief
 
 PREFIX = "shardkit/"  # and how often torchrun has started these ranks anew
 RETRY = 0.1  # seconds between two tries to reach the store
@@ -75,8 +76,7 @@ class RankStore:
             self._lost = f"{self.keeper} is stopped: its store does not answer in {seconds:g} s"
             raise RanksLost(self._lost) from None
         if error is not None:
-            reason = str(error).split("\n")[0]
-            self._lost = f"{self.keeper} died: its store is gone ({reason})"
+            self._lost = f"{self.keeper} died: its store is gone ({brief(error)})"
             raise RanksLost(self._lost) from None
         answer: T = found
         return answer
