@@ -28,8 +28,8 @@ def run_checks(
         for trial in try_recipe(recipe, models, tp_sizes, pool):
             trials.append(trial)
             tell(f"{len(trials)} of {len(models) * len(tp_sizes)} proofs: {trial.model}")
-        unused = _unused(recipe, trials)
         good = all(trial.proof.passed for trial in trials)
+        unused = _unused(recipe, trials) if good else []
         planted = _plant(recipe, models, trials, pool, mutants) if good else []
     return {
         "recipe": recipe.name,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from shardkit.verify.images import BATCH, image_token, image_tokens, make_images
 
 LENGTH = 24
+STEPS = 12  # tokens that may be generated after them
 SEED = 20
 FRAMES = 2  # of a spectrogram for each position, as the convolutions before it halve them
 START = 1  # tokens before an image's
@@ -53,8 +54,8 @@ def _sound(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     config: Any = model.config
     text = config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", None) or LENGTH)
-    longest = longest if longest > 0 else LENGTH  # -1 is any length
+    longest = int(getattr(text, "max_position_embeddings", None) or LENGTH + STEPS)
+    longest = max(longest - STEPS, 1) if longest > 0 else LENGTH  # -1 is any length
     generator = torch.Generator().manual_seed(SEED)
     plain = _plain_tokens(config, int(text.vocab_size))
 

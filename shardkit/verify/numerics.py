@@ -7,12 +7,11 @@ import torch
 
 from shardkit.manifest import Manifest
 from shardkit.verify.blame import blame
-from shardkit.verify.inputs import make_inputs
+from shardkit.verify.inputs import STEPS, make_inputs
 from shardkit.verify.models import Sharded, Tensors, Unsharded
 from shardkit.verify.numbers import Judgement, agreement, divergence, judge, worst
 from shardkit.verify.report import Check
 
-STEPS = 12
 WIDER = {torch.float64: torch.float64, torch.float32: torch.float64}
 # What transformers raises where a class cannot do what is asked of it.
 UNABLE = (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError)
