@@ -80,7 +80,8 @@ def main() -> None:
 
     Results go to stdout, progress and errors to stderr.  Exit codes: 0 done, 1 the checkpoint
     cannot be divided so, 2 wrong usage, 3 damaged input, 4 verification failed, 5 the output
-    cannot be written, 6 the source changed meanwhile, 7 ranks failed, 130 interrupted.
+    cannot be written, 6 the source changed meanwhile, 7 ranks failed, 130 interrupted,
+    143 terminated.
 
     \b
     Example:
