@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from harness import cut
-from rank_harness import Ended, Zygote, run_ranks
+from rank_harness import Ended, Zygote, divisible, run_ranks
 
 from shardkit import runtime
 from shardkit.runtime.faults import State, blame, differences
@@ -183,17 +182,7 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that divides by 2, 3 and 4."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=48, num_hidden_layers=2, num_attention_heads=12,
-        num_key_value_heads=12, vocab_size=60, eos_token_id=None,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return divisible(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch
 from command import SHARDKIT, environment
 from harness import cut
-from rank_harness import MARK, marked
+from rank_harness import MARK, divisible, marked
 
 from shardkit import runtime
 from shardkit.errors import RanksError
@@ -29,16 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=48, num_hidden_layers=2, num_attention_heads=12,
-        num_key_value_heads=12, vocab_size=60, eos_token_id=None,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return divisible(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="module")
