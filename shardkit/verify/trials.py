@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from shardkit.config import serves
-from shardkit.errors import RecipeError
+from shardkit.errors import CheckpointError, RecipeError
 from shardkit.recipe import Recipe
 from shardkit.runtime.load import model_class
 from shardkit.runtime.model_config import model_config
 from shardkit.runtime.pool import RankPool
 from shardkit.verify.mutants import Mutant, mutants
-from shardkit.verify.proof import Proof, prove
+from shardkit.verify.proof import FOREIGN, Proof, prove
 from shardkit.verify.samples import Sample, make_sample, samples, save_random
 
 BEAMS = 3
@@ -63,15 +63,19 @@ def make_like(config: Path, folder: Path) -> Path:
     Raises RecipeError if it is large, and CheckpointError for a config that no model can have.
     """
     found = model_config(config)
-    cls = model_class(found)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in cls(found).parameters())
-    if size > MAX_PARAMETERS:
-        raise RecipeError(
-            f"{config}: {size:,} parameters, more than the {MAX_PARAMETERS:,} that a recipe is"
-            " checked on; give a config with fewer layers and smaller widths"
-        )
-    return save_random(cls, found, folder)
+    try:
+        cls = model_class(found)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in cls(found).parameters())
+        if size <= MAX_PARAMETERS:
+            return save_random(cls, found, folder)
+    except FOREIGN as fault:  # whatever a model's class makes of a config
+        told = str(fault).split("\n")[0]
+        raise CheckpointError(f"{config}/config.json: no model can have it: {told}") from None
+    raise RecipeError(
+        f"{config}: {size:,} parameters, more than the {MAX_PARAMETERS:,} that a recipe is"
+        " checked on; give a config with fewer layers and smaller widths"
+    )
 
 
 def try_recipe(
