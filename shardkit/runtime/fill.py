@@ -100,7 +100,7 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> N
     model.tie_weights(missing_keys=left, recompute_mapping=False)
     left = {name for name in left if _is_meta(model, name)}
     computed = model._keys_to_ignore_on_load_missing or []
-    for name in left:
+    for name in sorted(left):
         if not any(re.search(pattern, name) for pattern in computed):
             raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
     tensors = [*model.named_parameters(), *model.named_buffers()]
