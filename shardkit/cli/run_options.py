@@ -65,4 +65,5 @@ def quiet_transformers() -> None:
     """Keep the libraries' bars and hints off the terminal, unless the user has asked for them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of hosts that have no name
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

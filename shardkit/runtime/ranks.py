@@ -175,7 +175,7 @@ class Ranks:
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.size)
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        given = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        given = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
         return given | {"PYTHONPATH": os.pathsep.join(path)}
 
     def _send(self, message: Message, outcome: Outcome) -> None:
