@@ -83,7 +83,10 @@ def test_it_is_split_run_and_merged_bit_for_bit(kind: str, ranks: Ranks, tmp_pat
     [
         ({"num_hidden_layers": 3}, r"num_hidden_layers is 3, but .* no tensor of .model.layers.2"),
         ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, but there are tensors of .*layers.1"),
-        ({"attention_bias": True}, r"layers.0.self_attn.k_proj.bias.*needs it, and no shard holds it"),
+        (
+            {"attention_bias": True},
+            r"layers.0.self_attn.k_proj.bias.*needs it, and no shard holds it",
+        ),
     ],
 )
 def test_a_config_that_is_not_the_weights_is_refused(
