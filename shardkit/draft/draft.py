@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from shardkit.draft.search import Say, Search, final
-from shardkit.draft.stored import Small, open_small
+from shardkit.draft.stored import NUMBER, Small, open_small
 from shardkit.draft.survey import survey
 from shardkit.draft.text import Content, written
 from shardkit.draft.tiny import Tiny, make_tiny
@@ -81,8 +81,6 @@ def compared(small: Small, content: Content) -> tuple[int, tuple[str, ...]]:
 
 
 def _starred(path: str) -> str:
-    from shardkit.draft.stored import NUMBER
-
     return NUMBER.sub("*", path)
 
 

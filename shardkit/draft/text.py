@@ -30,7 +30,6 @@ class Content:
     parts: tuple[Part, ...]
     replicate: tuple[str, ...]
     whole: Mapping[str, str]
-    once: tuple[str, ...] = ()
     comment: tuple[str, ...] = field(default=())
 
 
