@@ -12,7 +12,7 @@ demo: $(VENV)/demo
 	$(BIN)/shardkit demo
 
 test: lint
-	$(BIN)/python -m pytest
+	.ci/offline $(BIN)/python -m pytest
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -6,7 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 
+from shardkit.nonfinite import count_nonfinite
 from shardkit.stream import Progress
+from shardkit.tensor import TensorSpec
 
 BLOCK = 2 << 20  # bytes reread at once
 FLUSH = 4 << 20  # bytes written to a file before the kernel is told to start on them
@@ -20,7 +22,8 @@ class FileSink:
     """An output file, written once from its start and hashed on the way.
 
     `marks` holds, for each tensor, where it starts and the digest of the file up to its end: one
-    pass gives the file's sha256, and where in the file damage begins.
+    pass gives the file's sha256, and where in the file damage begins.  `nonfinite` holds how many
+    values are NaN or infinite, of each tensor that has any.
     """
 
     def __init__(self, fd: int, total: int, note: Callable[[int, str], object]) -> None:
@@ -31,6 +34,7 @@ class FileSink:
         """
         self.fd = fd
         self.size = 0
+        self.nonfinite: dict[str, int] = {}
         self._total = total
         self._note = note
         self._noted = 0
@@ -38,6 +42,7 @@ class FileSink:
         self._sha256 = hashlib.sha256()
         self._starts: list[tuple[str, int]] = []
         self._ends: list[str] = []
+        self._spec: TensorSpec | None = None
 
     @property
     def sha256(self) -> str:
@@ -55,17 +60,18 @@ class FileSink:
         ends = [*self._ends, self.sha256][1:]
         return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
 
-    def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`.  Raises OSError."""
+    def start(self, spec: TensorSpec) -> None:
+        """The next bytes are those of the file's part of a tensor.  Raises OSError."""
         if self.size - self._noted >= EVERY:
             self._secure()
         self._ends.append(self.sha256)
-        self._starts.append((name, self.size))
+        self._starts.append((spec.name, self.size))
+        self._spec = spec
 
     def feed(self, parts: Sequence[memoryview]) -> None:
         """Hash and write the next bytes.  Raises OSError."""
         for view in parts:
-            self._sha256.update(view)
+            self._take(view)
             while view:
                 count = os.pwrite(self.fd, view, self.size)
                 self.size += count
@@ -81,18 +87,32 @@ class FileSink:
         buffer = memoryview(bytearray(min(BLOCK, count)))
         stop = self.size + count
         while self.size < stop:
-            read = os.preadv(self.fd, [buffer[: stop - self.size]], self.size)
-            if read == 0:
-                raise OSError(errno.EIO, "became shorter while it was read")
-            self._sha256.update(buffer[:read])
-            self.size += read
-            progress(read)
+            part = buffer[: stop - self.size]
+            read_exactly(self.fd, part, self.size)
+            self._take(part)
+            self.size += len(part)
+            progress(len(part))
         self._noted = self._flushed = self.size
+
+    def _take(self, view: memoryview) -> None:
+        """Hash the next bytes, whole values of a tensor unless they are the header, and count."""
+        self._sha256.update(view)
+        if self._spec and (count := count_nonfinite(view, self._spec.dtype)):
+            self.nonfinite[self._spec.name] = self.nonfinite.get(self._spec.name, 0) + count
 
     def _secure(self) -> None:
         os.fdatasync(self.fd)
         self._note(len(self._starts), self.sha256)
         self._noted = self.size
+
+
+def read_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with a file's bytes from `offset` on.  Raises OSError."""
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise OSError(errno.EIO, "became shorter while it was read")
+        view, offset = view[count:], offset + count
 
 
 def start_write_back(fd: int, offset: int, count: int) -> None:

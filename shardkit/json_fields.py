@@ -43,6 +43,11 @@ class Fields:
             for k, v in self.table(key).items()
         }
 
+    def counts(self, key: str) -> dict[str, int]:
+        """A table of integers from 1 on."""
+        where = self.name(key)
+        return {k: integer(v, f"{where}: {shown(k)}", least=1) for k, v in self.table(key).items()}
+
     def pairs(self, key: str) -> dict[str, str]:
         """A list of pairs of strings, in its own order."""
         return dict(self.items(key, _pair))

@@ -6,8 +6,9 @@ shard fails even without the manifest.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardkit import strict_json
@@ -44,11 +45,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """One rank's file: its digest, and the pieces in it by tensor name."""
+    """One rank's file: its digest, and the pieces in it by tensor name.
+
+    `nonfinite` has how many values of a piece are NaN or infinite, of each piece that holds any.
+    """
 
     name: str
     digest: Digest
     pieces: Mapping[str, Piece]
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,14 @@ class Manifest:
     def placements(self) -> dict[str, Placement]:
         """Every tensor's placement, by name."""
         return {placement.spec.name: placement for placement in self.plan.placements}
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """How many values are NaN or infinite, by tensor, each rank's own copy counted."""
+        found: Counter[str] = Counter()
+        for rank in self.ranks:
+            found.update(rank.nonfinite)
+        return dict(found)
 
     @cached_property
     def data(self) -> bytes:
@@ -183,15 +196,21 @@ def to_json(manifest: Manifest) -> dict[str, object]:
         "tensors": {
             name: placement_json(placement) for name, placement in manifest.placements.items()
         },
-        "ranks": [
-            {"file": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256,
-             "pieces": {name: [p.offset, p.mark] for name, p in rank.pieces.items()}}
-            for rank in manifest.ranks
-        ],
+        "ranks": [_rank_json(rank) for rank in manifest.ranks],
         "copied": {
             name: {"size": d.size, "sha256": d.sha256} for name, d in manifest.copied.items()
         },
     }  # fmt: skip
+
+
+def _rank_json(rank: RankFile) -> dict[str, object]:
+    counted: dict[str, object] = {"nonfinite": rank.nonfinite} if rank.nonfinite else {}
+    return counted | {
+        "file": rank.name,
+        "size": rank.digest.size,
+        "sha256": rank.digest.sha256,
+        "pieces": {name: [p.offset, p.mark] for name, p in rank.pieces.items()},
+    }
 
 
 def placement_json(placement: Placement) -> dict[str, object]:

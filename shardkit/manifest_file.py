@@ -141,6 +141,8 @@ def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
         at += spec.nbytes
     if offsets != {name: piece.offset for name, piece in rank.pieces.items()}:
         raise JsonError(f"{rank.name}: its pieces are not the layout's")
+    if rank.nonfinite.keys() - offsets.keys():
+        raise JsonError(f"{rank.name}: counts values of a piece that it does not hold")
     if at != rank.digest.size:
         raise JsonError(f"{rank.name}: {rank.digest.size} bytes, but the layout makes {at}")
 
@@ -233,10 +235,12 @@ def _argument(value: Any, where: str) -> LocalArgument:
 
 
 def _rank(value: Any, where: str) -> RankFile:
-    fields = Fields(value, where, "file size sha256 pieces")
+    counted = isinstance(value, dict) and "nonfinite" in value  # left out where there are none
+    fields = Fields(value, where, "file size sha256 pieces" + " nonfinite" * counted)
     pieces = {name: _piece(piece, shown(name)) for name, piece in fields.table("pieces").items()}
     digest = Digest(fields.integer("size"), fields.hex("sha256"))
-    return RankFile(fields.file_name("file"), digest, pieces)
+    nonfinite = fields.counts("nonfinite") if counted else {}
+    return RankFile(fields.file_name("file"), digest, pieces, nonfinite)
 
 
 def _piece(value: Any, where: str) -> Piece:

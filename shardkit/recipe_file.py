@@ -1,6 +1,7 @@
 """Reads recipe files, strictly: an unknown key, a wrong type or an undeclared unit is an error."""
 
 import hashlib
+import os
 import re
 import tomllib
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from shardkit.errors import RecipeError
+from shardkit.files import read_small
 from shardkit.notation import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
 from shardkit.strict_json import one_line
@@ -30,12 +32,9 @@ MAX_DIM = 8  # of a forward argument
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file.  Raises RecipeError that names the file and the key."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise RecipeError(f"recipe {path}: larger than {MAX_BYTES} bytes")
+        data = read_small(Path(os.path.realpath(path)), MAX_BYTES, RecipeError)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {error}") from None
     try:
         return parse_recipe(path.stem, data)
     except RecipeError as error:

@@ -105,6 +105,6 @@ def _reread(sink: FileSink, file: OutputFile, entry: Entry, progress: Progress) 
         return False
     sink.reread(len(file.header), lambda _: None)
     for spec in file.tensors[: entry.tensors]:
-        sink.start(spec.name)
+        sink.start(spec)
         sink.reread(spec.nbytes, progress)
     return sink.sha256 == entry.sha256

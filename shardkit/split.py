@@ -15,7 +15,7 @@ from shardkit.checkpoint import Checkpoint, Source
 from shardkit.checkpoint.folder import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
-from shardkit.errors import ManifestError
+from shardkit.errors import CheckpointError, ManifestError
 from shardkit.existing import merge_target, shard_target
 from shardkit.file_sink import FileSink
 from shardkit.files import read_small
@@ -58,15 +58,17 @@ def split(
     *,
     force: bool = False,
     resume: bool = False,
+    finite: bool = False,
 ) -> Manifest:
     """Write one file per rank, the companion files, and the manifest last.
 
     `force` replaces a shard folder that is there, in one step; `resume` goes on with what a stopped
-    run to `out` has left.  Raises OutputError, SourceChanged or CheckpointError; then nothing is
-    left behind.
+    run to `out` has left; `finite` refuses weights of which a value is NaN or infinite.  Raises
+    OutputError, SourceChanged or CheckpointError; then nothing is left behind.
     """
     target = shard_target(out, force, resume)
     target.check()
+    source.check_download(progress)
     sample = source.sample()
     record = SourceRecord(
         source.name, source.revision, source.model_type, sample, source.files, source.index
@@ -82,6 +84,8 @@ def split(
         copied = _write_companions(stage, source.companions())
         _fill(stage, files, sinks, source, _rank_jobs(plan), progress)
         source.check_unchanged()
+        if finite:
+            _check_finite(source, sinks)
         return _write_manifest(stage, draft, sinks, copied)
 
 
@@ -212,6 +216,22 @@ def _fill(
     stage.finish_all(files)
 
 
+def _check_finite(source: Checkpoint, sinks: Iterable[FileSink]) -> None:
+    found = {name: count for sink in sinks for name, count in sink.nonfinite.items()}
+    if found:
+        raise CheckpointError(
+            f"{source.folder}: {nonfinite_text(found)}; leave out --fail-on-nonfinite to copy them"
+            " as they are"
+        )
+
+
+def nonfinite_text(counts: Mapping[str, int]) -> str:
+    """Which tensors hold NaN or infinite values, the first of them with how many."""
+    (name, count), *others = counts.items()
+    more = f", and so are some of {len(others)} more tensors" if others else ""
+    return f"{count} values of {name} are NaN or infinite{more}"
+
+
 def _write_companions(stage: Stage, files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
     copied = {}
     for name, data in files:
@@ -242,4 +262,4 @@ def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
 
 def _rank_file(name: str, sink: FileSink) -> RankFile:
     pieces = {tensor: Piece(at, end[:MARK]) for tensor, (at, end) in sink.marks.items()}
-    return RankFile(name, Digest(sink.size, sink.sha256), pieces)
+    return RankFile(name, Digest(sink.size, sink.sha256), pieces, sink.nonfinite)

@@ -25,8 +25,8 @@ Progress = Callable[[int], object]
 class Sink(Protocol):
     """What receives one output file's bytes, in order."""
 
-    def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`."""
+    def start(self, spec: TensorSpec) -> None:
+        """The next bytes are those of a tensor, or of a part of it."""
 
     def feed(self, parts: Sequence[memoryview]) -> None:
         """Take the next bytes."""
@@ -100,7 +100,7 @@ class _Copier:
     def _run(self, job: Job) -> None:
         view = byte_view(job.spec, job.dim)
         for sink, _ in job.takes:
-            self._submit(sink, self._sinks[sink].start, job.spec.name)
+            self._submit(sink, self._sinks[sink].start, job.spec)
         if view.outer > 1 and view.row <= BLOCK and all(_ascending(s) for _, s in job.takes):
             self._by_rows(job, view)
         else:

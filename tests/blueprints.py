@@ -174,9 +174,13 @@ def specs_of(shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> list
     return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
 
 
+# Without NaN and infinity in any dtype, whichever byte of a value it is.
+FINITE = bytes((value & 0xBF) + (value & 0xBF == 0x80) for value in range(256))
+
+
 def tensor_bytes(spec: TensorSpec) -> bytes:
     """Bytes that are the tensor's own: the same in every run, and unlike any other tensor's."""
-    return random.Random(spec.name).randbytes(spec.nbytes)
+    return random.Random(spec.name).randbytes(spec.nbytes).translate(FINITE)
 
 
 def file_of(specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> bytes:

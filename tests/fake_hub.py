@@ -18,6 +18,7 @@ class Repository:
     refs: dict[str, str]
     token: str = ""  # gated, if set: the list of files is public, the files are not
     short: frozenset[str] = frozenset()  # files served with their last byte missing
+    damaged: frozenset[str] = frozenset()  # files served with their last byte changed
 
 
 @dataclass
@@ -115,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(file, data)}"'}
         if file in repository.short and self.command == "GET":
             data = data[:-1]
+        if file in repository.damaged:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self._answer(data, 200, headers)
 
     def _answer(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"
 LAYERS = [  # a module imports from the rows above its own only; a package counts as one
     {"errors", "strict_json"},
-    {"tensor", "layout", "files", "folders", "target", "timeouts"},
+    {"tensor", "layout", "files", "folders", "target", "timeouts", "nonfinite"},
     {"notation", "json_fields", "checkpoint"},
     {"recipe"},
     {"recipe_file", "config"},

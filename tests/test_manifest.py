@@ -239,6 +239,11 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     "a piece too few": (without(*PIECE), "its pieces are not the layout's"),
     "a piece of three": (changed(*PIECE, to=[8, "0" * 16, 1]), "piece is not [offset, mark]"),
     "a short mark": (changed(*PIECE, 1, to="0"), "not 16 hex digits"),
+    "a count of another piece": (
+        changed("ranks", 0, "nonfinite", to={"x": 1}), "counts values of a piece that it does not",
+    ),
+    "a count of none": (changed("ranks", 0, "nonfinite", to={NORM: 0}), "0, not an integer of 1"),
+    "no counts at all": (changed("ranks", 0, "nonfinite", to={}), "not in canonical form"),
     "a digest in upper case": (changed("ranks", 0, "sha256", to="A" * 64), "not 64 hex digits"),
     "a digest of another kind": (changed("recipe", "sha256", to=[SHA]), "not 64 hex digits"),
     "a size too large": (changed("ranks", 1, "size", to=9), "9 bytes, but the layout makes"),

@@ -1,5 +1,6 @@
 """Recipe files: read strictly, and the bundled ones sound."""
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_a_sample_is_sound_once_its_one_fault_is_mended(tmp_path: Path) -> None:
         (b"\xff\xfe", "utf-8"),
         (b"a = " + b"[" * 100_000, "recursion"),
         (b"a = " + b"9" * 5000, "integer string conversion"),
-        (b" " * (1 << 20) + b"  ", "larger than 1048576"),
+        (b" " * (1 << 20) + b"  ", "more than the 1048576 allowed"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(
@@ -94,6 +95,17 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none.toml: No such file"):
         load_recipe(tmp_path / "none.toml")
+
+
+def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(RecipeError, match=r"pipe.toml: not a regular file"):
+        load_recipe(tmp_path / "pipe.toml")
+
+
+def test_a_recipe_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.toml").symlink_to(bundled()[0])
+    assert load_recipe(tmp_path / "link.toml").name == "link"
 
 
 @pytest.mark.parametrize("path", bundled(), ids=lambda path: path.stem)

@@ -3,12 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
 from shardkit.checkpoint.agreement import check_config
+from shardkit.checkpoint.blobs import check_blob, check_bytes, is_blob
 from shardkit.checkpoint.listing import is_companion, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, read_small, real_file
@@ -116,6 +118,25 @@ class Checkpoint:
                 raise SourceChanged(f"{path}: became shorter while it was read")
             view, at = view[count:], at + count
 
+    @property
+    def downloaded(self) -> int:
+        """The bytes that `check_download` reads: of weights files in a Hub cache."""
+        return sum(os.fstat(fd).st_size for _, _, fd in self._blobs())
+
+    def check_download(self, progress: Callable[[int], object]) -> None:
+        """Hash what lies in a Hub cache; raise CheckpointError where it is not the Hub's file."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            checks = [pool.submit(check_blob, *blob, progress) for blob in self._blobs()]
+        for check in checks:
+            check.result()
+
+    def _blobs(self) -> list[tuple[Path, str, int]]:
+        found = [
+            (real_file(self.folder, name, CheckpointError), str(self.folder / name), fd)
+            for name, fd in zip(self._names, self._fds, strict=True)
+        ]
+        return [blob for blob in found if is_blob(blob[0])]
+
     def check_unchanged(self) -> None:
         """Raise SourceChanged if a file was written to since it was opened."""
         for file, fd, before in zip(self.files, self._fds, self._stats, strict=True):
@@ -214,7 +235,10 @@ def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     for name in names_in(folder):
         if is_companion(name) and (folder / name).is_file():
             real = real_file(folder, name, CheckpointError)
-            yield name, read_small(real, MAX_COMPANION, CheckpointError)
+            data = read_small(real, MAX_COMPANION, CheckpointError)
+            if is_blob(real):
+                check_bytes(real, str(folder / name), data)
+            yield name, data
 
 
 def _is(question: Callable[[], bool]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardkit.checkpoint.blobs import check_blob, is_blob
 from shardkit.checkpoint.folder import (
     Checkpoint,
     companions,
@@ -61,7 +62,7 @@ def convert(folder: Path, index: Index | None, files: Sequence[str], apart: Path
     for name, data in companions(folder):
         (apart / name).write_bytes(data)
     for name, path in real.items():
-        _convert_file(path, apart / safe_name(name))
+        _convert_file(path, name, apart / safe_name(name))
     if index is not None:
         places = {tensor: safe_name(file) for tensor, file in index.weight_map.items()}
         (apart / safe_name(index.name)).write_bytes(
@@ -75,13 +76,15 @@ def safe_name(name: str) -> str:
     return stem.replace("pytorch_model", "model", 1) + (".safetensors" if dot else "") + rest
 
 
-def _convert_file(path: Path, out: Path) -> None:
+def _convert_file(path: Path, name: str, out: Path) -> None:
     """Convert one file, which must stay as its checksums were found to be."""
     source = open_regular(path, CheckpointError)
     try:
         target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             before = os.fstat(source)
+            if is_blob(path):
+                check_blob(path, name, source, lambda _: None)
             _run(source, target, path)
             now = os.fstat(source)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):

@@ -17,6 +17,7 @@ from shardkit.groups import blocking_tensor, total_bytes
 from shardkit.manifest import NAME, Manifest, signing_digest
 from shardkit.manifest_file import MAX_BYTES, read_manifest
 from shardkit.plan import make_plan
+from shardkit.split import nonfinite_text
 
 
 @click.command()
@@ -61,6 +62,7 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
             "tensors": len(manifest.placements),
             "bytes": total_bytes(manifest.plan),
         },
+        "nonfinite": manifest.nonfinite,
         "ranks": [
             {
                 "tp_rank": tp_rank,
@@ -88,6 +90,8 @@ def _say_shards(folder: Path, manifest: Manifest) -> None:
     )
     say(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
     say(f"Signed as {found['signing_sha256']} (the sha256 that OpenSSF model signing signs)")
+    if manifest.nonfinite:
+        say(f"Values    {nonfinite_text(manifest.nonfinite)}")
     say(f"Copied    {', '.join(found['copied']) or 'nothing'}")
     for rank in found["ranks"]:
         state = "" if rank["state"] == "present" else f"  {rank['state'].upper()}"

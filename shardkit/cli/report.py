@@ -37,6 +37,7 @@ def written(
             {"name": rank.name, "size": rank.digest.size, "sha256": rank.digest.sha256}
             for rank in manifest.ranks
         ],
+        "nonfinite": manifest.nonfinite,
         **plan_sizes(manifest.plan),
         "next": list(commands),
     }
@@ -56,10 +57,13 @@ def say_written(manifest: Manifest, out: Path, seconds: float, commands: Sequenc
         say(f"  {command}")
 
 
-def next_commands(out: Path, tp_size: int, source: str | None, generates: bool) -> list[str]:
+def next_commands(
+    out: Path, tp_size: int, source: str | None, generates: bool, pickled: bool = False
+) -> list[str]:
     """What to type after a split: prove it, try it, serve it."""
     folder = shlex.quote(str(out))
     against = f" --against {shlex.quote(source)}" if source else ""
+    against += " --allow-pickle" if pickled else ""
     commands = [f"shardkit verify {folder}{against}"]
     if generates:
         commands.append(f'shardkit generate {folder} "Once upon a time"')

@@ -24,7 +24,7 @@ from shardkit.costs import generates
 from shardkit.existing import shard_target
 from shardkit.groups import groups, stored_bytes
 from shardkit.plan import Plan, make_plan
-from shardkit.split import beside
+from shardkit.split import beside, nonfinite_text
 from shardkit.split import split as write_split
 
 
@@ -37,6 +37,11 @@ from shardkit.split import split as write_split
 @FORCE
 @RESUME
 @ALLOW_PICKLE
+@click.option(
+    "--fail-on-nonfinite",
+    is_flag=True,
+    help="Refuse weights of which any value is NaN or infinite, instead of warning.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @JSON
 def split(
@@ -48,6 +53,7 @@ def split(
     force: bool,
     resume: bool,
     allow_pickle: bool,
+    fail_on_nonfinite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -73,16 +79,19 @@ def split(
             _say_dry_run(plan, out, total, as_json)
             return
         started = perf_counter()
-        with progress_bar(total, "split") as advance:
+        with progress_bar(checkpoint.downloaded + total, "split") as advance:
             manifest = write_split(
-                checkpoint, plan, found, out, advance, force=force, resume=resume
-            )
+                checkpoint, plan, found, out, advance,
+                force=force, resume=resume, finite=fail_on_nonfinite,
+            )  # fmt: skip
         seconds = perf_counter() - started
         texts = generates(plan, checkpoint.config)
-        warnings = checkpoint.warnings
+        warnings = [*checkpoint.warnings]
+    if manifest.nonfinite:
+        warnings.append(f"{nonfinite_text(manifest.nonfinite)}; copied as they are")
     for warning in warnings:
         click.echo(f"Warning: {printable(warning)}", err=True)
-    commands = next_commands(out, tp_size, source, texts)
+    commands = next_commands(out, tp_size, source, texts, allow_pickle)
     if as_json:
         say_json(written(manifest, out, seconds, commands))
     else:

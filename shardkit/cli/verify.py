@@ -18,6 +18,7 @@ from shardkit.cli.run_options import (
 )
 from shardkit.cli.text import say, say_json
 from shardkit.errors import LayoutError, ManifestError, VerifyError
+from shardkit.groups import total_bytes
 from shardkit.manifest_file import read_manifest
 from shardkit.timeouts import Timeouts
 from shardkit.verify.report import Report
@@ -152,4 +153,7 @@ def _bytes_to_read(request: Request) -> int:
     except (ManifestError, LayoutError):
         return 0
     total = sum(manifest.ranks[rank].digest.size for rank in read)
-    return total * 2 if request.source and request.level != "files" else total
+    if request.source is None or request.level == "files":
+        return total
+    downloaded = 0 if Path(request.source).is_dir() else total_bytes(manifest.plan)
+    return total * 2 + downloaded

@@ -58,7 +58,7 @@ def verify(request: Request, progress: Callable[[int], object]) -> Report | None
             joined.follow()
         return None
     try:
-        with _source(request) as source:
+        with _source(request, progress) as source:
             return Report(str(request.folder), tuple(_checks(request, source, joined, progress)))
     finally:
         if joined is not None:
@@ -66,12 +66,13 @@ def verify(request: Request, progress: Callable[[int], object]) -> Report | None
 
 
 @contextmanager
-def _source(request: Request) -> Iterator[Checkpoint | None]:
-    """The source, if a level needs it and there is one."""
+def _source(request: Request, progress: Callable[[int], object]) -> Iterator[Checkpoint | None]:
+    """The source, if a level needs it and there is one; the Hub's own bytes if it is from there."""
     if request.source is None or request.level == "files":
         yield None
         return
     with open_checkpoint(request.source, request.revision) as source:
+        source.check_download(progress)
         yield source
 
 

@@ -41,10 +41,10 @@ class CompareSink:
         """Close the file."""
         os.close(self._fd)
 
-    def start(self, name: str) -> None:
-        """The next bytes are those of tensor `name`."""
-        self._name = name
-        self._at[name] = 0
+    def start(self, spec: TensorSpec) -> None:
+        """The next bytes are those of the rank's part of a tensor."""
+        self._name = spec.name
+        self._at[spec.name] = 0
 
     def feed(self, parts: Sequence[memoryview]) -> None:
         """Compare the next bytes with the file's.  Raises ManifestError if it cannot be read."""

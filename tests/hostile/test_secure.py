@@ -36,7 +36,6 @@ OPENED = {
     "shardkit/checkpoint/pickled.py": "makes the converted file, exclusive, in a private folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
     "shardkit/catalog.py": "the bundled recipes",
-    "shardkit/recipe_file.py": "a recipe that the user names",
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
     "shardkit/cli/recipe_draft.py": "makes the drafted recipe, exclusive",
     "shardkit/cli/demo.py": "the demo's own output",
