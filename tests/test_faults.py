@@ -22,7 +22,7 @@ from faults.scenes import SCENES, both, old_reshard, old_shards, source, state
 from splitting import split_folder
 
 FAULTS = Path(__file__).resolve().parent / "faults"
-DRIVER, RACES = FAULTS / "driver.py", FAULTS / "races.py"
+DRIVER, RACES, CUTS = (FAULTS / name for name in ("driver.py", "races.py", "cuts.py"))
 SEEN = {  # calls that change a filesystem, by what the shim calls them
     "mkdir": "mkdir", "mkdirat": "mkdir", "write": "write", "pwrite64": "write",
     "writev": "write", "fallocate": "fallocate", "fsync": "fsync", "fdatasync": "fdatasync",
@@ -239,3 +239,53 @@ def test_a_disk_that_is_too_small_at_fifty_sizes_is_left_as_it_was(
     codes = [fill(disk, arguments, pages, "out") for pages in range(1, 100)]
     assert codes.index(0) > 50
     assert set(codes[codes.index(0) :]) <= ({0} if "--force" in name else {0, 5})
+
+
+# The power cut
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Path:
+    """A folder where filesystems in files can be made and mounted."""
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("the power is cut on an ext4 of its own, and there is no mkfs.ext4")
+    image, mount = tmp_path / "trial", tmp_path / "trial-mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    done = subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the power cannot be cut here: {done.stderr.decode().strip()}")
+    subprocess.run(["umount", mount], check=True)
+    return tmp_path
+
+
+def power_cut(what: str, ext4: Path, shim: Path, step: int) -> list[Any]:
+    reports = output(CUTS, what, ext4, step, preload=shim)
+    for report in reports:
+        print(f"{report['scene']}: {report['points']} cuts, {report['states']}")
+    return reports
+
+
+def test_a_power_cut_leaves_a_whole_output_or_none(ext4: Path, shim: Path) -> None:
+    reports = power_cut("sound", ext4, shim, 70)
+    assert [report["scene"] for report in reports] == [scene.name for scene in SCENES]
+    assert [fault for report in reports for fault in report["faults"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_third_call_is_cut_off_at(ext4: Path, shim: Path) -> None:
+    reports = power_cut("sound", ext4, shim, 3)
+    assert [fault for report in reports for fault in report["faults"]] == []
+    cuts = sum(report["points"] for report in reports)
+    print(f"{cuts} cuts")
+    assert cuts >= 200
+
+
+def test_a_writer_that_syncs_no_files_is_found_broken_by_a_power_cut(
+    ext4: Path, shim: Path
+) -> None:
+    for report in power_cut("careless", ext4, shim, 1000):
+        assert "done, and yet MIXED after the cut" in report["faults"]

@@ -20,7 +20,7 @@ import oracles  # noqa: E402
 from run import Result, fuzz, report, runs  # noqa: E402
 from targets import SEEDS, TARGETS  # noqa: E402
 
-SECONDS = 5
+SECONDS = 10  # a minute in all
 NO_ATHERIS = "atheris is not installed (pip install 'shardkit[dev]')"
 FILES = [path for name in TARGETS for path in sorted((SEEDS / name).iterdir())]
 

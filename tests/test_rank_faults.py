@@ -4,7 +4,6 @@ Real processes over gloo.  The fast part runs two ranks; `pytest -m slow` runs t
 two, three and four.
 """
 
-import inspect
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import pytest
 from harness import cut
 from rank_harness import Ended, Zygote, divisible, run_ranks
 
-from shardkit import runtime
 from shardkit.runtime.faults import State, blame, differences
 
 WORLDS = [2, 3, 4]
@@ -166,11 +164,10 @@ SCENARIOS |= {
     )
     for how, says in DAMAGES.items()
 }
-if "verify" in inspect.signature(runtime.load).parameters:
-    DAMAGES[flipped_data] = FILE
-    SCENARIOS["with a flipped bit"] = Scenario(
-        FILE, model=True, damage="flipped_data", options={"verify": "1"}, everyone=True
-    )
+DAMAGES[flipped_data] = FILE
+SCENARIOS["with a flipped bit"] = Scenario(
+    FILE, model=True, damage="flipped_data", options={"verify": "1"}, everyone=True
+)
 
 
 @pytest.fixture(scope="module")
