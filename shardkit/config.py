@@ -124,7 +124,8 @@ def _default(config: Mapping[str, Any], field: str) -> Any:
     *path, last = field.split(".")
     for at, key in enumerate(path):
         stated = _get(config, ".".join([*path[: at + 1], "model_type"]))
-        cls = CONFIG_MAPPING[stated] if stated in CONFIG_MAPPING else cls.sub_configs.get(key)
+        known = isinstance(stated, str) and stated in CONFIG_MAPPING
+        cls = CONFIG_MAPPING[stated] if known else cls.sub_configs.get(key)
         if not hasattr(cls, "sub_configs"):
             return None
     declared = inspect.signature(cls).parameters

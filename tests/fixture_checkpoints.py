@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from blueprints import file_of
+from blueprints import FINITE
 
 from shardkit.checkpoint.header import header_bytes
 from shardkit.tensor import TensorSpec
@@ -102,7 +102,7 @@ def small_specs() -> list[TensorSpec]:
 def small_checkpoint(
     folder: Path, config: dict[str, object] | None = None, extra: Iterable[TensorSpec] = ()
 ) -> Path:
-    """A checkpoint folder in two files; `config` and `extra` tensors are added."""
+    """A checkpoint folder of random values in two files; `config` and `extra` tensors are added."""
     folder.mkdir(parents=True)
     specs = [*small_specs(), *extra]
     files = {
@@ -110,7 +110,8 @@ def small_checkpoint(
         "model-00002-of-00002.safetensors": specs[9:],
     }
     for name, held in files.items():
-        (folder / name).write_bytes(file_of(held))
+        data = os.urandom(sum(spec.nbytes for spec in held)).translate(FINITE)
+        (folder / name).write_bytes(header_bytes(held, {"format": "pt"}) + data)
     weight_map = {spec.name: name for name, held in files.items() for spec in held}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

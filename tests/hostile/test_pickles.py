@@ -168,7 +168,7 @@ def test_a_pickle_written_to_while_it_is_converted_is_noticed(
 
     monkeypatch.setattr(subprocess, "run", run_and_touch)
     with pytest.raises(SourceChanged, match="changed while it was read"):
-        _convert_file(path, tmp_path / "out")
+        _convert_file(path, BIN, tmp_path / "out")
 
 
 def test_safetensors_are_read_where_there_are_any(tmp_path: Path, apart_folder: Path) -> None:
