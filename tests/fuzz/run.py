@@ -100,7 +100,8 @@ def report(results: Path) -> str:
         "|---|---|---|---|---|---|\n"
     )
     commits = ", ".join(sorted({r.commit for r in found}))
-    return head + "".join([*rows, every]) + f"\nCommits: {commits or 'none'}.\n"
+    failed = "A failure ends its run; the input is kept in the corpus, and has to pass since."
+    return head + "".join([*rows, every]) + f"\n{failed}\n\nCommits: {commits or 'none'}.\n"
 
 
 def _row(name: str, results: list[Result]) -> str:
