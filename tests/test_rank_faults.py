@@ -6,6 +6,7 @@ two, three and four.
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 from harness import cut
-from rank_harness import Ended, Zygote, divisible, run_ranks
+from rank_harness import Ended, Zygote, divisible, free_port, run_ranks
 
+from shardkit.errors import RanksLost
 from shardkit.runtime.faults import State, blame, differences
+from shardkit.runtime.link import Link
+from shardkit.timeouts import Timeouts
 
 WORLDS = [2, 3, 4]
 SECONDS = {"join": 5.0, "load": 20.0, "collective": 3.0, "request": 20.0}
@@ -65,7 +69,7 @@ for how in ("killed", "raises", "exits", "exits at once", "stopped", "sleeps", "
         ABSENT, how, "before joining", timeout="join", fast=how == "raises"
     )
 AFTER_JOINING = {
-    "killed": SILENT, "raises": RAISED, "exits": ENDED, "exits at once": SILENT, "stopped": SILENT,
+    "killed": DIED, "raises": RAISED, "exits": ENDED, "exits at once": DIED, "stopped": SILENT,
 }  # fmt: skip
 for how, says in AFTER_JOINING.items():
     SCENARIOS[f"{how} before loading"] = Scenario(says, how, "after joining", model=True)
@@ -297,6 +301,17 @@ def test_ranks_that_differ_say_the_same(
     assert {one.said for one in ended.values()} == {
         "Error: rank 0 has dtype float64, ranks 1, 2, 3 float32: every rank must load it alike\n"
     }
+
+
+def test_a_rank_that_left_for_another_s_fault_tells_whose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.delattr(sys, "last_value", raising=False)  # of a test that failed before
+    zero, one = (Link(rank, 3, Timeouts(5, 5, 3)) for rank in range(2))
+    one.leave("rank 2 died (this rank was in all_reduce 3)", lambda: None)
+    with pytest.raises(RanksLost, match=r"^rank 1 left: rank 2 died"):
+        zero.exchange("ready", 5)
+    zero.leave("rank 1 left", lambda: None)
 
 
 def test_the_odd_rank_is_the_one_that_most_contradict() -> None:

@@ -104,10 +104,14 @@ class TensorParallelGroup:
         """Meet the other ranks, compare, and make the process group.  Raises RanksError."""
         self.link = link
         self.lost = "these ranks have not met"
-        said = link.meet(json.dumps(self.itself()), _unlike)
-        if fault := _unlike(said):
-            raise RanksError(fault)
-        self.lost = ""
+        try:
+            said = link.meet(json.dumps(self.itself()), _unlike)
+        except RanksError as error:
+            self.lost = str(error)
+            raise
+        self.lost = _unlike(said)
+        if self.lost:
+            raise RanksError(self.lost)
         self._together("the making of the group", self._open)
 
     def leave(self) -> None:
@@ -118,7 +122,7 @@ class TensorParallelGroup:
         """
         link, self.link = self.link, None
         if link is not None:
-            link.leave(bool(self.lost), self._close)
+            link.leave(self.lost, self._close)
         self.lost = self.lost or "this rank has left the others"
 
     def _together(self, name: str, act: Callable[[], object]) -> None:

@@ -89,15 +89,15 @@ class Link:
             return f"{fault} ({doing}: {error})"
         return blame(doing, error, self.timeouts.collective, states)
 
-    def leave(self, lost: bool, close: Callable[[], None]) -> None:
-        """Say that this rank ends and why, and `close` its group.
+    def leave(self, lost: str, close: Callable[[], None]) -> None:
+        """Say that this rank ends and why, and `close` its group; `lost` is why it is no use now.
 
         A rank still in its last collective fails when its peer closes the group, so peers wait for
         each other; but one that fails closes it at once, for the others to know.
         """
         error = getattr(sys, "last_value", None)  # what ends the interpreter, if anything does
-        reason = f"{type(error).__name__}: {error}".split("\n")[0] if error else "it ended"
-        failed = lost or error is not None
+        reason = f"{type(error).__name__}: {error}".split("\n")[0] if error else lost or "it ended"
+        failed = bool(lost) or error is not None
         self.store.patience = ROLL_CALL
         try:
             self.store.set(f"left/{self.rank}", reason)
