@@ -22,6 +22,8 @@ from shardkit.tensor import TensorSpec
 
 HIDDEN, FFN, KV, VOCABULARY = 2048, 5632, 512, 32000
 CHUNK = 1 << 20  # this process stays small: a child's peak memory starts at its parent's
+# As weights are: a value whose exponent has all bits set is NaN or infinite.
+FINITE = bytes(value & 0xBF for value in range(256))
 HERE = Path(__file__).resolve().parent
 COPY, SPLIT = "cp -r; sync -f", "shardkit split"
 CONTENDERS = {
@@ -47,7 +49,7 @@ def llama(layers: int) -> list[TensorSpec]:
 
 
 def make_source(folder: Path, gib: float) -> int:
-    """Write a checkpoint of about `gib` GiB of random bytes; the bytes of its weights."""
+    """Write a checkpoint of about `gib` GiB of random values; the bytes of its weights."""
     one, two = (sum(spec.nbytes for spec in llama(n)) for n in (1, 2))
     specs = llama(max(1, round((gib * 2**30 - one) / (two - one)) + 1))
     config = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -59,7 +61,7 @@ def make_source(folder: Path, gib: float) -> int:
         file.write(header_bytes(specs, {"format": "pt"}))
         for spec in specs:
             for start in range(0, spec.nbytes, CHUNK):
-                file.write(os.urandom(min(CHUNK, spec.nbytes - start)))
+                file.write(os.urandom(min(CHUNK, spec.nbytes - start)).translate(FINITE))
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

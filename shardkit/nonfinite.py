@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 
-BLOCK = 1 << 18  # bytes looked at together, to stay in a core's cache
+BLOCK = 1 << 16  # bytes looked at together, to stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
