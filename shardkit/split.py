@@ -68,7 +68,6 @@ def split(
     """
     target = shard_target(out, force, resume)
     target.check()
-    source.check_download(progress)
     sample = source.sample()
     record = SourceRecord(
         source.name, source.revision, source.model_type, sample, source.files, source.index
@@ -80,6 +79,7 @@ def split(
     files = _rank_files(draft)
     run = make_run(draft.split_id, source.state(), files)
     target.check_space(total_size(files) + beside(source))
+    source.check_download(progress)
     with _writing(target, run, files, progress) as (stage, sinks):
         copied = _write_companions(stage, source.companions())
         _fill(stage, files, sinks, source, _rank_jobs(plan), progress)
