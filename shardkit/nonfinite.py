@@ -5,6 +5,7 @@ the top of the exponent of each value nearly always ends it: no module beyond Py
 light, and the rest is done for the few blocks in which that byte tells of more.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -54,6 +55,13 @@ def count_nonfinite(data: memoryview, dtype: str) -> int:
     return sum(
         _count(bytes(data[start : start + BLOCK]), form) for start in range(0, len(data), BLOCK)
     )
+
+
+def nonfinite_text(counts: Mapping[str, int]) -> str:
+    """Which tensors hold NaN or infinite values, the first of them with how many."""
+    (name, count), *others = counts.items()
+    more = f", and so are some of {len(others)} more tensors" if others else ""
+    return f"{count} values of {name} are NaN or infinite{more}"
 
 
 def _count(block: bytes, form: _Format) -> int:

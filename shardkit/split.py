@@ -36,6 +36,7 @@ from shardkit.manifest import (
     stored_order,
     stored_specs,
 )
+from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import Placement, Plan
 from shardkit.publish import Stage, publishing
 from shardkit.recipe import Recipe
@@ -223,13 +224,6 @@ def _check_finite(source: Checkpoint, sinks: Iterable[FileSink]) -> None:
             f"{source.folder}: {nonfinite_text(found)}; leave out --fail-on-nonfinite to copy them"
             " as they are"
         )
-
-
-def nonfinite_text(counts: Mapping[str, int]) -> str:
-    """Which tensors hold NaN or infinite values, the first of them with how many."""
-    (name, count), *others = counts.items()
-    more = f", and so are some of {len(others)} more tensors" if others else ""
-    return f"{count} values of {name} are NaN or infinite{more}"
 
 
 def _write_companions(stage: Stage, files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:

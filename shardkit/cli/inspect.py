@@ -16,8 +16,8 @@ from shardkit.files import read_small
 from shardkit.groups import blocking_tensor, total_bytes
 from shardkit.manifest import NAME, Manifest, signing_digest
 from shardkit.manifest_file import MAX_BYTES, read_manifest
+from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import make_plan
-from shardkit.split import nonfinite_text
 
 
 @click.command()

@@ -23,8 +23,9 @@ from shardkit.cli.text import plural, printable, say, say_json, size
 from shardkit.costs import generates
 from shardkit.existing import shard_target
 from shardkit.groups import groups, stored_bytes
+from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import Plan, make_plan
-from shardkit.split import beside, nonfinite_text
+from shardkit.split import beside
 from shardkit.split import split as write_split
 
 
