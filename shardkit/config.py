@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardkit.errors import RecipeError
-from shardkit.notation import Unit
+from shardkit.layout.axis import Unit
 from shardkit.recipe import Recipe, UnitRule
 
 MAX_COUNT = 1 << 32

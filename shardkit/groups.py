@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardkit.layout import Section, sharing
+from shardkit.layout.spans import Section, sharing
 from shardkit.plan import Placement, Plan
 from shardkit.tensor import TensorSpec
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from shardkit import strict_json
 from shardkit.checkpoint.folder import SourceFile
 from shardkit.checkpoint.index import Index
-from shardkit.layout import Section
+from shardkit.layout.spans import Section
 from shardkit.plan import Placement, Plan
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 

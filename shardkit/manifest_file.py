@@ -13,7 +13,8 @@ from shardkit.checkpoint.index import Index
 from shardkit.errors import LayoutError, ManifestError
 from shardkit.files import read_small
 from shardkit.json_fields import Fields, file_name, hex_digits, integer, string
-from shardkit.layout import Section
+from shardkit.layout.axis import Unit
+from shardkit.layout.spans import Section
 from shardkit.manifest import (
     FORMAT,
     MARK,
@@ -28,7 +29,6 @@ from shardkit.manifest import (
     shard_metadata,
     stored_specs,
 )
-from shardkit.notation import Unit
 from shardkit.plan import MAX_TP_SIZE, Placement, Plan
 from shardkit.recipe import LocalArgument, LocalAttribute, Style
 from shardkit.strict_json import JsonError, shown

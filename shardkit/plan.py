@@ -7,8 +7,8 @@ from typing import Any
 
 from shardkit.config import resolve_counts, resolve_units
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.layout import Section, Span, Tile, length, spans, tile
-from shardkit.notation import Unit, sections
+from shardkit.layout.axis import Unit, sections
+from shardkit.layout.spans import Section, Span, Tile, length, spans, tile
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Style
 from shardkit.tensor import TensorSpec, byte_view
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 from shardkit.errors import RecipeError
-from shardkit.notation import Term
+from shardkit.layout.axis import Term
 
 Style = Literal["column", "row", "vocab", "norm", "gather", "once", "replicate", "ignore"]
 

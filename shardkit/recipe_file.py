@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from shardkit.errors import RecipeError
 from shardkit.files import read_small
-from shardkit.notation import NAME, Term, parse_axis
+from shardkit.layout.axis import NAME, Term, parse_axis
 from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
 from shardkit.strict_json import one_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from shardkit.checkpoint.header import header_of
 from shardkit.errors import ManifestError
 from shardkit.files import open_regular
-from shardkit.layout import Tile, length
+from shardkit.layout.spans import Tile, length
 from shardkit.manifest import Manifest, RankFile
 from shardkit.manifest_file import read_manifest, shard_header
 from shardkit.plan import Placement

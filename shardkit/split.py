@@ -21,7 +21,7 @@ from shardkit.file_sink import FileSink
 from shardkit.files import read_small
 from shardkit.integrity import check_ranks
 from shardkit.journal import Run
-from shardkit.layout import Span
+from shardkit.layout.spans import Span
 from shardkit.manifest import (
     MARK,
     NAME,

@@ -14,7 +14,7 @@ from itertools import pairwise, zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
-from shardkit.layout import Span, length
+from shardkit.layout.spans import Span, length
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
 BLOCK = 2 << 20  # bytes per buffer: what is hashed is still in a core's cache when written

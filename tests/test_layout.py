@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from shardkit.errors import LayoutError
-from shardkit.layout import (
+from shardkit.layout.spans import (
     MAX_SPANS,
     Section,
     Span,

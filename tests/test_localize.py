@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.layout import Section
+from shardkit.layout.spans import Section
 from shardkit.plan import Placement, Plan
 from shardkit.recipe import LocalAttribute
 from shardkit.runtime.localize import _shrink, select

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.layout import Section
+from shardkit.layout.spans import Section
 from shardkit.plan import Placement
 from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.group import TensorParallelGroup

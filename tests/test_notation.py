@@ -3,8 +3,8 @@
 import pytest
 
 from shardkit.errors import RecipeError
-from shardkit.layout import Section
-from shardkit.notation import Term, Unit, parse_axis, sections
+from shardkit.layout.axis import Term, Unit, parse_axis, sections
+from shardkit.layout.spans import Section
 
 UNITS = {
     "heads": Unit(8),

@@ -9,7 +9,7 @@ import pytest
 
 from shardkit.catalog import bundled, find_recipe
 from shardkit.errors import RecipeError
-from shardkit.notation import Term
+from shardkit.layout.axis import Term
 from shardkit.recipe import Recipe, Rule, module_pattern, tensor_pattern
 from shardkit.recipe_file import load_recipe
 

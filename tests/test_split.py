@@ -42,8 +42,8 @@ from shardkit.errors import (
     ShardkitError,
     SourceChanged,
 )
+from shardkit.layout.axis import Term
 from shardkit.manifest import rank_name
-from shardkit.notation import Term
 from shardkit.plan import make_plan
 from shardkit.recipe import Recipe, Rule, UnitRule
 from shardkit.split import split

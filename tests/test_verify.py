@@ -13,8 +13,8 @@ from families import make
 from harness import altered, cut
 
 import shardkit
-from shardkit import layout
 from shardkit.checkpoint import open_checkpoint
+from shardkit.layout import spans as layout
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards import ShardedCheckpoint
 from shardkit.verify import Check, check_files, check_weights

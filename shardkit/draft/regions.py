@@ -7,8 +7,8 @@ from typing import Any
 from shardkit.draft.probe import Meeting, Probe, out_dims
 from shardkit.draft.shrink import KINDS, kind_of
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.layout import spans
-from shardkit.notation import Unit, parse_axis, sections
+from shardkit.layout.axis import Unit, parse_axis, sections
+from shardkit.layout.spans import spans
 
 AXES = ("u", "2 u", "3 u", "4 u", "s", "2 s", "u + s + s", "2 u + s + s", "s (u + 2)", "s (u + 1)",
         "u + 2", "u + 1")  # fmt: skip

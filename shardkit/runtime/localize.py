@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shardkit.errors import LayoutError, ManifestError
-from shardkit.layout import Section, Span, deal, spans
+from shardkit.layout.spans import Section, Span, deal, spans
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, Plan
 from shardkit.recipe import LocalArgument, LocalAttribute, module_pattern

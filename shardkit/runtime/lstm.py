@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.layout import Section, length
+from shardkit.layout.spans import Section, length
 from shardkit.plan import Placement
 from shardkit.runtime import layers
 from shardkit.runtime.group import TensorParallelGroup

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shardkit.layout import Span
+from shardkit.layout.spans import Span
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement
 from shardkit.runtime.fill import check_shapes

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
-from shardkit.notation import Term
+from shardkit.layout.axis import Term
 from shardkit.recipe import Recipe, Rule, UnitRule
 
 ANY = "any_even_division"

@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shardkit.errors import RecipeError
-from shardkit.layout import Section
+from shardkit.layout.spans import Section
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 PLUS = re.compile(r"\+(?![^()]*\))")  # outside brackets
