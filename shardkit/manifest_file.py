@@ -30,7 +30,7 @@ from shardkit.manifest import (
     stored_specs,
 )
 from shardkit.plan import MAX_TP_SIZE, Placement, Plan
-from shardkit.recipe import LocalArgument, LocalAttribute, Style
+from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Style
 from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shardkit.config import resolve_counts, resolve_units
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout.axis import Unit, sections
 from shardkit.layout.spans import Section, Span, Tile, length, spans, tile
-from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Style
+from shardkit.recipe.counts import resolve_counts, resolve_units
+from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Recipe, Style
 from shardkit.tensor import TensorSpec, byte_view
 
 MAX_TP_SIZE = 1024

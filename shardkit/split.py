@@ -39,7 +39,7 @@ from shardkit.manifest import (
 from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import Placement, Plan
 from shardkit.publish import Stage, publishing
-from shardkit.recipe import Recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint
 from shardkit.sinks import Files, OutputFile, left, make_run, open_sinks, total_size
 from shardkit.stream import Job, Progress, copy

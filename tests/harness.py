@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from shardkit.catalog import find_recipe, recipe_folder
 from shardkit.checkpoint import open_checkpoint
 from shardkit.manifest import Manifest
 from shardkit.plan import make_plan
-from shardkit.recipe import Recipe
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import find_recipe, recipe_folder
+from shardkit.recipe.parse import load_recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.split import split
 
 

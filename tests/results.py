@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardkit.recipe import Recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.verify.trials import served_samples
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from blueprints import tensor_bytes
 
-from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, make_plan
-from shardkit.recipe import Recipe
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint
 from shardkit.split import merge, no_progress, reshard, split
 from shardkit.stream import Progress

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from shardkit.catalog import find_recipe
 from shardkit.costs import KvCache, collectives, compute_dtype, generates, kv_cache
 from shardkit.groups import (
     collapsed,
@@ -16,7 +15,8 @@ from shardkit.groups import (
     total_bytes,
 )
 from shardkit.plan import Plan, make_plan
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec
 
 LLAMA: dict[str, Any] = {

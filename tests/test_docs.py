@@ -9,10 +9,10 @@ import pytest
 from results import RESULTS, TABLE, digest, rendered
 
 from shardkit import errors
-from shardkit.catalog import bundled
 from shardkit.cli import COMMANDS, main
 from shardkit.manifest_file import parse_manifest
-from shardkit.recipe_file import KEYS, load_recipe
+from shardkit.recipe.catalog import bundled
+from shardkit.recipe.parse import KEYS, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

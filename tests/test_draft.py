@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.catalog import find_recipe
 from shardkit.draft.draft import Draft, make_draft
 from shardkit.draft.trial import Bench
 from shardkit.errors import RecipeError
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]

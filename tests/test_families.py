@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from families import VARIANTS, make
 
-from shardkit.catalog import bundled, find_recipe
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import bundled, find_recipe
+from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.pool import RankPool
 from shardkit.verify.proof import prove
 

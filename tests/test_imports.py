@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from blueprints import llama, llama_config, specs_of, write_source
 
-from shardkit.catalog import bundled
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import bundled
+from shardkit.recipe.parse import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"
@@ -20,10 +20,9 @@ LAYERS = [  # a module imports from the rows above its own only; a package count
     {"errors", "folders", "nonfinite", "strict_json"},
     {"files", "layout", "target", "tensor", "timeouts"},
     {"checkpoint", "json_fields", "publish", "recipe"},
-    {"config", "journal", "recipe_file", "stream"},
-    {"catalog", "file_sink", "plan"},
-    {"costs", "groups", "manifest", "sinks"},
-    {"manifest_file"},
+    {"journal", "plan", "stream"},
+    {"costs", "file_sink", "groups", "manifest"},
+    {"manifest_file", "sinks"},
     {"existing", "shards"},
     {"integrity"},
     {"runtime", "split"},

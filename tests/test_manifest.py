@@ -16,7 +16,7 @@ from shardkit import strict_json
 from shardkit.errors import ManifestError
 from shardkit.manifest import NAME, Manifest, make_split_id, rank_name
 from shardkit.manifest_file import parse_manifest, read_manifest, shard_header
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.parse import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest-format-1.json"
 UNSEALED = GOLDEN.with_name("unsealed-format-1.json")  # as the first manifests were

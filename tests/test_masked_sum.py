@@ -9,8 +9,8 @@ import transformers
 from families import VARIANTS, make
 from harness import altered
 
-from shardkit.catalog import find_recipe
-from shardkit.recipe import Recipe
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.verify.masked_sum import load, misses, placed_parameters, plan_of
 
 ROUNDING = 1e-5  # sound layouts miss by some 5e-7

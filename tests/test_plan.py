@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from blueprints import FAMILIES, Shapes, llama, llama_config, specs_of
 
-from shardkit.catalog import find_recipe
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.plan import Placement, Plan, make_plan
+from shardkit.recipe.catalog import find_recipe
 from shardkit.tensor import TensorSpec
 
 

@@ -21,8 +21,8 @@ from shardkit.checkpoint.header import read_header
 from shardkit.groups import groups, stored_bytes
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, Plan, make_plan
-from shardkit.recipe import Recipe
-from shardkit.recipe_file import parse_recipe
+from shardkit.recipe.parse import parse_recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.tensor import DTYPE_BITS, TensorSpec, byte_view
 
 MAX_RANKS = 16

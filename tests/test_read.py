@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.manifest_file import read_manifest
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.load import default_dtype
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.tensor import TensorSpec

@@ -12,11 +12,11 @@ import pytest
 from blueprints import llama, llama_config, specs_of, write_source
 from splitting import split_folder
 
-from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.integrity import check_ranks
 from shardkit.plan import make_plan
+from shardkit.recipe.catalog import find_recipe
 from shardkit.shards import ShardedCheckpoint
 from shardkit.split import split
 

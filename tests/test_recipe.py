@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.catalog import bundled, find_recipe
 from shardkit.errors import RecipeError
 from shardkit.layout.axis import Term
-from shardkit.recipe import Recipe, Rule, module_pattern, tensor_pattern
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import bundled, find_recipe
+from shardkit.recipe.parse import load_recipe
+from shardkit.recipe.recipe import Recipe, Rule, module_pattern, tensor_pattern
 
 SAMPLES = Path(__file__).parent / "samples"
 FAULTS = {

@@ -31,7 +31,6 @@ from splitting import (
 )
 
 from shardkit import integrity, stream
-from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
 from shardkit.errors import (
@@ -45,7 +44,8 @@ from shardkit.errors import (
 from shardkit.layout.axis import Term
 from shardkit.manifest import rank_name
 from shardkit.plan import make_plan
-from shardkit.recipe import Recipe, Rule, UnitRule
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.split import split
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from shardkit.catalog import find_recipe
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.text import plural, say, say_json, size
@@ -18,6 +17,7 @@ from shardkit.manifest import NAME, Manifest, signing_digest
 from shardkit.manifest_file import MAX_BYTES, read_manifest
 from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import make_plan
+from shardkit.recipe.catalog import find_recipe
 
 
 @click.command()

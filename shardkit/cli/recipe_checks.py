@@ -8,7 +8,7 @@ from typing import Any
 
 from shardkit.cli.options import status
 from shardkit.cli.text import plural, say
-from shardkit.recipe import Recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.pool import RankPool
 from shardkit.verify.trials import Trial, caught, make_models, try_recipe
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from shardkit.catalog import bundled, recipe_folder
 from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.run_options import quiet_transformers
 from shardkit.cli.text import plural, say, say_json
 from shardkit.errors import RecipeError, VerifyError
-from shardkit.recipe import Recipe
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.catalog import bundled, recipe_folder
+from shardkit.recipe.parse import load_recipe
+from shardkit.recipe.recipe import Recipe
 
 NAME = click.argument("name", metavar="NAME|FILE.toml")
 

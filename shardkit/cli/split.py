@@ -5,7 +5,6 @@ from time import perf_counter
 
 import click
 
-from shardkit.catalog import find_recipe
 from shardkit.cli.options import (
     ALLOW_PICKLE,
     FOLDER,
@@ -25,6 +24,7 @@ from shardkit.existing import shard_target
 from shardkit.groups import groups, stored_bytes
 from shardkit.nonfinite import nonfinite_text
 from shardkit.plan import Plan, make_plan
+from shardkit.recipe.catalog import find_recipe
 from shardkit.split import beside
 from shardkit.split import split as write_split
 

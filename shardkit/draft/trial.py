@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ShardkitError
 from shardkit.plan import make_plan
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.parse import load_recipe
 
 if TYPE_CHECKING:
     from shardkit.runtime.pool import RankPool  # which loads torch

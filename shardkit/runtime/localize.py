@@ -11,7 +11,7 @@ from shardkit.errors import LayoutError, ManifestError
 from shardkit.layout.spans import Section, Span, deal, spans
 from shardkit.manifest import Manifest
 from shardkit.plan import Placement, Plan
-from shardkit.recipe import LocalArgument, LocalAttribute, module_pattern
+from shardkit.recipe.recipe import LocalArgument, LocalAttribute, module_pattern
 from shardkit.runtime import layers, norms
 from shardkit.runtime.group import TensorParallelGroup
 from shardkit.runtime.lstm import make_parallel_lstm

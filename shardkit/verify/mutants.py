@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
 from shardkit.layout.axis import Term
-from shardkit.recipe import Recipe, Rule, UnitRule
+from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
 ANY = "any_even_division"
 HALVES = (Term((2,), ANY),)  # each rank takes a part of either half: right for a fused pair alone

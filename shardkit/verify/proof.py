@@ -11,7 +11,7 @@ from shardkit.errors import ShardkitError
 from shardkit.groups import groups, loaded_bytes, total_bytes
 from shardkit.manifest import Manifest
 from shardkit.plan import Plan, make_plan
-from shardkit.recipe import Recipe
+from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards import ShardedCheckpoint
 from shardkit.split import merge, split

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.catalog import recipe_folder
 from shardkit.errors import RecipeError
+from shardkit.recipe.catalog import recipe_folder
 from shardkit.runtime.classes import find_model_class
 
 NULL = "none"

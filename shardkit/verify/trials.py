@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from shardkit.config import serves
 from shardkit.errors import CheckpointError, RecipeError
-from shardkit.recipe import Recipe
+from shardkit.recipe.counts import serves
+from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.load import model_class
 from shardkit.runtime.model_config import model_config
 from shardkit.runtime.pool import RankPool

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardkit.errors import RecipeError
 from shardkit.layout.axis import Unit
-from shardkit.recipe import Recipe, UnitRule
+from shardkit.recipe.recipe import Recipe, UnitRule
 
 MAX_COUNT = 1 << 32
 

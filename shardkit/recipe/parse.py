@@ -12,7 +12,7 @@ from typing import Any, get_args
 from shardkit.errors import RecipeError
 from shardkit.files import read_small
 from shardkit.layout.axis import NAME, Term, parse_axis
-from shardkit.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
+from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Recipe, Rule, Style, UnitRule
 from shardkit.strict_json import one_line
 
 UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore", "once")

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardkit.config import serves
 from shardkit.errors import RecipeError
-from shardkit.recipe import Recipe
-from shardkit.recipe_file import load_recipe
+from shardkit.recipe.counts import serves
+from shardkit.recipe.parse import load_recipe
+from shardkit.recipe.recipe import Recipe
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def recipe_folder() -> Path:
