@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardkit import strict_json
-from shardkit.checkpoint.folder import SourceFile
+from shardkit.checkpoint.checkpoint import SourceFile
 from shardkit.checkpoint.index import Index
 from shardkit.layout.spans import Section
 from shardkit.plan import Placement, Plan

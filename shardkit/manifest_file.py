@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from shardkit import strict_json
-from shardkit.checkpoint.folder import SourceFile
+from shardkit.checkpoint.checkpoint import SourceFile
 from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, header_bytes
 from shardkit.checkpoint.index import Index
 from shardkit.errors import LayoutError, ManifestError

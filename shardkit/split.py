@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, Source
-from shardkit.checkpoint.folder import MAX_COMPANION
+from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import CheckpointError, ManifestError

@@ -20,7 +20,7 @@ from fixture_checkpoints import small_checkpoint
 from sources import CONFIG, INDEX, index_of, small_file
 
 import shardkit
-from shardkit.checkpoint.blobs import check_bytes
+from shardkit.checkpoint.hub_cache import check_bytes
 from shardkit.errors import CheckpointError
 
 ROOT = Path(shardkit.__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from blueprints import llama, llama_config, specs_of, write_source
 from damage import quiet
 from splitting import merge_folder, reshard_folder, split_folder
 
-from shardkit.checkpoint.folder import SAMPLE
+from shardkit.checkpoint.checkpoint import SAMPLE
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
 from shardkit.manifest import NAME, Manifest

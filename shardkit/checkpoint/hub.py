@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shardkit.checkpoint.listing import COMPANIONS, names_in, read_config, weight_files
+from shardkit.checkpoint.weight_files import COMPANIONS, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError
 from shardkit.strict_json import shown
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.pickled import opened
+from shardkit.checkpoint.pickled.convert import opened
 from shardkit.errors import CheckpointError
 from shardkit.manifest import NAME
 

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import click
 
-from shardkit.checkpoint.listing import read_config
+from shardkit.checkpoint.weight_files import read_config
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, TP, progress_bar
 from shardkit.cli.report import next_commands, say_written, written
 from shardkit.cli.text import say_json

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shardkit.checkpoint.pickled import opened
+from shardkit.checkpoint.pickled.convert import opened
 from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
 from shardkit.cli.run_options import (
     DEVICE,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardkit.checkpoint.agreement import check_config
-from shardkit.checkpoint.listing import read_config
+from shardkit.checkpoint.config_check import check_config
+from shardkit.checkpoint.weight_files import read_config
 from shardkit.draft.shrink import shrunk, ways
 from shardkit.errors import RecipeError
 

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from shardkit.checkpoint.folder import MAX_COMPANION
+from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
 from shardkit.files import read_small
 from shardkit.manifest import Manifest

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.agreement import check_config
-from shardkit.checkpoint.listing import read_config
+from shardkit.checkpoint.config_check import check_config
+from shardkit.checkpoint.weight_files import read_config
 from shardkit.errors import CheckpointError
 from shardkit.tensor import TensorSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from shardkit.checkpoint.folder import MAX_COMPANION
+from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
 from shardkit.files import read_small
 from shardkit.integrity import Progress, rank_faults

@@ -15,7 +15,7 @@ import safetensors
 
 from shardkit.checkpoint.header import Header, header_length, parse_header
 from shardkit.checkpoint.index import index_bytes, parse_index
-from shardkit.checkpoint.listing import parse_config
+from shardkit.checkpoint.weight_files import parse_config
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.manifest import to_json
 from shardkit.manifest_file import parse_manifest, shard_header

@@ -12,7 +12,7 @@ from conftest import shared
 from fixture_checkpoints import SMALL_CONFIG, sparse_checkpoint
 
 from shardkit.checkpoint import Checkpoint, open_checkpoint
-from shardkit.checkpoint.agreement import MANY, check_config, layer_lists
+from shardkit.checkpoint.config_check import MANY, check_config, layer_lists
 from shardkit.errors import CheckpointError
 from shardkit.tensor import TensorSpec
 

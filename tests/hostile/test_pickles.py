@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from sources import index_of
 
 from shardkit.checkpoint import unpickle
-from shardkit.checkpoint.archive import ArchiveError
-from shardkit.checkpoint.pickled import _convert_file
+from shardkit.checkpoint.pickled.archive import ArchiveError
+from shardkit.checkpoint.pickled.convert import _convert_file
 from shardkit.errors import SourceChanged
 
 BIN = "pytorch_model.bin"

@@ -1,6 +1,6 @@
 """A process of its own that turns one pickled weights file into a safetensors file.
 
-    python -m shardkit.checkpoint.unpickle IN OUT    # two open file descriptors
+    python -m shardkit.checkpoint.pickled.sandbox IN OUT    # two open file descriptors
 
 The one place where a pickle is read: its archive is checked first, by weights_only, without
 mmap, within limits on memory, time and output.  The parent trusts nothing of it: the file that is
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from shardkit.checkpoint.archive import ArchiveError, Extents, check_archive
 from shardkit.checkpoint.header import MAX_TENSORS, check_name, header_bytes
+from shardkit.checkpoint.pickled.archive import ArchiveError, Extents, check_archive
 from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import TensorSpec
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
-from shardkit.checkpoint.agreement import check_config
-from shardkit.checkpoint.blobs import check_blob, check_bytes, is_blob
-from shardkit.checkpoint.listing import is_companion, names_in, read_config, weight_files
+from shardkit.checkpoint.config_check import check_config
+from shardkit.checkpoint.hub_cache import check_blob, check_bytes, is_blob
+from shardkit.checkpoint.weight_files import is_companion, names_in, read_config, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, read_small, real_file
 from shardkit.strict_json import shown

@@ -15,16 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shardkit.checkpoint.blobs import check_blob, is_blob
-from shardkit.checkpoint.folder import (
+from shardkit.checkpoint.checkpoint import (
     Checkpoint,
     companions,
     find_folder,
     folder_name,
     open_checkpoint,
 )
+from shardkit.checkpoint.hub_cache import check_blob, is_blob
 from shardkit.checkpoint.index import Index, index_bytes
-from shardkit.checkpoint.listing import PICKLED, names_in, weight_files
+from shardkit.checkpoint.weight_files import PICKLED, names_in, weight_files
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular, real_file
 
@@ -99,7 +99,14 @@ def _convert_file(path: Path, name: str, out: Path) -> None:
 
 def _run(source: int, target: int, path: Path) -> None:
     """Run the process that converts one file, and wait for it.  Raises CheckpointError."""
-    command = [sys.executable, "-P", "-m", "shardkit.checkpoint.unpickle", f"{source}", f"{target}"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "shardkit.checkpoint.pickled.sandbox",
+        f"{source}",
+        f"{target}",
+    ]
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     modules = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     environment |= {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
