@@ -15,7 +15,7 @@ from shardkit import strict_json
 from shardkit.checkpoint.checkpoint import SourceFile
 from shardkit.checkpoint.index import Index
 from shardkit.layout.spans import Section
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 FORMAT = 1

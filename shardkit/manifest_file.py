@@ -29,7 +29,7 @@ from shardkit.manifest import (
     shard_metadata,
     stored_specs,
 )
-from shardkit.plan import MAX_TP_SIZE, Placement, Plan
+from shardkit.planning.plan import MAX_TP_SIZE, Placement, Plan
 from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Style
 from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec

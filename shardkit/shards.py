@@ -10,7 +10,7 @@ from shardkit.files import open_regular
 from shardkit.layout.spans import Tile, length
 from shardkit.manifest import Manifest, RankFile
 from shardkit.manifest_file import read_manifest, shard_header
-from shardkit.plan import Placement
+from shardkit.planning.plan import Placement
 from shardkit.strict_json import shown
 from shardkit.tensor import TensorSpec, byte_view
 

@@ -37,7 +37,7 @@ from shardkit.manifest import (
     stored_specs,
 )
 from shardkit.nonfinite import nonfinite_text
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.publish import Stage, publishing
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint

@@ -7,7 +7,7 @@ from blueprints import tensor_bytes
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
 from shardkit.manifest import Manifest
-from shardkit.plan import Placement, make_plan
+from shardkit.planning.plan import Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from shardkit.costs import KvCache, collectives, compute_dtype, generates, kv_cache
-from shardkit.groups import (
+from shardkit.planning.costs import KvCache, collectives, compute_dtype, generates, kv_cache
+from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.summary import (
     collapsed,
     groups,
     imbalance,
@@ -14,7 +15,6 @@ from shardkit.groups import (
     stored_bytes,
     total_bytes,
 )
-from shardkit.plan import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec

@@ -6,7 +6,7 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.recipe.recipe import LocalAttribute
 from shardkit.runtime.localize import _shrink, select
 from shardkit.tensor import TensorSpec

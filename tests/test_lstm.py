@@ -10,7 +10,7 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
-from shardkit.plan import Placement
+from shardkit.planning.plan import Placement
 from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.group import TensorParallelGroup
 from shardkit.runtime.lstm import ParallelLSTM, make_parallel_lstm

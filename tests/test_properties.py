@@ -18,9 +18,9 @@ from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 
 from shardkit import integrity, stream
 from shardkit.checkpoint.header import read_header
-from shardkit.groups import groups, stored_bytes
 from shardkit.manifest import Manifest
-from shardkit.plan import Placement, Plan, make_plan
+from shardkit.planning.plan import Placement, Plan, make_plan
+from shardkit.planning.summary import groups, stored_bytes
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.tensor import DTYPE_BITS, TensorSpec, byte_view

@@ -18,7 +18,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.journal import Entry, Journal, Record, Run, parse_journal
 from shardkit.manifest import rank_name
-from shardkit.plan import make_plan
+from shardkit.planning.plan import make_plan
 from shardkit.publish import JOURNAL
 from shardkit.recipe.catalog import find_recipe
 from shardkit.split import split

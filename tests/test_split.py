@@ -43,7 +43,7 @@ from shardkit.errors import (
 )
 from shardkit.layout.axis import Term
 from shardkit.manifest import rank_name
-from shardkit.plan import make_plan
+from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.split import split

@@ -10,9 +10,9 @@ from blueprints import specs_of
 from families import make
 from safetensors.torch import load_file, save_file
 
-from shardkit.costs import collectives, generates, kv_cache
 from shardkit.errors import RecipeError
-from shardkit.plan import Plan, make_plan
+from shardkit.planning.costs import collectives, generates, kv_cache
+from shardkit.planning.plan import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.runtime.ranks import Ranks
 from shardkit.verify.inputs import make_inputs

@@ -9,9 +9,9 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP, open_source
 from shardkit.cli.report import plan_sizes, say_plan_sizes
 from shardkit.cli.text import by_rank, plural, say, say_json, size
-from shardkit.costs import Collectives, KvCache, collectives, kv_cache
-from shardkit.groups import Group, blocking_tensor, groups, total_bytes
-from shardkit.plan import Plan, make_plan
+from shardkit.planning.costs import Collectives, KvCache, collectives, kv_cache
+from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.summary import Group, blocking_tensor, groups, total_bytes
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.cli.text import by_rank, plural, say, size
-from shardkit.groups import (
+from shardkit.manifest import Manifest
+from shardkit.planning.plan import Plan
+from shardkit.planning.summary import (
     Group,
     Imbalance,
     divided_units,
@@ -17,8 +19,6 @@ from shardkit.groups import (
     stored_bytes,
     total_bytes,
 )
-from shardkit.manifest import Manifest
-from shardkit.plan import Plan
 
 
 def written(

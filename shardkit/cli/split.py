@@ -19,11 +19,11 @@ from shardkit.cli.options import (
 )
 from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
 from shardkit.cli.text import plural, printable, say, say_json, size
-from shardkit.costs import generates
 from shardkit.existing import shard_target
-from shardkit.groups import groups, stored_bytes
 from shardkit.nonfinite import nonfinite_text
-from shardkit.plan import Plan, make_plan
+from shardkit.planning.costs import generates
+from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.summary import groups, stored_bytes
 from shardkit.recipe.catalog import find_recipe
 from shardkit.split import beside
 from shardkit.split import split as write_split

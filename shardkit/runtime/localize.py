@@ -10,7 +10,7 @@ from torch import nn
 from shardkit.errors import LayoutError, ManifestError
 from shardkit.layout.spans import Section, Span, deal, spans
 from shardkit.manifest import Manifest
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.recipe.recipe import LocalArgument, LocalAttribute, module_pattern
 from shardkit.runtime import layers, norms
 from shardkit.runtime.group import TensorParallelGroup

@@ -13,7 +13,7 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section, length
-from shardkit.plan import Placement
+from shardkit.planning.plan import Placement
 from shardkit.runtime import layers
 from shardkit.runtime.group import TensorParallelGroup
 

@@ -6,7 +6,7 @@ import torch
 
 from shardkit.layout.spans import Span
 from shardkit.manifest import Manifest
-from shardkit.plan import Placement
+from shardkit.planning.plan import Placement
 from shardkit.runtime.fill import check_shapes
 from shardkit.runtime.names import conversions
 from shardkit.verify.models import Sharded, Tensors, Unsharded

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
-from shardkit.plan import Placement, Plan, make_plan
+from shardkit.planning.plan import Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.experts import suit_experts
 from shardkit.runtime.fill import check_shapes

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ShardkitError
-from shardkit.groups import groups, loaded_bytes, total_bytes
 from shardkit.manifest import Manifest
-from shardkit.plan import Plan, make_plan
+from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.summary import groups, loaded_bytes, total_bytes
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards import ShardedCheckpoint

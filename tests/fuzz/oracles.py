@@ -19,7 +19,7 @@ from shardkit.checkpoint.weight_files import parse_config
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.manifest import to_json
 from shardkit.manifest_file import parse_manifest, shard_header
-from shardkit.plan import Plan, place
+from shardkit.planning.plan import Plan, place
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe, module_pattern

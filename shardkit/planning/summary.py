@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shardkit.layout.spans import Section, sharing
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.tensor import TensorSpec
 
 NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardkit.plan import Placement, Plan
+from shardkit.planning.plan import Placement, Plan
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_COUNT = 1 << 32
