@@ -9,8 +9,8 @@ from pathlib import Path
 from shardkit.errors import ManifestError, OutputError
 from shardkit.manifest import NAME, Manifest
 from shardkit.manifest_file import read_manifest
+from shardkit.output.destination import Target
 from shardkit.strict_json import shown
-from shardkit.target import Target
 
 CONFIG = "config.json"
 

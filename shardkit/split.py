@@ -17,10 +17,8 @@ from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import CheckpointError, ManifestError
 from shardkit.existing import merge_target, shard_target
-from shardkit.file_sink import FileSink
 from shardkit.files import read_small
 from shardkit.integrity import check_ranks
-from shardkit.journal import Run
 from shardkit.layout.spans import Span
 from shardkit.manifest import (
     MARK,
@@ -36,14 +34,16 @@ from shardkit.manifest import (
     stored_order,
     stored_specs,
 )
-from shardkit.nonfinite import nonfinite_text
+from shardkit.output.destination import Target, as_output_error
+from shardkit.output.journal import Run
+from shardkit.output.nonfinite import nonfinite_text
+from shardkit.output.publish import Stage, publishing
+from shardkit.output.resume import Files, OutputFile, left, make_run, open_sinks, total_size
+from shardkit.output.stream import Job, Progress, copy
+from shardkit.output.writer import FileSink
 from shardkit.planning.plan import Placement, Plan
-from shardkit.publish import Stage, publishing
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards import ShardedCheckpoint
-from shardkit.sinks import Files, OutputFile, left, make_run, open_sinks, total_size
-from shardkit.stream import Job, Progress, copy
-from shardkit.target import Target, as_output_error
 
 
 def no_progress(_: int) -> None:

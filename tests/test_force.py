@@ -12,9 +12,9 @@ from blueprints import contents, llama, llama_config, specs_of, write_source
 from command import run
 from splitting import merge_folder, reshard_folder, split_folder
 
-from shardkit import folders
 from shardkit.errors import OutputError
 from shardkit.manifest import NAME, rank_name
+from shardkit.output import atomic as folders
 
 
 @pytest.fixture

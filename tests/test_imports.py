@@ -17,12 +17,12 @@ from shardkit.recipe.parse import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"
 LAYERS = [  # a module imports from the rows above its own only; a package counts as one
-    {"errors", "folders", "nonfinite", "strict_json"},
-    {"files", "layout", "target", "tensor", "timeouts"},
-    {"checkpoint", "json_fields", "publish", "recipe"},
-    {"journal", "planning", "stream"},
-    {"file_sink", "manifest"},
-    {"manifest_file", "sinks"},
+    {"errors", "strict_json"},
+    {"files", "layout", "tensor", "timeouts"},
+    {"checkpoint", "json_fields", "recipe"},
+    {"output", "planning"},
+    {"manifest"},
+    {"manifest_file"},
     {"existing", "shards"},
     {"integrity"},
     {"runtime", "split"},

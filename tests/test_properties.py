@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 
-from shardkit import integrity, stream
+from shardkit import integrity
 from shardkit.checkpoint.header import read_header
 from shardkit.manifest import Manifest
+from shardkit.output import stream
 from shardkit.planning.plan import Placement, Plan, make_plan
 from shardkit.planning.summary import groups, stored_bytes
 from shardkit.recipe.parse import parse_recipe

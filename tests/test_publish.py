@@ -17,8 +17,8 @@ from faults.durability import CALLS, faults
 from faults.scenes import SCENES, Scene
 
 from shardkit.errors import OutputError
-from shardkit.publish import Stage, publishing
-from shardkit.target import Target
+from shardkit.output.destination import Target
+from shardkit.output.publish import Stage, publishing
 
 HERE = Path(__file__).resolve().parent
 
@@ -87,8 +87,8 @@ def test_a_stage_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> N
 HOLD = """
 import sys, time
 from pathlib import Path
-from shardkit.publish import publishing
-from shardkit.target import Target
+from shardkit.output.publish import publishing
+from shardkit.output.destination import Target
 with publishing(Target(Path(sys.argv[1]))) as stage:
     stage.write("theirs", b"theirs")
     print("ready", flush=True)

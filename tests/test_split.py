@@ -30,7 +30,7 @@ from splitting import (
     split_folder,
 )
 
-from shardkit import integrity, stream
+from shardkit import integrity
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
 from shardkit.errors import (
@@ -43,6 +43,7 @@ from shardkit.errors import (
 )
 from shardkit.layout.axis import Term
 from shardkit.manifest import rank_name
+from shardkit.output import stream
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule

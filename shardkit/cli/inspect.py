@@ -14,7 +14,7 @@ from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeE
 from shardkit.files import read_small
 from shardkit.manifest import NAME, Manifest, signing_digest
 from shardkit.manifest_file import MAX_BYTES, read_manifest
-from shardkit.nonfinite import nonfinite_text
+from shardkit.output.nonfinite import nonfinite_text
 from shardkit.planning.plan import make_plan
 from shardkit.planning.summary import blocking_tensor, total_bytes
 from shardkit.recipe.catalog import find_recipe

@@ -20,7 +20,7 @@ from shardkit.cli.options import (
 from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
 from shardkit.cli.text import plural, printable, say, say_json, size
 from shardkit.existing import shard_target
-from shardkit.nonfinite import nonfinite_text
+from shardkit.output.nonfinite import nonfinite_text
 from shardkit.planning.costs import generates
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import groups, stored_bytes

@@ -13,9 +13,9 @@ from shardkit.errors import ManifestError
 from shardkit.integrity import Progress
 from shardkit.manifest import Manifest, stored_order
 from shardkit.manifest_file import read_manifest
+from shardkit.output.stream import Job, copy
 from shardkit.shards import first_difference, open_shard
 from shardkit.split import takes
-from shardkit.stream import Job, copy
 from shardkit.tensor import TensorSpec
 from shardkit.verify.files import EVERYTHING
 from shardkit.verify.report import Check

@@ -180,7 +180,7 @@ def _optional(name: str) -> Any:
         return None
 
 
-JOURNAL = _optional("shardkit.journal")
+JOURNAL = _optional("shardkit.output.journal")
 RECIPES = [
     _recipe("""
 model_types = ["llama"]

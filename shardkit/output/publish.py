@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shardkit import folders
 from shardkit.errors import OutputError
-from shardkit.target import Target, as_output_error
+from shardkit.output import atomic as folders
+from shardkit.output.destination import Target, as_output_error
 
 JOURNAL = "journal.jsonl"  # in a stage only: how far its files have come
 

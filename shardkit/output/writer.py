@@ -6,8 +6,8 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 
-from shardkit.nonfinite import count_nonfinite
-from shardkit.stream import Progress
+from shardkit.output.nonfinite import count_nonfinite
+from shardkit.output.stream import Progress
 from shardkit.tensor import TensorSpec
 
 BLOCK = 2 << 20  # bytes reread at once

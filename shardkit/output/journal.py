@@ -15,9 +15,9 @@ from shardkit import strict_json
 from shardkit.errors import OutputError
 from shardkit.files import read_small
 from shardkit.json_fields import Fields
-from shardkit.publish import JOURNAL, Stage
+from shardkit.output.destination import as_output_error
+from shardkit.output.publish import JOURNAL, Stage
 from shardkit.strict_json import JsonError, shown
-from shardkit.target import as_output_error
 
 FORMAT = 1
 MAX_BYTES = 64 << 20

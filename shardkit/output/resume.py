@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from shardkit import strict_json
-from shardkit.file_sink import FileSink
-from shardkit.journal import Entry, Journal, Run
-from shardkit.publish import JOURNAL, Stage
-from shardkit.stream import Job, Progress
-from shardkit.target import as_output_error
+from shardkit.output.destination import as_output_error
+from shardkit.output.journal import Entry, Journal, Run
+from shardkit.output.publish import JOURNAL, Stage
+from shardkit.output.stream import Job, Progress
+from shardkit.output.writer import FileSink
 from shardkit.tensor import TensorSpec
 
 
