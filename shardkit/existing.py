@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from shardkit.errors import ManifestError, OutputError
-from shardkit.manifest import NAME, Manifest
-from shardkit.manifest_file import read_manifest
 from shardkit.output.destination import Target
+from shardkit.shards.manifest import NAME, Manifest
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.strict_json import shown
 
 CONFIG = "config.json"

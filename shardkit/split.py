@@ -18,9 +18,18 @@ from shardkit.checkpoint.index import index_bytes
 from shardkit.errors import CheckpointError, ManifestError
 from shardkit.existing import merge_target, shard_target
 from shardkit.files import read_small
-from shardkit.integrity import check_ranks
 from shardkit.layout.spans import Span
-from shardkit.manifest import (
+from shardkit.output.destination import Target, as_output_error
+from shardkit.output.journal import Run
+from shardkit.output.nonfinite import nonfinite_text
+from shardkit.output.publish import Stage, publishing
+from shardkit.output.resume import Files, OutputFile, left, make_run, open_sinks, total_size
+from shardkit.output.stream import Job, Progress, copy
+from shardkit.output.writer import FileSink
+from shardkit.planning.plan import Placement, Plan
+from shardkit.recipe.recipe import Recipe
+from shardkit.shards.integrity import check_ranks
+from shardkit.shards.manifest import (
     MARK,
     NAME,
     Digest,
@@ -34,16 +43,7 @@ from shardkit.manifest import (
     stored_order,
     stored_specs,
 )
-from shardkit.output.destination import Target, as_output_error
-from shardkit.output.journal import Run
-from shardkit.output.nonfinite import nonfinite_text
-from shardkit.output.publish import Stage, publishing
-from shardkit.output.resume import Files, OutputFile, left, make_run, open_sinks, total_size
-from shardkit.output.stream import Job, Progress, copy
-from shardkit.output.writer import FileSink
-from shardkit.planning.plan import Placement, Plan
-from shardkit.recipe.recipe import Recipe
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.reader import ShardedCheckpoint
 
 
 def no_progress(_: int) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from shardkit.manifest import Manifest
-from shardkit.manifest_file import shard_header
+from shardkit.shards.manifest import Manifest
+from shardkit.shards.manifest_json import shard_header
 
 PAGE = 4096
 SECTOR = 512

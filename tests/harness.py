@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.manifest import Manifest
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe, recipe_folder
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
+from shardkit.shards.manifest import Manifest
 from shardkit.split import split
 
 

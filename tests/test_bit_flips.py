@@ -14,11 +14,11 @@ from damage import Split, quiet, written
 from splitting import split_folder
 
 from shardkit.errors import LayoutError, ManifestError, VerifyError
-from shardkit.integrity import check_rank
-from shardkit.manifest import NAME
-from shardkit.manifest_file import parse_manifest, read_manifest
 from shardkit.runtime.read import read_tensors
-from shardkit.shards import open_shard
+from shardkit.shards.integrity import check_rank
+from shardkit.shards.manifest import NAME
+from shardkit.shards.manifest_json import parse_manifest, read_manifest
+from shardkit.shards.reader import open_shard
 from shardkit.strict_json import JsonError
 from shardkit.verify import check_files
 

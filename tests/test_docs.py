@@ -10,9 +10,9 @@ from results import RESULTS, TABLE, digest, rendered
 
 from shardkit import errors
 from shardkit.cli import COMMANDS, main
-from shardkit.manifest_file import parse_manifest
 from shardkit.recipe.catalog import bundled
 from shardkit.recipe.parse import KEYS, load_recipe
+from shardkit.shards.manifest_json import parse_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

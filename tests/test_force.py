@@ -13,8 +13,8 @@ from command import run
 from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit.errors import OutputError
-from shardkit.manifest import NAME, rank_name
 from shardkit.output import atomic as folders
+from shardkit.shards.manifest import NAME, rank_name
 
 
 @pytest.fixture

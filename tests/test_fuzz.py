@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from shardkit import manifest_file, strict_json
+from shardkit import strict_json
 from shardkit.checkpoint import header, index
 from shardkit.checkpoint.header import Header, parse_header
 from shardkit.recipe import counts as config
 from shardkit.recipe import parse as recipe_file
+from shardkit.shards import manifest_json as manifest_file
 
 FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))

@@ -13,10 +13,10 @@ from damage import Split, quiet
 from splitting import merge_folder, split_folder
 
 from shardkit.errors import ManifestError
-from shardkit.manifest_file import read_manifest
 from shardkit.runtime.load import prepare
 from shardkit.runtime.read import read_tensors
-from shardkit.shards import open_shard
+from shardkit.shards.manifest_json import read_manifest
+from shardkit.shards.reader import open_shard
 from shardkit.verify import check_files
 from shardkit.verify.scope import Scope
 

@@ -14,9 +14,9 @@ from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit import strict_json
 from shardkit.errors import ManifestError
-from shardkit.manifest import NAME, Manifest, make_split_id, rank_name
-from shardkit.manifest_file import parse_manifest, read_manifest, shard_header
 from shardkit.recipe.parse import load_recipe
+from shardkit.shards.manifest import NAME, Manifest, make_split_id, rank_name
+from shardkit.shards.manifest_json import parse_manifest, read_manifest, shard_header
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest-format-1.json"
 UNSEALED = GOLDEN.with_name("unsealed-format-1.json")  # as the first manifests were

@@ -13,9 +13,9 @@ from splitting import merge_folder, reshard_folder, split_folder
 from shardkit.checkpoint.checkpoint import SAMPLE
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
-from shardkit.manifest import NAME, Manifest
 from shardkit.runtime.load import prepare
 from shardkit.runtime.read import read_tensors
+from shardkit.shards.manifest import NAME, Manifest
 from shardkit.verify import check_files
 from shardkit.verify.scope import Scope
 

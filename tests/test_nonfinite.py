@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from splitting import reshard_folder, split_folder
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.manifest_file import read_manifest
 from shardkit.output import nonfinite
 from shardkit.output import writer as file_sink
 from shardkit.output.nonfinite import count_nonfinite
 from shardkit.output.publish import JOURNAL
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import DTYPE_BITS
 
 DTYPES = {

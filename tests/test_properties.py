@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 
-from shardkit import integrity
 from shardkit.checkpoint.header import read_header
-from shardkit.manifest import Manifest
 from shardkit.output import stream
 from shardkit.planning.plan import Placement, Plan, make_plan
 from shardkit.planning.summary import groups, stored_bytes
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe
+from shardkit.shards import integrity
+from shardkit.shards.manifest import Manifest
 from shardkit.tensor import DTYPE_BITS, TensorSpec, byte_view
 
 MAX_RANKS = 16

@@ -15,10 +15,10 @@ from splitting import split_folder
 from transformers import PreTrainedConfig
 
 from shardkit.errors import ManifestError, VerifyError
-from shardkit.manifest_file import read_manifest
 from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.load import default_dtype
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
 
 ORDER = sorted(TORCH_DTYPES)

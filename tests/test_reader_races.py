@@ -14,10 +14,10 @@ from splitting import split_folder
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ManifestError, VerifyError
-from shardkit.integrity import check_ranks
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.integrity import check_ranks
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.split import split
 
 RANKS = 3

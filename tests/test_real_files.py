@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from splitting import split_folder
 
 from shardkit.runtime.ranks import Ranks
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.split import merge
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics

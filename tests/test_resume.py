@@ -15,13 +15,13 @@ from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import OutputError, SourceChanged
-from shardkit.manifest import rank_name
 from shardkit.output import writer as file_sink
 from shardkit.output.destination import Target
 from shardkit.output.journal import Entry, Journal, Record, Run, parse_journal
 from shardkit.output.publish import JOURNAL
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
+from shardkit.shards.manifest import rank_name
 from shardkit.split import split
 from shardkit.strict_json import JsonError, canonical
 

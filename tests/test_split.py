@@ -30,7 +30,6 @@ from splitting import (
     split_folder,
 )
 
-from shardkit import integrity
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
 from shardkit.errors import (
@@ -42,11 +41,12 @@ from shardkit.errors import (
     SourceChanged,
 )
 from shardkit.layout.axis import Term
-from shardkit.manifest import rank_name
 from shardkit.output import stream
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
+from shardkit.shards import integrity
+from shardkit.shards.manifest import rank_name
 from shardkit.split import split
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 

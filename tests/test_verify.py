@@ -16,7 +16,7 @@ import shardkit
 from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
 from shardkit.runtime.ranks import Ranks
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verify import Check, check_files, check_weights
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics

@@ -14,7 +14,7 @@ from splitting import split_folder
 
 from shardkit.checkpoint import open_checkpoint
 from shardkit.errors import LayoutError
-from shardkit.manifest_file import read_manifest
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.verify import check_files, check_weights
 from shardkit.verify.scope import Scope
 

@@ -12,12 +12,12 @@ from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.text import plural, say, say_json, size
 from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeError
 from shardkit.files import read_small
-from shardkit.manifest import NAME, Manifest, signing_digest
-from shardkit.manifest_file import MAX_BYTES, read_manifest
 from shardkit.output.nonfinite import nonfinite_text
 from shardkit.planning.plan import make_plan
 from shardkit.planning.summary import blocking_tensor, total_bytes
 from shardkit.recipe.catalog import find_recipe
+from shardkit.shards.manifest import NAME, Manifest, signing_digest
+from shardkit.shards.manifest_json import MAX_BYTES, read_manifest
 
 
 @click.command()

@@ -8,7 +8,7 @@ import click
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
 from shardkit.cli.text import plural, say, say_json, size
 from shardkit.planning.summary import groups, stored_bytes, total_bytes
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.split import merge as write_merge
 
 

@@ -12,7 +12,7 @@ import click
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.pickled.convert import opened
 from shardkit.errors import CheckpointError
-from shardkit.manifest import NAME
+from shardkit.shards.manifest import NAME
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Option = Callable[[Decorated], Decorated]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.cli.text import by_rank, plural, say, size
-from shardkit.manifest import Manifest
 from shardkit.planning.plan import Plan
 from shardkit.planning.summary import (
     Group,
@@ -19,6 +18,7 @@ from shardkit.planning.summary import (
     stored_bytes,
     total_bytes,
 )
+from shardkit.shards.manifest import Manifest
 
 
 def written(

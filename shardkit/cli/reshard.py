@@ -12,7 +12,7 @@ from shardkit.cli.text import say_json
 from shardkit.planning.costs import generates
 from shardkit.planning.plan import Plan
 from shardkit.planning.summary import groups, stored_bytes
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.split import reshard as write_reshard
 
 

@@ -18,8 +18,8 @@ from shardkit.cli.run_options import (
 )
 from shardkit.cli.text import say, say_json
 from shardkit.errors import LayoutError, ManifestError, VerifyError
-from shardkit.manifest_file import read_manifest
 from shardkit.planning.summary import total_bytes
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 from shardkit.verify.report import Report
 from shardkit.verify.run import Level, Request

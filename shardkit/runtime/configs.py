@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
 from shardkit.files import read_small
-from shardkit.manifest import Manifest
+from shardkit.shards.manifest import Manifest
 
 CONFIGS = ("config.json", "generation_config.json")
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from shardkit.errors import ManifestError, ShardkitError
-from shardkit.manifest_file import read_manifest
 from shardkit.runtime.group import DEFAULT
 from shardkit.runtime.ranks import Ranks
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 
 Prompt = str | Sequence[int] | torch.Tensor

@@ -13,8 +13,6 @@ import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.errors import ManifestError
-from shardkit.manifest import Manifest
-from shardkit.manifest_file import read_manifest
 from shardkit.runtime.classes import find_model_class
 from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.experts import slow_experts, suit_experts
@@ -26,7 +24,9 @@ from shardkit.runtime.model_config import model_config
 from shardkit.runtime.names import conversions
 from shardkit.runtime.read import TORCH_DTYPES, read_tensors
 from shardkit.runtime.same import called_alike
-from shardkit.shards import open_shard
+from shardkit.shards.manifest import Manifest
+from shardkit.shards.manifest_json import read_manifest
+from shardkit.shards.reader import open_shard
 from shardkit.timeouts import Timeouts
 
 COMPUTED = ("F64", "F32", "F16", "BF16")  # dtypes that a model computes in

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from shardkit.errors import ManifestError
-from shardkit.integrity import BLOCK, RankReader, blocks, reused
-from shardkit.manifest import Manifest
+from shardkit.shards.integrity import BLOCK, RankReader, blocks, reused
+from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
 TORCH_DTYPES = {

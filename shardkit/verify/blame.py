@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from shardkit.layout.spans import Span
-from shardkit.manifest import Manifest
 from shardkit.planning.plan import Placement
 from shardkit.runtime.fill import check_shapes
 from shardkit.runtime.names import conversions
+from shardkit.shards.manifest import Manifest
 from shardkit.verify.models import Sharded, Tensors, Unsharded
 from shardkit.verify.numbers import judge
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
 from shardkit.files import read_small
-from shardkit.integrity import Progress, rank_faults
-from shardkit.manifest import NAME, Manifest
-from shardkit.manifest_file import read_manifest
-from shardkit.shards import open_shard
+from shardkit.shards.integrity import Progress, rank_faults
+from shardkit.shards.manifest import NAME, Manifest
+from shardkit.shards.manifest_json import read_manifest
+from shardkit.shards.reader import open_shard
 from shardkit.verify.report import Check
 from shardkit.verify.scope import Scope
 

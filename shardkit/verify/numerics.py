@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shardkit.manifest import Manifest
+from shardkit.shards.manifest import Manifest
 from shardkit.verify.blame import blame
 from shardkit.verify.inputs import STEPS, make_inputs
 from shardkit.verify.models import Sharded, Tensors, Unsharded

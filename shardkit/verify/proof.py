@@ -8,12 +8,12 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ShardkitError
-from shardkit.manifest import Manifest
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import groups, loaded_bytes, total_bytes
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.ranks import Ranks
-from shardkit.shards import ShardedCheckpoint
+from shardkit.shards.manifest import Manifest
+from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.split import merge, split
 from shardkit.verify.masked_sum import WEIGHTS, misses
 from shardkit.verify.models import LocalRanks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shardkit.checkpoint import Checkpoint, open_checkpoint
 from shardkit.errors import ManifestError, RanksLost, ShardkitError
-from shardkit.manifest_file import read_manifest
+from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 from shardkit.verify.files import EVERYTHING, check_files
 from shardkit.verify.report import Check, Report

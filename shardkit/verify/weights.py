@@ -10,11 +10,11 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ManifestError
-from shardkit.integrity import Progress
-from shardkit.manifest import Manifest, stored_order
-from shardkit.manifest_file import read_manifest
 from shardkit.output.stream import Job, copy
-from shardkit.shards import first_difference, open_shard
+from shardkit.shards.integrity import Progress
+from shardkit.shards.manifest import Manifest, stored_order
+from shardkit.shards.manifest_json import read_manifest
+from shardkit.shards.reader import first_difference, open_shard
 from shardkit.split import takes
 from shardkit.tensor import TensorSpec
 from shardkit.verify.files import EVERYTHING

@@ -17,12 +17,12 @@ from shardkit.checkpoint.header import Header, header_length, parse_header
 from shardkit.checkpoint.index import index_bytes, parse_index
 from shardkit.checkpoint.weight_files import parse_config
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.manifest import to_json
-from shardkit.manifest_file import parse_manifest, shard_header
 from shardkit.planning.plan import Plan, place
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe, module_pattern
+from shardkit.shards.manifest import to_json
+from shardkit.shards.manifest_json import parse_manifest, shard_header
 from shardkit.strict_json import JsonError, canonical
 from shardkit.tensor import TensorSpec
 

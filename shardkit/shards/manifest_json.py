@@ -15,7 +15,9 @@ from shardkit.files import read_small
 from shardkit.json_fields import Fields, file_name, hex_digits, integer, string
 from shardkit.layout.axis import Unit
 from shardkit.layout.spans import Section
-from shardkit.manifest import (
+from shardkit.planning.plan import MAX_TP_SIZE, Placement, Plan
+from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Style
+from shardkit.shards.manifest import (
     FORMAT,
     MARK,
     NAME,
@@ -29,8 +31,6 @@ from shardkit.manifest import (
     shard_metadata,
     stored_specs,
 )
-from shardkit.planning.plan import MAX_TP_SIZE, Placement, Plan
-from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Style
 from shardkit.strict_json import JsonError, shown
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 

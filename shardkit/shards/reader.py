@@ -8,9 +8,9 @@ from shardkit.checkpoint.header import header_of
 from shardkit.errors import ManifestError
 from shardkit.files import open_regular
 from shardkit.layout.spans import Tile, length
-from shardkit.manifest import Manifest, RankFile
-from shardkit.manifest_file import read_manifest, shard_header
 from shardkit.planning.plan import Placement
+from shardkit.shards.manifest import Manifest, RankFile
+from shardkit.shards.manifest_json import read_manifest, shard_header
 from shardkit.strict_json import shown
 from shardkit.tensor import TensorSpec, byte_view
 

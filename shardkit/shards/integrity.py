@@ -7,9 +7,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
-from shardkit.manifest import MARK, Manifest, stored_specs
-from shardkit.manifest_file import shard_header
-from shardkit.shards import ShardedCheckpoint, open_shard
+from shardkit.shards.manifest import MARK, Manifest, stored_specs
+from shardkit.shards.manifest_json import shard_header
+from shardkit.shards.reader import ShardedCheckpoint, open_shard
 from shardkit.tensor import TensorSpec
 
 BLOCK = 4 << 20  # bytes read, then hashed while they are still in a core's cache
