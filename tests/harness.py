@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
+from shardkit.convert.split import split
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe, recipe_folder
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.manifest import Manifest
-from shardkit.split import split
 
 
 def cut(source: Path, out: Path, tp_size: int, recipe: Recipe | None = None) -> Manifest:

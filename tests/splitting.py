@@ -6,13 +6,13 @@ from blueprints import tensor_bytes
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
+from shardkit.convert.split import merge, no_progress, reshard, split
 from shardkit.output.stream import Progress
 from shardkit.planning.plan import Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.split import merge, no_progress, reshard, split
 from shardkit.tensor import DTYPE_BITS
 
 

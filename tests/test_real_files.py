@@ -11,9 +11,9 @@ from harness import cut
 from safetensors.torch import load_file, save_file
 from splitting import split_folder
 
+from shardkit.convert.split import merge
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.split import merge
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics
 

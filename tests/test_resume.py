@@ -14,6 +14,7 @@ from blueprints import contents, llama, llama_config, specs_of, write_source
 from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.convert.split import split
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.output import writer as file_sink
 from shardkit.output.destination import Target
@@ -22,7 +23,6 @@ from shardkit.output.publish import JOURNAL
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.shards.manifest import rank_name
-from shardkit.split import split
 from shardkit.strict_json import JsonError, canonical
 
 BIG = {"vocab": 400, "ffn": 96}

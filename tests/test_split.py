@@ -32,6 +32,7 @@ from splitting import (
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import header_bytes, read_header
+from shardkit.convert.split import split
 from shardkit.errors import (
     LayoutError,
     ManifestError,
@@ -47,7 +48,6 @@ from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.shards import integrity
 from shardkit.shards.manifest import rank_name
-from shardkit.split import split
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 WHOLE_BYTES = [dtype for dtype, bits in DTYPE_BITS.items() if bits >= 8]

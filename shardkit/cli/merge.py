@@ -7,9 +7,9 @@ import click
 
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
 from shardkit.cli.text import plural, say, say_json, size
+from shardkit.convert.split import merge as write_merge
 from shardkit.planning.summary import groups, stored_bytes, total_bytes
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.split import merge as write_merge
 
 
 @click.command()

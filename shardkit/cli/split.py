@@ -19,14 +19,14 @@ from shardkit.cli.options import (
 )
 from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
 from shardkit.cli.text import plural, printable, say, say_json, size
-from shardkit.existing import shard_target
+from shardkit.convert.replaceable import shard_target
+from shardkit.convert.split import beside
+from shardkit.convert.split import split as write_split
 from shardkit.output.nonfinite import nonfinite_text
 from shardkit.planning.costs import generates
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import groups, stored_bytes
 from shardkit.recipe.catalog import find_recipe
-from shardkit.split import beside
-from shardkit.split import split as write_split
 
 
 @click.command()

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.convert.split import merge, split
 from shardkit.errors import ShardkitError
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import groups, loaded_bytes, total_bytes
@@ -14,7 +15,6 @@ from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.ranks import Ranks
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.split import merge, split
 from shardkit.verify.masked_sum import WEIGHTS, misses
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics

@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.convert.split import takes
 from shardkit.errors import ManifestError
 from shardkit.output.stream import Job, copy
 from shardkit.shards.integrity import Progress
 from shardkit.shards.manifest import Manifest, stored_order
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import first_difference, open_shard
-from shardkit.split import takes
 from shardkit.tensor import TensorSpec
 from shardkit.verify.files import EVERYTHING
 from shardkit.verify.report import Check

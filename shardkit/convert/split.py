@@ -15,8 +15,8 @@ from shardkit.checkpoint import Checkpoint, Source
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.checkpoint.header import header_bytes
 from shardkit.checkpoint.index import index_bytes
+from shardkit.convert.replaceable import merge_target, shard_target
 from shardkit.errors import CheckpointError, ManifestError
-from shardkit.existing import merge_target, shard_target
 from shardkit.files import read_small
 from shardkit.layout.spans import Span
 from shardkit.output.destination import Target, as_output_error
