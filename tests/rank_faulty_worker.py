@@ -6,7 +6,7 @@ import sys
 
 from rank_programs import FAULTS, pretend
 
-from shardkit.runtime.worker import main
+from shardkit.runtime.engine.worker import main
 
 if __name__ == "__main__":
     fault = os.environ["FAULT"]

@@ -16,7 +16,7 @@ import transformers
 import shardkit
 from shardkit import runtime
 from shardkit.errors import ShardkitError
-from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.timeouts import Timeouts
 
 torch.set_num_threads(1)

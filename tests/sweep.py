@@ -17,10 +17,10 @@ from typing import Any
 from conftest import SHARED  # noqa: F401  (sets the libraries' environment first)
 from results import RESULTS, TABLE, digest, rendered
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import bundled
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.pool import RankPool
 from shardkit.verify.samples import Sample, make_sample
 from shardkit.verify.trials import Trial, caught, served_samples, try_recipe
 

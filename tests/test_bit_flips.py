@@ -14,7 +14,7 @@ from damage import Split, quiet, written
 from splitting import split_folder
 
 from shardkit.errors import LayoutError, ManifestError, VerifyError
-from shardkit.runtime.read import read_tensors
+from shardkit.runtime.weights import read_tensors
 from shardkit.shards.integrity import check_rank
 from shardkit.shards.manifest import NAME
 from shardkit.shards.manifest_json import parse_manifest, read_manifest

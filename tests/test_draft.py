@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.draft.draft import Draft, make_draft
 from shardkit.draft.trial import Bench
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = ["gpt2", "olmo2", "gpt_oss"]

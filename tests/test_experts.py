@@ -8,7 +8,7 @@ from families import make
 from harness import cut
 
 from shardkit import runtime
-from shardkit.runtime.experts import slow_experts, suit_experts
+from shardkit.runtime.layers.experts import slow_experts, suit_experts
 from shardkit.verify.masked_sum import load
 
 SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bfloat16, 10 a rank at 4

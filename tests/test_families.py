@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from families import VARIANTS, make
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import bundled, find_recipe
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.pool import RankPool
 from shardkit.verify.proof import prove
 
 BEAMS = 3

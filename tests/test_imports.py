@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from the rows above its own only; a package count
     {"output", "planning"},
     {"shards"},
     {"convert", "runtime"},
+    {"authoring"},
     {"verify"},
     {"draft"},
     {"cli"},

@@ -14,7 +14,7 @@ from splitting import merge_folder, split_folder
 
 from shardkit.errors import ManifestError
 from shardkit.runtime.load import prepare
-from shardkit.runtime.read import read_tensors
+from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
 from shardkit.verify import check_files

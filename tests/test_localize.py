@@ -8,7 +8,7 @@ from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
 from shardkit.planning.plan import Placement, Plan
 from shardkit.recipe.recipe import LocalAttribute
-from shardkit.runtime.localize import _shrink, select
+from shardkit.runtime.parallelize import _shrink, select
 from shardkit.tensor import TensorSpec
 
 # Six heads of width 4, and one group of 3 that all of them share: ranks hold 12 + 3 each.

@@ -11,10 +11,10 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
 from shardkit.planning.plan import Placement
-from shardkit.runtime.classes import find_model_class
-from shardkit.runtime.group import TensorParallelGroup
-from shardkit.runtime.lstm import ParallelLSTM, make_parallel_lstm
-from shardkit.runtime.lstm_model import LSTMConfig, LSTMForCausalLM
+from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers.lstm import ParallelLSTM, make_parallel_lstm
+from shardkit.runtime.models.lstm import LSTMConfig, LSTMForCausalLM
+from shardkit.runtime.models.registry import find_model_class
 from shardkit.tensor import TensorSpec
 
 LENGTH, BATCH, WIDTH, HIDDEN = 11, 3, 7, 10

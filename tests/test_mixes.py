@@ -14,7 +14,7 @@ from shardkit.checkpoint.checkpoint import SAMPLE
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
 from shardkit.runtime.load import prepare
-from shardkit.runtime.read import read_tensors
+from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest import NAME, Manifest
 from shardkit.verify import check_files
 from shardkit.verify.scope import Scope

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.names import conversions
+from shardkit.runtime.conversion import conversions
 
 EXTRA = "model.layers.1.self_attn.q_proj.weight"  # the model has one layer
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from shardkit.runtime.norms import make_gathered
+from shardkit.runtime.layers.norm import make_gathered
 
 PARTS = [torch.tensor([0, 1, 4]), torch.tensor([2, 3])]  # what each of two ranks holds of five
 

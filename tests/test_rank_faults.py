@@ -17,8 +17,8 @@ from harness import cut
 from rank_harness import Ended, Zygote, divisible, free_port, run_ranks
 
 from shardkit.errors import RanksLost
-from shardkit.runtime.faults import State, blame, differences
-from shardkit.runtime.link import Link
+from shardkit.runtime.distributed.diagnosis import State, blame, differences
+from shardkit.runtime.distributed.liveness import Link
 from shardkit.timeouts import Timeouts
 
 WORLDS = [2, 3, 4]

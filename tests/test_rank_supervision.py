@@ -19,7 +19,7 @@ from rank_harness import MARK, divisible, marked
 
 from shardkit import runtime
 from shardkit.errors import RanksError
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.timeouts import Timeouts
 
 SLACK = 5.0

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.load import default_dtype
-from shardkit.runtime.read import TORCH_DTYPES, read_tensors
+from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
 

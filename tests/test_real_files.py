@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from splitting import split_folder
 
 from shardkit.convert.split import merge
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verify.models import LocalRanks
 from shardkit.verify.numerics import check_numerics

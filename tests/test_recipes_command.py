@@ -9,9 +9,9 @@ import pytest
 from command import run
 from harness import altered
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import bundled, recipe_folder
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.pool import RankPool
 from shardkit.verify.mutants import mutants
 from shardkit.verify.trials import make_models, try_recipe
 

@@ -15,7 +15,7 @@ from harness import altered, cut
 import shardkit
 from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verify import Check, check_files, check_weights
 from shardkit.verify.models import LocalRanks

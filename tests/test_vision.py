@@ -14,7 +14,7 @@ from shardkit.errors import RecipeError
 from shardkit.planning.costs import collectives, generates, kv_cache
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.verify.inputs import make_inputs
 from shardkit.verify.masked_sum import load
 from shardkit.verify.numbers import judge, worst

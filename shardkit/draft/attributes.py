@@ -145,7 +145,7 @@ def _given(small: Small, path: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors a module is given by name, at its first call."""
     import torch
 
-    from shardkit.runtime.forward import uncached
+    from shardkit.runtime.model_runner import uncached
     from shardkit.verify.inputs import make_inputs
 
     found: list[dict[str, tuple[int, ...]]] = []

@@ -42,7 +42,7 @@ def make_draft(model: str, say: Say, bench: Bench | None = None) -> Draft:
     The bundled recipes are not looked at.  Raises RecipeError where nothing can be proven.
     """
     if bench is None:
-        from shardkit.runtime.pool import RankPool
+        from shardkit.authoring.rank_pool import RankPool
 
         with RankPool() as pool:
             return make_draft(model, say, Bench(pool))

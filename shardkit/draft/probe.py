@@ -104,7 +104,7 @@ def _outputs(small: Small, last: Last) -> Iterator[Any]:
     """Run the model; what the module puts out at its first call, with its history."""
     import torch
 
-    from shardkit.runtime.forward import uncached
+    from shardkit.runtime.model_runner import uncached
     from shardkit.verify.inputs import make_inputs
 
     calls: list[Any] = []

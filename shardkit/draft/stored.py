@@ -88,7 +88,7 @@ class Small:
 
         Raises RecipeError where transformers does more than move elements as it loads.
         """
-        from shardkit.runtime.names import conversions
+        from shardkit.runtime.conversion import conversions
 
         found: list[Stored] = []
         for conversion in conversions(self.model, self.shapes):
@@ -151,7 +151,7 @@ def kind_of(module: Any) -> str:
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
-    from shardkit.runtime.layers import is_conv1d
+    from shardkit.runtime.layers.linear import is_conv1d
 
     if isinstance(module, nn.Linear):
         return "linear"

@@ -119,7 +119,7 @@ def _save(name: str, config: Any, folder: Path) -> None:
     import torch
     import transformers
 
-    from shardkit.runtime.forward import uncached
+    from shardkit.runtime.model_runner import uncached
     from shardkit.verify.inputs import make_inputs
     from shardkit.verify.masked_sum import load
     from shardkit.verify.samples import save_random

@@ -12,7 +12,7 @@ from shardkit.planning.plan import make_plan
 from shardkit.recipe.parse import load_recipe
 
 if TYPE_CHECKING:
-    from shardkit.runtime.pool import RankPool  # which loads torch
+    from shardkit.authoring.rank_pool import RankPool  # which loads torch
 
 BEAMS = 3
 

@@ -10,8 +10,8 @@ with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive 
         print(text, end="", flush=True)
 """
 
-from shardkit.runtime.engine import Engine, launch
-from shardkit.runtime.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.engine.engine import Engine, launch
 from shardkit.runtime.load import load
 
 __all__ = ["Engine", "TensorParallelGroup", "connect", "launch", "load"]

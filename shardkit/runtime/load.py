@@ -13,17 +13,17 @@ import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.classes import find_model_class
+from shardkit.runtime.config import model_config
 from shardkit.runtime.configs import checked_copy, read_configs
-from shardkit.runtime.experts import slow_experts, suit_experts
-from shardkit.runtime.fill import check_shapes, clear, fill, finish, tie_placements
-from shardkit.runtime.group import DEFAULT, TensorParallelGroup, connect
-from shardkit.runtime.layers import fit_widths
-from shardkit.runtime.localize import localize, select
-from shardkit.runtime.model_config import model_config
-from shardkit.runtime.names import conversions
-from shardkit.runtime.read import TORCH_DTYPES, read_tensors
-from shardkit.runtime.same import called_alike
+from shardkit.runtime.conversion import conversions
+from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
+from shardkit.runtime.distributed.input_check import called_alike
+from shardkit.runtime.layers.experts import slow_experts, suit_experts
+from shardkit.runtime.layers.linear import fit_widths
+from shardkit.runtime.materialize import check_shapes, clear, fill, finish, tie_placements
+from shardkit.runtime.models.registry import find_model_class
+from shardkit.runtime.parallelize import localize, select
+from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard

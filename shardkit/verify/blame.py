@@ -6,8 +6,8 @@ import torch
 
 from shardkit.layout.spans import Span
 from shardkit.planning.plan import Placement
-from shardkit.runtime.fill import check_shapes
-from shardkit.runtime.names import conversions
+from shardkit.runtime.conversion import conversions
+from shardkit.runtime.materialize import check_shapes
 from shardkit.shards.manifest import Manifest
 from shardkit.verify.models import Sharded, Tensors, Unsharded
 from shardkit.verify.numbers import judge

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.runtime.forward import fitted
+from shardkit.runtime.model_runner import fitted
 
 BATCH = 2
 SEED = 21

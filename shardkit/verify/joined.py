@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.runtime.forward import fitted, tensors_of, uncached
-from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.load import load
+from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 from shardkit.verify.inputs import make_inputs
 from shardkit.verify.models import Tensors, greedy, judged, prompt

@@ -25,12 +25,12 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
 from shardkit.planning.plan import Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.experts import suit_experts
-from shardkit.runtime.fill import check_shapes
-from shardkit.runtime.forward import uncached
+from shardkit.runtime.config import source_config
+from shardkit.runtime.conversion import conversions
+from shardkit.runtime.layers.experts import suit_experts
 from shardkit.runtime.load import model_class
-from shardkit.runtime.model_config import source_config
-from shardkit.runtime.names import conversions
+from shardkit.runtime.materialize import check_shapes
+from shardkit.runtime.model_runner import uncached
 from shardkit.verify.inputs import make_inputs
 
 WEIGHTS = "model.safetensors"

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.errors import CheckpointError
-from shardkit.runtime.experts import suit_experts
-from shardkit.runtime.forward import fitted, tensors_of, uncached
+from shardkit.runtime.config import source_config
+from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.layers.experts import suit_experts
 from shardkit.runtime.load import model_class
-from shardkit.runtime.model_config import source_config
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 
 Tensors = Mapping[str, torch.Tensor]

@@ -12,7 +12,7 @@ from shardkit.errors import ShardkitError
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import groups, loaded_bytes, total_bytes
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verify.masked_sum import WEIGHTS, misses

@@ -110,7 +110,7 @@ def _weights(
 def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks | None) -> Check:
     if source is None:
         return Check("numerics", "not run", NO_SOURCE)
-    from shardkit.runtime.ranks import Ranks
+    from shardkit.runtime.engine.rank_processes import Ranks
     from shardkit.verify.models import LocalRanks
     from shardkit.verify.numerics import check_numerics
 
@@ -127,7 +127,7 @@ def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks |
 
 
 def _join(request: Request) -> JoinedRanks:
-    from shardkit.runtime.group import connect
+    from shardkit.runtime.distributed.group import connect
     from shardkit.verify.joined import JoinedRanks
 
     group = connect(request.device, request.timeouts)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import recipe_folder
-from shardkit.runtime.classes import find_model_class
+from shardkit.runtime.models.registry import find_model_class
 
 NULL = "none"
 KEYS = {"model", "base", "config", "apart", "as_built"}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import CheckpointError, RecipeError
 from shardkit.recipe.counts import serves
 from shardkit.recipe.recipe import Recipe
+from shardkit.runtime.config import model_config
 from shardkit.runtime.load import model_class
-from shardkit.runtime.model_config import model_config
-from shardkit.runtime.pool import RankPool
 from shardkit.verify.mutants import Mutant, mutants
 from shardkit.verify.proof import FOREIGN, Proof, prove
 from shardkit.verify.samples import Sample, make_sample, samples, save_random

@@ -192,7 +192,7 @@ def test_a_kernel_that_a_config_names_is_left_out_of_what_a_recipe_is_checked_on
 
 
 def test_what_makes_transformers_run_or_fetch_is_left_out_however_deep() -> None:
-    from shardkit.runtime.model_config import inert
+    from shardkit.runtime.config import inert
 
     config = {
         "auto_map": {"AutoConfig": "a.B"}, "hidden_size": 8, "conv_kernel": [3],

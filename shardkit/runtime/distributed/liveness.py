@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.faults import State, blame, named
-from shardkit.runtime.store import RankStore, connect_store
+from shardkit.runtime.distributed.diagnosis import State, blame, named
+from shardkit.runtime.distributed.rendezvous import RankStore, connect_store
 from shardkit.timeouts import Timeouts
 
 BEAT = 0.5  # seconds between two signs of life

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from shardkit.errors import ManifestError, ShardkitError
-from shardkit.runtime.group import DEFAULT
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.distributed.group import DEFAULT
+from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 

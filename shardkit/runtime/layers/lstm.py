@@ -14,8 +14,8 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section, length
 from shardkit.planning.plan import Placement
-from shardkit.runtime import layers
-from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers import linear as layers
 
 State = tuple[torch.Tensor, torch.Tensor]
 

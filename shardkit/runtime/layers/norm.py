@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.runtime import layers
-from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers import linear as layers
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 

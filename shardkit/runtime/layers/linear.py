@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.group import TensorParallelGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
 
 
 class ColumnParallelLinear(nn.Linear):

@@ -3,7 +3,7 @@
 import transformers
 from transformers import PreTrainedModel
 
-from shardkit.runtime import lstm_model
+from shardkit.runtime.models import lstm as lstm_model
 
 BUILT_IN = (lstm_model,)
 

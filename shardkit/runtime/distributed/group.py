@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.faults import brief, differences, errors
-from shardkit.runtime.link import Link
-from shardkit.runtime.store import connect_store
+from shardkit.runtime.distributed.diagnosis import brief, differences, errors
+from shardkit.runtime.distributed.liveness import Link
+from shardkit.runtime.distributed.rendezvous import connect_store
 from shardkit.timeouts import Timeouts
 
 REPORT_BYTES = 4096

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shardkit.errors import ManifestError
 from shardkit.planning.plan import Placement
-from shardkit.runtime.names import Conversion
+from shardkit.runtime.conversion import Conversion
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 

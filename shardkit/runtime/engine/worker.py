@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.forward import fitted, tensors_of, uncached
-from shardkit.runtime.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.engine.messages import Message, receive, send
 from shardkit.runtime.load import load_told
+from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
-from shardkit.runtime.wire import Message, receive, send
 from shardkit.timeouts import Timeouts
 
 PR_SET_PDEATHSIG = 1

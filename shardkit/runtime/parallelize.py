@@ -11,9 +11,10 @@ from shardkit.errors import LayoutError, ManifestError
 from shardkit.layout.spans import Section, Span, deal, spans
 from shardkit.planning.plan import Placement, Plan
 from shardkit.recipe.recipe import LocalArgument, LocalAttribute, module_pattern
-from shardkit.runtime import layers, norms
-from shardkit.runtime.group import TensorParallelGroup
-from shardkit.runtime.lstm import make_parallel_lstm
+from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers import linear as layers
+from shardkit.runtime.layers import norm as norms
+from shardkit.runtime.layers.lstm import make_parallel_lstm
 from shardkit.shards.manifest import Manifest
 
 LISTS = (nn.ModuleList, torch.Tensor)  # of which a rank keeps its own, once they are filled

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from shardkit.errors import RanksError
-from shardkit.runtime.faults import Fault, judged
-from shardkit.runtime.group import DEFAULT
-from shardkit.runtime.link import ROLL_CALL
-from shardkit.runtime.store import beat_key
-from shardkit.runtime.wire import Message, receive, send
+from shardkit.runtime.distributed.diagnosis import Fault, judged
+from shardkit.runtime.distributed.group import DEFAULT
+from shardkit.runtime.distributed.liveness import ROLL_CALL
+from shardkit.runtime.distributed.rendezvous import beat_key
+from shardkit.runtime.engine.messages import Message, receive, send
 from shardkit.timeouts import Timeouts
 
 GRACE = 2.0  # seconds the other ranks have to answer once one has failed
@@ -39,7 +39,7 @@ Outcome = dict[int, Message | Fault]
 class Ranks:
     """`size` rank processes on this host; to be closed, or used in a `with`."""
 
-    worker = "shardkit.runtime.worker"  # the module each rank runs
+    worker = "shardkit.runtime.engine.worker"  # the module each rank runs
 
     def __init__(self, size: int, device: str | None = None, timeouts: Timeouts = DEFAULT) -> None:
         """Start them and wait until all have joined.  Raises RanksError."""
@@ -174,7 +174,7 @@ class Ranks:
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
         return given | {"PYTHONPATH": os.pathsep.join(path)}
 

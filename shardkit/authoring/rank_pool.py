@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from shardkit.runtime.ranks import Ranks
+from shardkit.runtime.engine.rank_processes import Ranks
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shardkit.errors import RanksLost
-from shardkit.runtime.faults import brief
+from shardkit.runtime.distributed.diagnosis import brief
 
 PREFIX = "shardkit/"  # and how often torchrun has started these ranks anew
 RETRY = 0.1  # seconds between two tries to reach the store
