@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shardkit.verify.samples import make_sample, samples
+from shardkit.authoring.samples import make_sample, samples
 
 VARIANTS = {sample.name: sample for sample in samples()}
 

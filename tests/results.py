@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardkit.authoring.check import served_samples
 from shardkit.recipe.recipe import Recipe
-from shardkit.verify.trials import served_samples
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RESULTS = FOLDER / "results.json"

@@ -17,12 +17,12 @@ from typing import Any
 from conftest import SHARED  # noqa: F401  (sets the libraries' environment first)
 from results import RESULTS, TABLE, digest, rendered
 
+from shardkit.authoring.check import Trial, caught, served_samples, try_recipe
 from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.samples import Sample, make_sample
 from shardkit.recipe.catalog import bundled
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
-from shardkit.verify.samples import Sample, make_sample
-from shardkit.verify.trials import Trial, caught, served_samples, try_recipe
 
 TP_SIZES = (2, 4)
 AWKWARD_TP_SIZES = (2, 3, 4)

@@ -20,7 +20,7 @@ from shardkit.shards.manifest import NAME
 from shardkit.shards.manifest_json import parse_manifest, read_manifest
 from shardkit.shards.reader import open_shard
 from shardkit.strict_json import JsonError
-from shardkit.verify import check_files
+from shardkit.verification import check_files
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from families import make
 from harness import cut
 
 from shardkit import runtime
+from shardkit.authoring.masked_sum import load
 from shardkit.runtime.layers.experts import slow_experts, suit_experts
-from shardkit.verify.masked_sum import load
 
 SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bfloat16, 10 a rank at 4
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from families import VARIANTS, make
 
+from shardkit.authoring.proof import prove
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import bundled, find_recipe
 from shardkit.recipe.parse import load_recipe
-from shardkit.verify.proof import prove
 
 BEAMS = 3
 NEVER_IN_SAMPLES = ("ignore", "vocab", "replicate", "once")  # what only some checkpoints store

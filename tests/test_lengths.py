@@ -17,8 +17,8 @@ from shardkit.runtime.load import prepare
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
-from shardkit.verify import check_files
-from shardkit.verify.scope import Scope
+from shardkit.verification import check_files
+from shardkit.verification.scope import Scope
 
 WORDS = r"truncated|extended"
 LARGE = [1 << power for power in (20, 22, 24, 26, 28, 30, 32, 34, 38, 40)]  # as holes

@@ -9,9 +9,9 @@ import transformers
 from families import VARIANTS, make
 from harness import altered
 
+from shardkit.authoring.masked_sum import load, misses, placed_parameters, plan_of
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
-from shardkit.verify.masked_sum import load, misses, placed_parameters, plan_of
 
 ROUNDING = 1e-5  # sound layouts miss by some 5e-7
 WRONG = 0.05  # the mildest fault misses by twice that

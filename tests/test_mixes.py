@@ -16,8 +16,8 @@ from shardkit.errors import ShardkitError, VerifyError
 from shardkit.runtime.load import prepare
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest import NAME, Manifest
-from shardkit.verify import check_files
-from shardkit.verify.scope import Scope
+from shardkit.verification import check_files
+from shardkit.verification.scope import Scope
 
 Change = Callable[[bytearray, int, int], None]
 

@@ -17,7 +17,7 @@ from command import run
 from damage import quiet
 from splitting import split_folder
 
-from shardkit.verify import check_files
+from shardkit.verification import check_files
 
 SIGNATURE = "model.sig"
 

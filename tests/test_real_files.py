@@ -14,8 +14,8 @@ from splitting import split_folder
 from shardkit.convert.split import merge
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verify.models import LocalRanks
-from shardkit.verify.numerics import check_numerics
+from shardkit.verification.models import LocalRanks
+from shardkit.verification.numerics import check_numerics
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,11 +9,11 @@ import pytest
 from command import run
 from harness import altered
 
+from shardkit.authoring.check import make_models, try_recipe
+from shardkit.authoring.mutations import mutants
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import bundled, recipe_folder
 from shardkit.recipe.parse import load_recipe
-from shardkit.verify.mutants import mutants
-from shardkit.verify.trials import make_models, try_recipe
 
 
 def test_the_list_names_every_recipe_and_why_what_is_large_stays_whole() -> None:

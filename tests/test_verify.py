@@ -17,9 +17,9 @@ from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verify import Check, check_files, check_weights
-from shardkit.verify.models import LocalRanks
-from shardkit.verify.numerics import check_numerics
+from shardkit.verification import Check, check_files, check_weights
+from shardkit.verification.models import LocalRanks
+from shardkit.verification.numerics import check_numerics
 
 
 def quiet(_: int) -> None:

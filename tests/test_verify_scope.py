@@ -15,8 +15,8 @@ from splitting import split_folder
 from shardkit.checkpoint import open_checkpoint
 from shardkit.errors import LayoutError
 from shardkit.shards.manifest_json import read_manifest
-from shardkit.verify import check_files, check_weights
-from shardkit.verify.scope import Scope
+from shardkit.verification import check_files, check_weights
+from shardkit.verification.scope import Scope
 
 RANKS = 4
 

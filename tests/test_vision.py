@@ -10,15 +10,15 @@ from blueprints import specs_of
 from families import make
 from safetensors.torch import load_file, save_file
 
+from shardkit.authoring.masked_sum import load
+from shardkit.authoring.proof import prove
 from shardkit.errors import RecipeError
 from shardkit.planning.costs import collectives, generates, kv_cache
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.runtime.engine.rank_processes import Ranks
-from shardkit.verify.inputs import make_inputs
-from shardkit.verify.masked_sum import load
-from shardkit.verify.numbers import judge, worst
-from shardkit.verify.proof import prove
+from shardkit.verification.dummy_inputs import make_inputs
+from shardkit.verification.tolerance import judge, worst
 
 LLAVA = {
     "model_type": "llava",

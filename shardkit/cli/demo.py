@@ -88,7 +88,7 @@ def minilm() -> Path:
 
 def seeded(folder: Path) -> Path:
     """The demo's sample, a decoder with grouped-query attention; its weights are from a seed."""
-    from shardkit.verify.samples import make_sample, samples
+    from shardkit.authoring.samples import make_sample, samples
 
     (sample,) = (sample for sample in samples() if sample.group == "demo")
     return make_sample(sample, folder)

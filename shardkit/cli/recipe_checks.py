@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shardkit.authoring.check import Trial, caught, make_models, try_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.cli.options import status
 from shardkit.cli.text import plural, say
 from shardkit.recipe.recipe import Recipe
-from shardkit.verify.trials import Trial, caught, make_models, try_recipe
 
 
 def run_checks(

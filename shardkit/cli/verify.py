@@ -21,10 +21,10 @@ from shardkit.errors import LayoutError, ManifestError, VerifyError
 from shardkit.planning.summary import total_bytes
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
-from shardkit.verify.report import Report
-from shardkit.verify.run import Level, Request
-from shardkit.verify.run import verify as run
-from shardkit.verify.scope import Scope
+from shardkit.verification.levels import Level, Request
+from shardkit.verification.levels import verify as run
+from shardkit.verification.report import Report
+from shardkit.verification.scope import Scope
 
 
 def part(

@@ -146,7 +146,7 @@ def _given(small: Small, path: str) -> dict[str, tuple[int, ...]]:
     import torch
 
     from shardkit.runtime.model_runner import uncached
-    from shardkit.verify.inputs import make_inputs
+    from shardkit.verification.dummy_inputs import make_inputs
 
     found: list[dict[str, tuple[int, ...]]] = []
 

@@ -105,7 +105,7 @@ def _outputs(small: Small, last: Last) -> Iterator[Any]:
     import torch
 
     from shardkit.runtime.model_runner import uncached
-    from shardkit.verify.inputs import make_inputs
+    from shardkit.verification.dummy_inputs import make_inputs
 
     calls: list[Any] = []
 

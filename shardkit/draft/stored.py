@@ -132,7 +132,7 @@ class Small:
 
 def open_small(folder: Path) -> Small:
     """Load a small model's folder, in a form that derivatives can be taken of."""
-    from shardkit.verify.masked_sum import load
+    from shardkit.authoring.masked_sum import load
 
     with Checkpoint(folder) as checkpoint:
         shapes = {spec.name: tuple(spec.shape) for spec in checkpoint.specs()}

@@ -119,10 +119,10 @@ def _save(name: str, config: Any, folder: Path) -> None:
     import torch
     import transformers
 
+    from shardkit.authoring.masked_sum import load
+    from shardkit.authoring.samples import save_random
     from shardkit.runtime.model_runner import uncached
-    from shardkit.verify.inputs import make_inputs
-    from shardkit.verify.masked_sum import load
-    from shardkit.verify.samples import save_random
+    from shardkit.verification.dummy_inputs import make_inputs
 
     if (count := _parameters(name, config)) > SMALL:
         raise ValueError(f"{count} parameters are not small")

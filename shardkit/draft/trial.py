@@ -46,7 +46,7 @@ class Bench:
         return self.known[key]
 
     def _attempt(self, source: Path, text: str, tp_size: int) -> Outcome:
-        from shardkit.verify.proof import prove
+        from shardkit.authoring.proof import prove
 
         with TemporaryDirectory(prefix="shardkit-draft-") as folder:
             path = Path(folder) / "draft.toml"

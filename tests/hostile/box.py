@@ -23,7 +23,7 @@ import shardkit.cli.plan
 import shardkit.cli.reshard
 import shardkit.cli.split
 import shardkit.cli.verify
-import shardkit.verify.run  # noqa: F401
+import shardkit.verification.levels  # noqa: F401
 
 SECONDS = 2.0
 MEGABYTES = 256

@@ -142,7 +142,7 @@ def test_a_real_model_agrees_and_one_without_a_layer_does_not(fixture: str, tmp_
 
 @pytest.mark.slow
 def test_every_sample_agrees_and_none_without_a_layer_does(tmp_path: Path) -> None:
-    from shardkit.verify.samples import make_sample, samples
+    from shardkit.authoring.samples import make_sample, samples
 
     tried = 0
     for sample in samples():

@@ -17,9 +17,9 @@ from shardkit.shards.manifest import Manifest, stored_order
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import first_difference, open_shard
 from shardkit.tensor import TensorSpec
-from shardkit.verify.files import EVERYTHING
-from shardkit.verify.report import Check
-from shardkit.verify.scope import Scope
+from shardkit.verification.files import EVERYTHING
+from shardkit.verification.report import Check
+from shardkit.verification.scope import Scope
 
 SHOWN = 8
 

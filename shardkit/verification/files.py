@@ -13,8 +13,8 @@ from shardkit.shards.integrity import Progress, rank_faults
 from shardkit.shards.manifest import NAME, Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
-from shardkit.verify.report import Check
-from shardkit.verify.scope import Scope
+from shardkit.verification.report import Check
+from shardkit.verification.scope import Scope
 
 SIGNATURE = ".sig"
 KINDS = {

@@ -31,7 +31,7 @@ from shardkit.runtime.layers.experts import suit_experts
 from shardkit.runtime.load import model_class
 from shardkit.runtime.materialize import check_shapes
 from shardkit.runtime.model_runner import uncached
-from shardkit.verify.inputs import make_inputs
+from shardkit.verification.dummy_inputs import make_inputs
 
 WEIGHTS = "model.safetensors"
 SUMMED = ("row", "vocab")

@@ -9,8 +9,8 @@ from shardkit.planning.plan import Placement
 from shardkit.runtime.conversion import conversions
 from shardkit.runtime.materialize import check_shapes
 from shardkit.shards.manifest import Manifest
-from shardkit.verify.models import Sharded, Tensors, Unsharded
-from shardkit.verify.numbers import judge
+from shardkit.verification.models import Sharded, Tensors, Unsharded
+from shardkit.verification.tolerance import judge
 
 SHOWN = 6
 

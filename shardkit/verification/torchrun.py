@@ -11,8 +11,8 @@ from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.load import load
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
-from shardkit.verify.inputs import make_inputs
-from shardkit.verify.models import Tensors, greedy, judged, prompt
+from shardkit.verification.dummy_inputs import make_inputs
+from shardkit.verification.models import Tensors, greedy, judged, prompt
 
 STOP, FORWARD, GENERATE, TRACE, SEARCH = range(5)
 WORK = 24 * 3600.0  # seconds the unsharded model may take while the others wait for rank 0

@@ -13,15 +13,15 @@ from shardkit.checkpoint import Checkpoint, open_checkpoint
 from shardkit.errors import ManifestError, RanksLost, ShardkitError
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
-from shardkit.verify.files import EVERYTHING, check_files
-from shardkit.verify.report import Check, Report
-from shardkit.verify.scope import Scope
-from shardkit.verify.weights import check_weights
+from shardkit.verification.files import EVERYTHING, check_files
+from shardkit.verification.report import Check, Report
+from shardkit.verification.scope import Scope
+from shardkit.verification.weights import check_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from shardkit.verify.joined import JoinedRanks
+    from shardkit.verification.torchrun import JoinedRanks
 
 Level = Literal["files", "weights", "numerics"]
 NO_SOURCE = "that is shown against the source alone: name it with --against"
@@ -111,8 +111,8 @@ def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks |
     if source is None:
         return Check("numerics", "not run", NO_SOURCE)
     from shardkit.runtime.engine.rank_processes import Ranks
-    from shardkit.verify.models import LocalRanks
-    from shardkit.verify.numerics import check_numerics
+    from shardkit.verification.models import LocalRanks
+    from shardkit.verification.numerics import check_numerics
 
     manifest, dtype = read_manifest(request.folder), _dtype(request.dtype)
     try:
@@ -128,7 +128,7 @@ def _numerics(request: Request, source: Checkpoint | None, joined: JoinedRanks |
 
 def _join(request: Request) -> JoinedRanks:
     from shardkit.runtime.distributed.group import connect
-    from shardkit.verify.joined import JoinedRanks
+    from shardkit.verification.torchrun import JoinedRanks
 
     group = connect(request.device, request.timeouts)
     return JoinedRanks(group, request.folder, _dtype(request.dtype))

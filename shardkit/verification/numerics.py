@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from shardkit.shards.manifest import Manifest
-from shardkit.verify.blame import blame
-from shardkit.verify.inputs import STEPS, make_inputs
-from shardkit.verify.models import Sharded, Tensors, Unsharded
-from shardkit.verify.numbers import Judgement, agreement, divergence, judge, worst
-from shardkit.verify.report import Check
+from shardkit.verification.divergence import blame
+from shardkit.verification.dummy_inputs import STEPS, make_inputs
+from shardkit.verification.models import Sharded, Tensors, Unsharded
+from shardkit.verification.report import Check
+from shardkit.verification.tolerance import Judgement, agreement, divergence, judge, worst
 
 WIDER = {torch.float64: torch.float64, torch.float32: torch.float64}
 # What transformers raises where a class cannot do what is asked of it.

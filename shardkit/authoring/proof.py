@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from shardkit.authoring.masked_sum import WEIGHTS, misses
 from shardkit.checkpoint import Checkpoint
 from shardkit.convert.split import merge, split
 from shardkit.errors import ShardkitError
@@ -15,10 +16,9 @@ from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verify.masked_sum import WEIGHTS, misses
-from shardkit.verify.models import LocalRanks
-from shardkit.verify.numerics import check_numerics
-from shardkit.verify.report import Check, Verdict
+from shardkit.verification.models import LocalRanks
+from shardkit.verification.numerics import check_numerics
+from shardkit.verification.report import Check, Verdict
 
 ROUNDING = 1e-5  # of a summed layer; sound layouts miss by some 5e-7, the mildest fault by 0.1
 FOREIGN = (

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from shardkit.authoring.mutations import Mutant, mutants
+from shardkit.authoring.proof import FOREIGN, Proof, prove
 from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.samples import Sample, make_sample, samples, save_random
 from shardkit.errors import CheckpointError, RecipeError
 from shardkit.recipe.counts import serves
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import model_config
 from shardkit.runtime.load import model_class
-from shardkit.verify.mutants import Mutant, mutants
-from shardkit.verify.proof import FOREIGN, Proof, prove
-from shardkit.verify.samples import Sample, make_sample, samples, save_random
 
 BEAMS = 3
 MAX_PARAMETERS = 200_000_000  # of a model that is made up to check a recipe: seconds, not minutes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.verify.images import BATCH, image_token, image_tokens, make_images
+from shardkit.verification.dummy_images import BATCH, image_token, image_tokens, make_images
 
 LENGTH = 24
 STEPS = 12  # tokens that may be generated after them

@@ -1,0 +1,7 @@
+"""Are the shards right?  Three levels: the files, the weights, the numbers they compute."""
+
+from shardkit.verification.files import check_files
+from shardkit.verification.report import Check, Report
+from shardkit.verification.weights import check_weights
+
+__all__ = ["Check", "Report", "check_files", "check_weights"]
