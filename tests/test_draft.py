@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.authoring.draft.draft import Draft, make_draft
+from shardkit.authoring.draft.proofs import Bench
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.draft.draft import Draft, make_draft
-from shardkit.draft.trial import Bench
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
@@ -65,7 +65,7 @@ def test_a_draft_says_what_it_could_not_shard_and_why(bench: Bench) -> None:
 def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
     bench: Bench, tmp_path: Path
 ) -> None:
-    from shardkit.draft.tiny import make_tiny
+    from shardkit.authoring.draft.tiny_model import make_tiny
 
     made = proven("gpt2", bench)
     wrong = made.text.replace('"3 heads"', '"heads 3"')

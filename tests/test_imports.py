@@ -25,7 +25,6 @@ LAYERS = [  # a module imports from the rows above its own only; a package count
     {"convert", "runtime"},
     {"verification"},
     {"authoring"},
-    {"draft"},
     {"cli"},
     {"__main__"},
 ]

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from shardkit.authoring.draft.draft import Draft, make_draft
+from shardkit.authoring.draft.proofs import outcomes_json
 from shardkit.cli.options import status
 from shardkit.cli.text import plural, printable
-from shardkit.draft.draft import Draft, make_draft
-from shardkit.draft.trial import outcomes_json
 from shardkit.errors import OutputError
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardkit.authoring.draft.shrink_config import shrunk, ways
 from shardkit.checkpoint.config_check import check_config
 from shardkit.checkpoint.weight_files import read_config
-from shardkit.draft.shrink import shrunk, ways
 from shardkit.errors import RecipeError
 
 SMALL = 3_000_000  # parameters

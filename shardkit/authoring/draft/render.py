@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
-from shardkit.draft.attributes import Argument, Attribute
-from shardkit.draft.regions import Axis, Count, Region
+from shardkit.authoring.draft.module_attributes import Argument, Attribute
+from shardkit.authoring.draft.regions import Axis, Count, Region
 
 WIDTH = 96
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from shardkit.draft.search import Say, Search, final
-from shardkit.draft.stored import NUMBER, Small, open_small
-from shardkit.draft.survey import survey
-from shardkit.draft.text import Content, written
-from shardkit.draft.tiny import Tiny, make_tiny
-from shardkit.draft.trial import Bench, Outcome, unmatched
+from shardkit.authoring.draft.candidates import survey
+from shardkit.authoring.draft.proofs import Bench, Outcome, unmatched
+from shardkit.authoring.draft.render import Content, written
+from shardkit.authoring.draft.search import Say, Search, final
+from shardkit.authoring.draft.tensor_origins import NUMBER, Small, open_small
+from shardkit.authoring.draft.tiny_model import Tiny, make_tiny
 from shardkit.errors import RecipeError
 
 SAME = {"colwise": "column", "rowwise": "row", "packed_colwise": "column", "packed_rowwise": "row"}

@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardkit.draft.attributes import arguments_of, attributes_of
-from shardkit.draft.stored import Small
-from shardkit.draft.survey import Survey, leftovers
-from shardkit.draft.text import Content, Part, written
-from shardkit.draft.trial import Bench, Outcome, most_ranks
+from shardkit.authoring.draft.candidates import Survey, leftovers
+from shardkit.authoring.draft.module_attributes import arguments_of, attributes_of
+from shardkit.authoring.draft.proofs import Bench, Outcome, most_ranks
+from shardkit.authoring.draft.render import Content, Part, written
+from shardkit.authoring.draft.tensor_origins import Small
 from shardkit.errors import RecipeError
 
 MOST_VARIANTS = 12

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shardkit.draft.stored import Small, Stored
+from shardkit.authoring.draft.tensor_origins import Small, Stored
 
 FEW = 3
 MOST = 64  # features that are probed of a wide layer

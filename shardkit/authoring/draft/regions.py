@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardkit.draft.probe import Meeting, Probe, out_dims
-from shardkit.draft.shrink import KINDS, kind_of
+from shardkit.authoring.draft.dependencies import Meeting, Probe, out_dims
+from shardkit.authoring.draft.shrink_config import KINDS, kind_of
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout.axis import Unit, parse_axis, sections
 from shardkit.layout.spans import spans

@@ -9,8 +9,8 @@ from functools import cache
 from itertools import takewhile
 from typing import Any
 
-from shardkit.draft.regions import ANY, Region
-from shardkit.draft.stored import NUMBER, Small
+from shardkit.authoring.draft.regions import ANY, Region
+from shardkit.authoring.draft.tensor_origins import NUMBER, Small
 
 NOT_COUNTS = ("head_dim", "layer_idx", "padding_idx")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from shardkit.draft.probe import Last, Meeting, probe
-from shardkit.draft.regions import Count, Region, counts_of, find_region
-from shardkit.draft.stored import LEAF, NUMBER, Small, Stored
+from shardkit.authoring.draft.dependencies import Last, Meeting, probe
+from shardkit.authoring.draft.regions import Count, Region, counts_of, find_region
+from shardkit.authoring.draft.tensor_origins import LEAF, NUMBER, Small, Stored
 
 FEW_OUTPUTS = 16  # of a router or a classifier, which is no large layer
 FEW_NUMBERS = 2048  # of a bare parameter
