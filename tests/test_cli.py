@@ -68,7 +68,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
         env=environment(),
         check=True,
     )
-    assert done.stderr == "['shardkit.cli', 'shardkit.cli.text', 'shardkit.errors']\n"
+    assert done.stderr == "['shardkit.cli', 'shardkit.cli.output', 'shardkit.errors']\n"
     for name, entry in COMMANDS.items():
         assert any(line.split() == [name, *entry.help.split()] for line in done.stdout.splitlines())
 

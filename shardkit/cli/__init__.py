@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from shardkit import __version__
-from shardkit.cli.text import printable
+from shardkit.cli.output import printable
 from shardkit.errors import ShardkitError
 
 INTERRUPTED = 130

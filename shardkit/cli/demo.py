@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from shardkit.cli.output import say
 from shardkit.cli.run_options import quiet_transformers
-from shardkit.cli.text import say
 from shardkit.errors import CheckpointError
 
 

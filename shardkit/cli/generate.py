@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from shardkit.cli.options import FOLDER, JSON
+from shardkit.cli.output import say, say_json
 from shardkit.cli.run_options import (
     DEVICE,
     DTYPE,
@@ -13,7 +14,6 @@ from shardkit.cli.run_options import (
     end_on_sigterm,
     quiet_transformers,
 )
-from shardkit.cli.text import say, say_json
 from shardkit.errors import ManifestError
 from shardkit.timeouts import Timeouts
 

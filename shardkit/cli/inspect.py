@@ -9,7 +9,7 @@ import click
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.text import plural, say, say_json, size
+from shardkit.cli.output import plural, say, say_json, size
 from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeError
 from shardkit.files import read_small
 from shardkit.output.nonfinite import nonfinite_text

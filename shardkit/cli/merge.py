@@ -6,7 +6,7 @@ from time import perf_counter
 import click
 
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
-from shardkit.cli.text import plural, say, say_json, size
+from shardkit.cli.output import plural, say, say_json, size
 from shardkit.convert.split import merge as write_merge
 from shardkit.planning.summary import groups, stored_bytes, total_bytes
 from shardkit.shards.reader import ShardedCheckpoint

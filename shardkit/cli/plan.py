@@ -7,8 +7,8 @@ import click
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP, open_source
+from shardkit.cli.output import by_rank, plural, say, say_json, size
 from shardkit.cli.report import plan_sizes, say_plan_sizes
-from shardkit.cli.text import by_rank, plural, say, say_json, size
 from shardkit.planning.costs import Collectives, KvCache, collectives, kv_cache
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import Group, blocking_tensor, groups, total_bytes

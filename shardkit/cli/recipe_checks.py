@@ -9,7 +9,7 @@ from typing import Any
 from shardkit.authoring.check import Trial, caught, make_models, try_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.cli.options import status
-from shardkit.cli.text import plural, say
+from shardkit.cli.output import plural, say
 from shardkit.recipe.recipe import Recipe
 
 

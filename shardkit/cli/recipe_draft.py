@@ -11,7 +11,7 @@ import click
 from shardkit.authoring.draft.draft import Draft, make_draft
 from shardkit.authoring.draft.proofs import outcomes_json
 from shardkit.cli.options import status
-from shardkit.cli.text import plural, printable
+from shardkit.cli.output import plural, printable
 from shardkit.errors import OutputError
 
 

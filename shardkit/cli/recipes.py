@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from shardkit.cli.options import FOLDER, JSON
+from shardkit.cli.output import plural, say, say_json
 from shardkit.cli.run_options import quiet_transformers
-from shardkit.cli.text import plural, say, say_json
 from shardkit.errors import RecipeError, VerifyError
 from shardkit.recipe.catalog import bundled, recipe_folder
 from shardkit.recipe.parse import load_recipe

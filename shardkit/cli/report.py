@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardkit.cli.text import by_rank, plural, say, size
+from shardkit.cli.output import by_rank, plural, say, size
 from shardkit.planning.plan import Plan
 from shardkit.planning.summary import (
     Group,

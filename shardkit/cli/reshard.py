@@ -7,8 +7,8 @@ import click
 
 from shardkit.checkpoint.weight_files import read_config
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, TP, progress_bar
+from shardkit.cli.output import say_json
 from shardkit.cli.report import next_commands, say_written, written
-from shardkit.cli.text import say_json
 from shardkit.convert.split import reshard as write_reshard
 from shardkit.planning.costs import generates
 from shardkit.planning.plan import Plan

@@ -17,8 +17,8 @@ from shardkit.cli.options import (
     open_source,
     progress_bar,
 )
+from shardkit.cli.output import plural, printable, say, say_json, size
 from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
-from shardkit.cli.text import plural, printable, say, say_json, size
 from shardkit.convert.replaceable import shard_target
 from shardkit.convert.split import beside
 from shardkit.convert.split import split as write_split

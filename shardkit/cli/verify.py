@@ -9,6 +9,7 @@ import click
 
 from shardkit.checkpoint.pickled.convert import opened
 from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
+from shardkit.cli.output import say, say_json
 from shardkit.cli.run_options import (
     DEVICE,
     DTYPE,
@@ -16,7 +17,6 @@ from shardkit.cli.run_options import (
     end_on_sigterm,
     quiet_transformers,
 )
-from shardkit.cli.text import say, say_json
 from shardkit.errors import LayoutError, ManifestError, VerifyError
 from shardkit.planning.summary import total_bytes
 from shardkit.shards.manifest_json import read_manifest
