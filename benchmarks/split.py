@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from shardkit.checkpoint.header import header_bytes
+from shardkit.checkpoint.header import encode_header
 from shardkit.tensor import TensorSpec
 
 HIDDEN, FFN, KV, VOCABULARY = 2048, 5632, 512, 32000
@@ -58,7 +58,7 @@ def make_source(folder: Path, gib: float) -> int:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(header_bytes(specs, {"format": "pt"}))
+        file.write(encode_header(specs, {"format": "pt"}))
         for spec in specs:
             for start in range(0, spec.nbytes, CHUNK):
                 file.write(os.urandom(min(CHUNK, spec.nbytes - start)).translate(FINITE))

@@ -12,7 +12,7 @@ _UNFIT = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_NAME = 255
 
 
-def open_regular(path: Path, error: type[ShardkitError]) -> int:
+def open_regular_file(path: Path, error: type[ShardkitError]) -> int:
     """A read-only descriptor of a regular file that is no link.  Raises `error`."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -25,9 +25,9 @@ def open_regular(path: Path, error: type[ShardkitError]) -> int:
     return fd
 
 
-def read_small(path: Path, limit: int, error: type[ShardkitError]) -> bytes:
+def read_small_file(path: Path, limit: int, error: type[ShardkitError]) -> bytes:
     """The bytes of a file of at most `limit` bytes.  Raises `error`."""
-    fd = open_regular(path, error)
+    fd = open_regular_file(path, error)
     with os.fdopen(fd, "rb") as file:
         size = os.fstat(fd).st_size
         if size > limit:
@@ -44,7 +44,7 @@ def is_plain_name(name: str) -> bool:
     return fits and name not in (".", "..") and not _UNFIT.search(name)
 
 
-def real_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
+def resolve_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
     """The file `name` of `folder`, a link followed only where it cannot leave what was named.
 
     A Hub cache keeps `snapshots/<revision>/name` as a link into `blobs/` beside it; that, and links

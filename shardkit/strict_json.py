@@ -15,7 +15,7 @@ class JsonError(ValueError):
     """The text is not JSON as this project accepts it; the message says why, in one line."""
 
 
-def parse(data: bytes, max_values: int | None = None) -> Any:
+def parse_json(data: bytes, max_values: int | None = None) -> Any:
     """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on.
 
     Text of more than `max_values` commas and brackets is refused before a value is made of it: an
@@ -27,7 +27,7 @@ def parse(data: bytes, max_values: int | None = None) -> Any:
         decoder = _CAREFUL if _MAYBE_MINUS_ZERO.search(data) else _DECODER
         value = decoder.decode(data.decode("utf-8"))
         if _MAYBE_SURROGATE.search(data):
-            canonical(value)
+            encode_canonical(value)
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
@@ -41,24 +41,24 @@ def parse(data: bytes, max_values: int | None = None) -> Any:
     return value
 
 
-def canonical(value: Any) -> bytes:
+def encode_canonical(value: Any) -> bytes:
     """The one spelling of a value that has no floats: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode()
 
 
-def compact(value: Any) -> bytes:
+def encode_compact(value: Any) -> bytes:
     """A value in its own key order, no spaces, UTF-8: how safetensors headers are written."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def shown(value: object, limit: int = 80) -> str:
+def quote(value: object, limit: int = 80) -> str:
     """A value from a file as an error may print it: one line, escaped, cut short."""
     text = ascii(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def one_line(text: str, limit: int = 1000) -> str:
+def escape_line(text: str, limit: int = 1000) -> str:
     """Text that quotes a file, as an error may print it: what cannot be printed is escaped."""
     text = text if len(text) <= limit else text[:limit] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -72,25 +72,25 @@ def _check_size(data: bytes, max_values: int) -> None:
         raise JsonError(f"{len(data)} bytes, more than the {MAX_WIDE} allowed outside ASCII")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JsonError(f"duplicate key {shown(twice)}")
+        raise JsonError(f"duplicate key {quote(twice)}")
     return table
 
 
-def _integer(text: str) -> int:
+def _parse_integer(text: str) -> int:
     if text == "-0":
         raise JsonError("-0 is no integer")  # a float to the safetensors library
     return int(text)
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise JsonError(f"{shown(text)} is too large a number")
+        raise JsonError(f"{quote(text)} is too large a number")
     return value
 
 
@@ -99,7 +99,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _HOOKS: dict[str, Any] = {
-    "object_pairs_hook": _unique, "parse_constant": _refuse_constant, "parse_float": _finite,
+    "object_pairs_hook": _check_unique, "parse_constant": _refuse_constant, "parse_float": _parse_finite,
 }  # fmt: skip
 _DECODER = json.JSONDecoder(**_HOOKS)
-_CAREFUL = json.JSONDecoder(**_HOOKS, parse_int=_integer)
+_CAREFUL = json.JSONDecoder(**_HOOKS, parse_int=_parse_integer)

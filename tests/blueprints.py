@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardkit.checkpoint.header import header_bytes
+from shardkit.checkpoint.header import encode_header
 from shardkit.tensor import TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -186,7 +186,7 @@ def tensor_bytes(spec: TensorSpec) -> bytes:
 def file_of(specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file of these tensors, in this order."""
     meta = {"format": "pt"} if metadata is None else metadata
-    return header_bytes(specs, meta) + b"".join(map(tensor_bytes, specs))
+    return encode_header(specs, meta) + b"".join(map(tensor_bytes, specs))
 
 
 def write_source(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blueprints import FINITE
 
-from shardkit.checkpoint.header import header_bytes
+from shardkit.checkpoint.header import encode_header
 from shardkit.tensor import TensorSpec
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,7 +41,7 @@ def sparse_checkpoint(fixture: Path, folder: Path) -> Path:
 def sparse_file(path: Path, specs: Iterable[TensorSpec]) -> None:
     """A safetensors file with a true header and a hole where the data would be."""
     held = list(specs)
-    head = header_bytes(held, {"format": "pt"})
+    head = encode_header(held, {"format": "pt"})
     path.write_bytes(head)
     os.truncate(path, len(head) + sum(spec.nbytes for spec in held))
 
@@ -111,7 +111,7 @@ def small_checkpoint(
     }
     for name, held in files.items():
         data = os.urandom(sum(spec.nbytes for spec in held)).translate(FINITE)
-        (folder / name).write_bytes(header_bytes(held, {"format": "pt"}) + data)
+        (folder / name).write_bytes(encode_header(held, {"format": "pt"}) + data)
     weight_map = {spec.name: name for name, held in files.items() for spec in held}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

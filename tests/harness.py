@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.convert.split import split
+from shardkit.convert.split import split_checkpoint
 from shardkit.planning.plan import make_plan
-from shardkit.recipe.catalog import find_recipe, recipe_folder
+from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.manifest import Manifest
@@ -16,12 +16,12 @@ def cut(source: Path, out: Path, tp_size: int, recipe: Recipe | None = None) -> 
     with open_checkpoint(str(source)) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        return split(checkpoint, plan, recipe, out)
+        return split_checkpoint(checkpoint, plan, recipe, out)
 
 
 def altered(name: str, folder: Path, *changes: tuple[str, str]) -> Recipe:
     """A bundled recipe with text replaced: how a layout fault is planted."""
-    text = (recipe_folder() / f"{name}.toml").read_text()
+    text = (find_recipe_folder() / f"{name}.toml").read_text()
     for old, new in changes:
         assert old in text, old
         text = text.replace(old, new)

@@ -6,7 +6,7 @@ from blueprints import tensor_bytes
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
-from shardkit.convert.split import merge, no_progress, reshard, split
+from shardkit.convert.split import merge_shards, no_progress, reshard_shards, split_checkpoint
 from shardkit.output.stream import Progress
 from shardkit.planning.plan import Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
@@ -28,7 +28,7 @@ def split_folder(
     with Checkpoint(source) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        return split(checkpoint, plan, recipe, out, progress, **options)
+        return split_checkpoint(checkpoint, plan, recipe, out, progress, **options)
 
 
 def merge_folder(
@@ -36,7 +36,7 @@ def merge_folder(
 ) -> None:
     """Merge a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        merge(opened, out, progress, **options)
+        merge_shards(opened, out, progress, **options)
 
 
 def reshard_folder(
@@ -44,7 +44,7 @@ def reshard_folder(
 ) -> Manifest:
     """Reshard a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        return reshard(opened, tp_size, out, progress, **options)
+        return reshard_shards(opened, tp_size, out, progress, **options)
 
 
 def shard_bytes(folder: Path, manifest: Manifest, tp_rank: int) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from results import RESULTS, TABLE, digest, rendered
 from shardkit.authoring.check import Trial, caught, served_samples, try_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, make_sample
-from shardkit.recipe.catalog import bundled
+from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
@@ -31,7 +31,7 @@ MUTANT_TP_SIZE = 2
 
 
 def main(arguments: list[str]) -> int:
-    recipes = [load_recipe(path) for path in bundled()]
+    recipes = [load_recipe(path) for path in list_recipe_files()]
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "--stale" in arguments:
         wanted = {r.name for r in recipes if known.get(r.name, {}).get("digest") != digest(r)}

@@ -16,7 +16,7 @@ from splitting import split_folder
 from shardkit.errors import LayoutError, ManifestError, VerifyError
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.integrity import check_rank
-from shardkit.shards.manifest import NAME
+from shardkit.shards.manifest import MANIFEST_NAME
 from shardkit.shards.manifest_json import parse_manifest, read_manifest
 from shardkit.shards.reader import open_shard
 from shardkit.strict_json import JsonError
@@ -74,7 +74,7 @@ def check_header_bits(split: Split, tp_rank: int, bits: Iterable[int]) -> None:
 
 
 def check_manifest_bits(split: Split, bits: Iterable[int]) -> None:
-    sound = (split.folder / NAME).read_bytes()
+    sound = (split.folder / MANIFEST_NAME).read_bytes()
     for bit in bits:
         damaged = bytearray(sound)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -112,11 +112,11 @@ def test_a_flipped_bit_of_a_header_is_found_and_its_byte_named(small: Split) -> 
 
 
 def test_a_flipped_bit_of_the_manifest_is_found(small: Split) -> None:
-    size = (small.folder / NAME).stat().st_size
+    size = (small.folder / MANIFEST_NAME).stat().st_size
     check_manifest_bits(small, range(3, 8 * size, 29))
-    with written(small.folder / NAME, 0, b"["), pytest.raises(ManifestError) as caught:
+    with written(small.folder / MANIFEST_NAME, 0, b"["), pytest.raises(ManifestError) as caught:
         read_manifest(small.folder)
-    assert str(small.folder / NAME) in str(caught.value)
+    assert str(small.folder / MANIFEST_NAME) in str(caught.value)
 
 
 def test_a_flipped_bit_of_the_data_is_found_and_its_tensor_named(small: Split) -> None:
@@ -137,7 +137,7 @@ def test_every_bit_of_every_header_is_found(small: Split) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_bit_of_the_manifest_is_found(small: Split) -> None:
-    check_manifest_bits(small, range(8 * (small.folder / NAME).stat().st_size))
+    check_manifest_bits(small, range(8 * (small.folder / MANIFEST_NAME).stat().st_size))
 
 
 @pytest.mark.slow

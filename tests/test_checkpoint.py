@@ -411,7 +411,7 @@ def test_samples_of_checkpoints_differ_in_name_shape_dtype_and_ends(tmp_path: Pa
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         table = {name: entry(dtype, shape, 0, len(data))}
         with Checkpoint(write_folder(folder, {SINGLE: file_bytes(table, data)})) as checkpoint:
-            return checkpoint.sample()
+            return checkpoint.fingerprint()
 
     zero = bytes(32768)
     base = sample("a", "U8", [32768], zero)

@@ -5,15 +5,21 @@ from typing import Any
 
 import pytest
 
-from shardkit.planning.costs import KvCache, collectives, compute_dtype, generates, kv_cache
+from shardkit.planning.costs import (
+    KvCache,
+    count_collectives,
+    estimate_kv_cache,
+    find_compute_dtype,
+    generates_text,
+)
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import (
-    collapsed,
-    groups,
-    imbalance,
-    replicated_bytes,
-    stored_bytes,
-    total_bytes,
+    collapse_names,
+    count_replicated_bytes,
+    count_stored_bytes,
+    count_total_bytes,
+    group_by_layout,
+    measure_imbalance,
 )
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
@@ -68,14 +74,14 @@ def t5(tp_size: int) -> Plan:
 
 
 def test_an_encoder_s_sums_are_counted_once_per_prompt() -> None:
-    found = collectives(t5(2), T5)
+    found = count_collectives(t5(2), T5)
     # Two encoder blocks of two sums and the embedding; one decoder block of three, and its own.
     assert (found.encoder, found.row_parallel, found.embedding) == (5, 3, 1)
     assert (found.all_gathers, found.tied) == (1, True)
 
 
 def test_a_decoder_s_cache_has_the_decoder_s_layers_and_stated_head_width() -> None:
-    cache = kv_cache(t5(2), T5)
+    cache = estimate_kv_cache(t5(2), T5)
     assert cache == KvCache(layers=1, head_dim=8, dtype="F32", kv_heads=(2, 2))
 
 
@@ -84,13 +90,13 @@ def test_an_lstm_gathers_once_for_each_layer() -> None:
     for layer, width in enumerate((6, 8)):
         shapes |= {f"lstm.weight_ih_l{layer}": (32, width), f"lstm.weight_hh_l{layer}": (32, 8)}
     config = {"model_type": "lstm", "hidden_size": 8}
-    found = collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
+    found = count_collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
     assert (found.gathered, found.output, found.all_reduces) == (2, 1, 1)
 
 
 def test_a_stated_head_width_wins_over_hidden_size_by_heads() -> None:
     # 16 / 4 heads would be 4; the k_proj itself says 8 rows of 1 kv head.
-    cache = kv_cache(llama(2, num_key_value_heads=1), LLAMA)
+    cache = estimate_kv_cache(llama(2, num_key_value_heads=1), LLAMA)
     assert isinstance(cache, KvCache)
     assert cache.head_dim == 8
 
@@ -104,7 +110,9 @@ def test_a_unit_of_two_kv_heads_counts_as_two() -> None:
         f"model.layers.0.self_attn.{part}_proj.weight": (16, 32) for part in "kv"
     }
     plan = make_plan(specs(shapes), find_recipe(config), {**config, "intermediate_size": 8}, 2)
-    assert kv_cache(plan, config) == KvCache(layers=3, head_dim=4, dtype="F32", kv_heads=(2, 2))
+    assert estimate_kv_cache(plan, config) == KvCache(
+        layers=3, head_dim=4, dtype="F32", kv_heads=(2, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_a_unit_of_two_kv_heads_counts_as_two() -> None:
     ],
 )
 def test_a_cache_that_cannot_be_told_is_unknown(config: dict[str, Any], reason: str) -> None:
-    cache = kv_cache(llama(2), {**LLAMA, **config})
+    cache = estimate_kv_cache(llama(2), {**LLAMA, **config})
     assert isinstance(cache, str)
     assert cache.startswith("unknown: ")
     assert reason in cache
@@ -124,22 +132,22 @@ def test_a_cache_that_cannot_be_told_is_unknown(config: dict[str, Any], reason: 
 
 def test_sliding_windows_keep_keys_and_values_like_any_layer() -> None:
     config = {**LLAMA, "layer_types": ["sliding_attention"]}
-    assert isinstance(kv_cache(llama(2), config), KvCache)
+    assert isinstance(estimate_kv_cache(llama(2), config), KvCache)
 
 
 def test_a_text_model_inside_another_is_read_from_its_own_config() -> None:
     config = {"text_config": {"num_hidden_layers": 3}, "num_hidden_layers": 7}
-    cache = kv_cache(llama(2), config)
+    cache = estimate_kv_cache(llama(2), config)
     assert isinstance(cache, KvCache)
     assert cache.layers == 3
 
 
 def test_the_config_s_dtype_is_what_a_model_runs_in_and_else_the_weights_own() -> None:
     plan = llama(2, dtype="BF16")
-    assert compute_dtype(plan, {"torch_dtype": "float32"}) == "F32"
-    assert compute_dtype(plan, {"dtype": "float16", "torch_dtype": "float32"}) == "F16"
-    assert compute_dtype(plan, {}) == "BF16"
-    assert compute_dtype(llama(2, dtype="F8_E4M3"), {}) is None
+    assert find_compute_dtype(plan, {"torch_dtype": "float32"}) == "F32"
+    assert find_compute_dtype(plan, {"dtype": "float16", "torch_dtype": "float32"}) == "F16"
+    assert find_compute_dtype(plan, {}) == "BF16"
+    assert find_compute_dtype(llama(2, dtype="F8_E4M3"), {}) is None
 
 
 def test_a_key_and_a_value_kept_whole_are_one_kv_head_on_every_rank(tmp_path: Path) -> None:
@@ -149,13 +157,13 @@ def test_a_key_and_a_value_kept_whole_are_one_kv_head_on_every_rank(tmp_path: Pa
     )
     config = {"num_heads": 4, "hidden_size": 16, "num_layers": 1, "dtype": "float16"}
     plan = make_plan(specs({"attn.qkv.weight": (24, 16)}), load_recipe(path), config, 2)
-    cache = kv_cache(plan, config)
+    cache = estimate_kv_cache(plan, config)
     assert cache == KvCache(layers=1, head_dim=4, dtype="F16", kv_heads=(1, 1))
-    (group,) = groups(plan)
-    assert group.fate == "partly replicated"
+    (group,) = group_by_layout(plan)
+    assert group.treatment == "partly replicated"
     # Each rank: 2 of 4 heads and both of k and v, 4 rows of 16 floats each; 8 rows are held twice.
-    assert stored_bytes([group], 2) == (16 * 16 * 4, 16 * 16 * 4)
-    assert replicated_bytes(plan, [group]) == 8 * 16 * 4
+    assert count_stored_bytes([group], 2) == (16 * 16 * 4, 16 * 16 * 4)
+    assert count_replicated_bytes(plan, [group]) == 8 * 16 * 4
 
 
 @pytest.mark.parametrize(
@@ -172,26 +180,26 @@ def test_a_key_and_a_value_kept_whole_are_one_kv_head_on_every_rank(tmp_path: Pa
 def test_what_generates_is_told_from_the_architecture(
     config: dict[str, Any], expected: bool
 ) -> None:
-    assert generates(llama(2), config) is expected
+    assert generates_text(llama(2), config) is expected
 
 
 def test_an_embedding_without_an_output_on_disk_gathers_its_own_logits_once() -> None:
-    found = collectives(llama(2), LLAMA)
+    found = count_collectives(llama(2), LLAMA)
     assert (found.row_parallel, found.embedding, found.output, found.tied) == (2, 1, 1, True)
     assert (found.all_reduces, found.all_gathers) == (3, 1)
 
 
 def test_the_imbalance_is_named_by_the_group_that_adds_most_to_it() -> None:
     plan = llama(3)
-    parts = groups(plan)
-    found = imbalance(plan, parts)
-    stored = stored_bytes(parts, 3)
+    parts = group_by_layout(plan)
+    found = measure_imbalance(plan, parts)
+    stored = count_stored_bytes(parts, 3)
     assert found.largest == 0
     assert found.ratio == max(stored) * 3 / sum(stored)
     assert found.cause is not None
     # q_proj and o_proj: 8 of 16 rows on rank 0, where 5 1/3 would be even.
     assert found.cause.pattern == "model.layers.0.self_attn.q_proj.weight"
-    assert sum(stored) - total_bytes(plan) == replicated_bytes(plan, parts)
+    assert sum(stored) - count_total_bytes(plan) == count_replicated_bytes(plan, parts)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +215,14 @@ def test_the_imbalance_is_named_by_the_group_that_adds_most_to_it() -> None:
     ],
 )
 def test_layer_numbers_are_collapsed(names: list[str], expected: str) -> None:
-    assert collapsed(names) == expected
+    assert collapse_names(names) == expected
 
 
 def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
     names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
     shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
     plan = make_plan(specs(shapes), find_recipe({"model_type": "llama"}), LLAMA, 2)
-    found = [(g.pattern, g.count, g.rank_bytes) for g in groups(plan)]
+    found = [(g.pattern, g.count, g.rank_bytes) for g in group_by_layout(plan)]
     assert found == [
         ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),
         ("model.layers.1.input_layernorm.weight", 1, (96, 96)),

@@ -10,7 +10,7 @@ from results import RESULTS, TABLE, digest, rendered
 
 from shardkit import errors
 from shardkit.cli import COMMANDS, main
-from shardkit.recipe.catalog import bundled
+from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import KEYS, load_recipe
 from shardkit.shards.manifest_json import parse_manifest
 
@@ -38,7 +38,7 @@ def test_every_command_and_option_is_documented(name: str) -> None:
 
 def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> None:
     results = json.loads(RESULTS.read_text())
-    for recipe in map(load_recipe, bundled()):
+    for recipe in map(load_recipe, list_recipe_files()):
         entry = results.get(recipe.name, {})
         assert entry.get("digest") == digest(recipe), f"run `python tests/sweep.py {recipe.name}`"
         assert all(trial["passed"] for trial in entry["trials"])
@@ -48,7 +48,9 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:
     results = json.loads(RESULTS.read_text())
-    assert TABLE.read_text() == rendered(results, [load_recipe(path) for path in bundled()])
+    assert TABLE.read_text() == rendered(
+        results, [load_recipe(path) for path in list_recipe_files()]
+    )
 
 
 def test_the_exit_codes_are_the_errors() -> None:

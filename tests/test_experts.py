@@ -9,7 +9,7 @@ from harness import cut
 
 from shardkit import runtime
 from shardkit.authoring.masked_sum import load
-from shardkit.runtime.layers.experts import slow_experts, suit_experts
+from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
 
 SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bfloat16, 10 a rank at 4
 
@@ -29,19 +29,19 @@ def test_experts_run_whatever_their_local_width_and_the_user_is_told(
     with runtime.launch(tmp_path / "shards") as engine:
         logits = engine.logits([5, 6, 7])
     found = [str(w.message) for w in recwarn if w.category is RuntimeWarning]
-    assert found == ([slow_experts([told])] if told else [])
+    assert found == ([expert_kernel_warning([told])] if told else [])
     assert logits.dtype == getattr(torch, dtype)
     assert torch.isfinite(logits).all()
 
 
 def test_the_plain_loop_is_chosen_only_where_it_must_be(tmp_path: Path) -> None:
     model = load(make(SAMPLE, tmp_path / "whole"))
-    assert suit_experts(model) == ""
+    assert choose_expert_kernel(model) == ""
     assert model.config._experts_implementation == "grouped_mm"
-    assert suit_experts(model.double()) == "40 wide in float64"
+    assert choose_expert_kernel(model.double()) == "40 wide in float64"
     assert model.config._experts_implementation == "eager"
 
 
 def test_ranks_of_unequal_widths_are_told_of_together() -> None:
-    line = slow_experts(["55 wide in float32", "54 wide in float32"])
+    line = expert_kernel_warning(["55 wide in float32", "54 wide in float32"])
     assert line.startswith("experts 55 wide in float32 and 54 wide in float32 do not suit")

@@ -11,7 +11,7 @@ from families import VARIANTS, make
 
 from shardkit.authoring.proof import prove
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.recipe.catalog import bundled, find_recipe
+from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
 
 BEAMS = 3
@@ -69,7 +69,7 @@ def test_every_rule_of_every_recipe_is_used_by_some_sample(source) -> None:
             recipe = find_recipe(checkpoint.config)
             rules = {recipe.rule_for(spec.name).pattern for spec in checkpoint.specs()}
             used[recipe.name].update(rules)
-    for path in bundled():
+    for path in list_recipe_files():
         recipe = load_recipe(path)
         needed = {r.pattern for r in recipe.rules if r.style not in NEVER_IN_SAMPLES}
         assert needed <= used[recipe.name], recipe.name

@@ -13,7 +13,7 @@ from shardkit.checkpoint.header import (
     MAX_DIM,
     MAX_HEADER,
     MAX_NAME,
-    header_bytes,
+    encode_header,
     parse_header,
     read_header,
 )
@@ -334,7 +334,7 @@ def test_a_written_header_is_read_back_by_the_library() -> None:
         TensorSpec("a", "F8_E4M3", (5,)),
         TensorSpec("härte", "F32", ()),
     ]
-    head = header_bytes(specs, {"format": "pt", "note": 'a "quoted"\nword'})
+    head = encode_header(specs, {"format": "pt", "note": 'a "quoted"\nword'})
     data = bytes(range(12 + 5 + 4))
     assert len(head) % 8 == 0
     theirs = _library(head + data)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from blueprints import llama, llama_config, specs_of, write_source
 
-from shardkit.recipe.catalog import bundled
+from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +140,7 @@ def words(node: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=shown)
 def test_no_model_type_is_named_in_code(path: Path) -> None:
-    recipes = [load_recipe(found) for found in bundled()]
+    recipes = [load_recipe(found) for found in list_recipe_files()]
     types = {plain(name) for recipe in recipes for name in (recipe.name, *recipe.model_types)}
     code = tree(path)
     documents = {

@@ -9,7 +9,7 @@ import pytest
 from conftest import shared
 from sources import INDEX, check_error, index_of, write_folder
 
-from shardkit.checkpoint.index import Index, index_bytes, read_index
+from shardkit.checkpoint.index import Index, encode_index, read_index
 from shardkit.errors import CheckpointError
 
 FILE = "model-00001-of-00001.safetensors"
@@ -98,7 +98,7 @@ def test_a_fifo_in_place_of_an_index_is_refused_without_waiting(tmp_path: Path) 
 
 def test_a_written_index_reads_back_with_its_strings_and_the_true_size(tmp_path: Path) -> None:
     index = Index(INDEX, {"b": FILE, "a": "other.safetensors"}, {"format": "pt"})
-    (tmp_path / INDEX).write_bytes(index_bytes(index, 1234))
+    (tmp_path / INDEX).write_bytes(encode_index(index, 1234))
     assert read_index(tmp_path, INDEX) == index
     assert json.loads((tmp_path / INDEX).read_bytes())["metadata"]["total_size"] == 1234
 

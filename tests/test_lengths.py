@@ -13,7 +13,7 @@ from damage import Split, quiet
 from splitting import merge_folder, split_folder
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.load import prepare
+from shardkit.runtime.load import open_rank_shard
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
@@ -52,7 +52,7 @@ def check_length(split: Split, length: int, thorough: bool = False) -> None:
         with pytest.raises(ManifestError, match=WORDS):
             next(read_tensors(split.folder, split.manifest, 0, ["model.norm.weight"], verify))
     with pytest.raises(ManifestError, match=WORDS):
-        prepare(split.folder, 0, 1)
+        open_rank_shard(split.folder, 0, 1)
     with pytest.raises(ManifestError, match=WORDS):
         merge_folder(split.folder, split.folder.parent / "merged")
     assert not (split.folder.parent / "merged").exists()

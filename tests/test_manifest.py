@@ -15,7 +15,7 @@ from splitting import merge_folder, reshard_folder, split_folder
 from shardkit import strict_json
 from shardkit.errors import ManifestError
 from shardkit.recipe.parse import load_recipe
-from shardkit.shards.manifest import NAME, Manifest, make_split_id, rank_name
+from shardkit.shards.manifest import MANIFEST_NAME, Manifest, make_split_id, rank_file_name
 from shardkit.shards.manifest_json import parse_manifest, read_manifest, shard_header
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest-format-1.json"
@@ -48,15 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sound(folder: Path) -> Table:
     """Its manifest as JSON values."""
-    return json.loads((folder / NAME).read_bytes())
+    return json.loads((folder / MANIFEST_NAME).read_bytes())
 
 
 def written(table: Table) -> bytes:
-    return strict_json.canonical(table) + b"\n"
+    return strict_json.encode_canonical(table) + b"\n"
 
 
 def test_what_is_written_is_what_is_read(folder: Path) -> None:
-    data = (folder / NAME).read_bytes()
+    data = (folder / MANIFEST_NAME).read_bytes()
     manifest = parse_manifest(data)
     assert manifest.data == data
     assert manifest.sha256 == hashlib.sha256(data).hexdigest()
@@ -64,7 +64,7 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
 
 
 def test_the_bytes_are_canonical_and_hold_no_float(folder: Path) -> None:
-    data = (folder / NAME).read_bytes()
+    data = (folder / MANIFEST_NAME).read_bytes()
     table = json.loads(data, parse_float=pytest.fail)
     assert written(table) == data
 
@@ -76,8 +76,8 @@ def test_a_split_returns_the_manifest_that_it_wrote(tmp_path: Path) -> None:
 
 def test_files_are_what_the_manifest_says(folder: Path) -> None:
     manifest = read_manifest(folder)
-    listed = {rank.name: rank.digest for rank in manifest.ranks} | dict(manifest.copied)
-    assert {path.name for path in folder.iterdir()} == {*listed, NAME}
+    listed = {rank.name: rank.digest for rank in manifest.ranks} | dict(manifest.companion_files)
+    assert {path.name for path in folder.iterdir()} == {*listed, MANIFEST_NAME}
     for name, digest in listed.items():
         data = (folder / name).read_bytes()
         assert (digest.size, digest.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -85,15 +85,15 @@ def test_files_are_what_the_manifest_says(folder: Path) -> None:
         data = (folder / rank.name).read_bytes()
         assert data.startswith(shard_header(manifest, tp_rank))
         for name, piece in rank.pieces.items():
-            shard = manifest.placements[name].shard(tp_rank, 2)
+            shard = manifest.placements[name].shard_spec(tp_rank, 2)
             end = piece.offset + (shard.nbytes if shard else 0)
-            assert hashlib.sha256(data[:end]).hexdigest().startswith(piece.mark)
+            assert hashlib.sha256(data[:end]).hexdigest().startswith(piece.prefix_sha256)
 
 
 def test_the_first_format_is_still_read() -> None:
     manifest = parse_manifest(GOLDEN.read_bytes())
     assert manifest.tp_size == 4
-    assert manifest.plan.local("kv_heads", 3) == 1
+    assert manifest.plan.count_local_units("kv_heads", 3) == 1
     assert manifest.placements[K_PROJ].spans(3, 4) == ((2, 4),)
     assert manifest.data == GOLDEN.read_bytes()
 
@@ -121,13 +121,13 @@ def test_the_same_source_still_makes_the_golden_manifest(tmp_path: Path) -> None
 @pytest.mark.parametrize("part", ["source", "recipe", "size", "layout"])
 def test_a_split_id_names_source_recipe_size_and_layout(part: str, folder: Path) -> None:
     manifest = read_manifest(folder)
-    plan, sample, recipe = manifest.plan, manifest.source.sample, manifest.recipe_sha256
+    plan, sample, recipe = manifest.plan, manifest.source.fingerprint, manifest.recipe_sha256
     if part == "source":
         sample = SHA
     elif part == "recipe":
         recipe = SHA
     elif part == "size":
-        plan = plan.over(1)
+        plan = plan.with_tp_size(1)
     else:
         plan = replace(plan, placements=plan.placements[1:])
     assert make_split_id(plan, sample, recipe) != manifest.split_id
@@ -224,10 +224,10 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
         changed("copied", to={"..": {"size": 1, "sha256": SHA}}), "copied: '..' is not",
     ),
     "a copied manifest": (
-        changed("copied", to={NAME: {"size": 1, "sha256": SHA}}), "name of two files",
+        changed("copied", to={MANIFEST_NAME: {"size": 1, "sha256": SHA}}), "name of two files",
     ),
     "a copied rank": (
-        changed("copied", to={rank_name(0, 2): {"size": 1, "sha256": SHA}}), "name of two files",
+        changed("copied", to={rank_file_name(0, 2): {"size": 1, "sha256": SHA}}), "name of two files",
     ),
     "two source files of one name": (repeat_file, "is the name of two files"),
     "no source files": (
@@ -275,12 +275,12 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     "sections of what is replicated": (
         changed("tensors", K_PROJ, "style", to="replicate"), "its sections are not",
     ),
-    "a row that is shared": (section(O_PROJ, sharers=12), "a sum would count it twice"),
-    "a row that is whole": (section(O_PROJ, whole=True), "a sum would count it twice"),
+    "a row that is shared": (section(O_PROJ, shared_by=12), "a sum would count it twice"),
+    "a row that is whole": (section(O_PROJ, replicated=True), "a sum would count it twice"),
     "no units": (section(units=0), "sections 0: units: is 0"),
     "whole as a number": (section(whole=1), "whole: is 1, not true or false"),
-    "sharers not a multiple": (section(sharers=13), f"{K_PROJ}: 13 units cannot share 2"),
-    "fewer sharers than units": (section(sharers=1), f"{K_PROJ}: 1 units cannot share 2"),
+    "sharers not a multiple": (section(shared_by=13), f"{K_PROJ}: 13 units cannot share 2"),
+    "fewer sharers than units": (section(shared_by=1), f"{K_PROJ}: 1 units cannot share 2"),
     "a gigantic repeat": (
         both(section(repeat=BIG, units=1, size=1), changed("tensors", K_PROJ, "shape", 0, to=BIG)),
         "stretches, more than the 4096 allowed",
@@ -289,9 +289,9 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
         both(section(repeat=BIG, size=0), changed("tensors", K_PROJ, "shape", 0, to=0)),
         "stretches, more than the 4096 allowed",
     ),
-    "gigantic sharers": (section(sharers=BIG), "stretches, more than the 4096 allowed"),
+    "gigantic sharers": (section(shared_by=BIG), "stretches, more than the 4096 allowed"),
     "gigantic units": (
-        both(section(units=BIG, size=0, sharers=0), changed("tensors", K_PROJ, "shape", 0, to=0)),
+        both(section(units=BIG, size=0, shared_by=0), changed("tensors", K_PROJ, "shape", 0, to=0)),
         "its pieces are not the layout's",
     ),
     "a product that overflows": (section(repeat=1 << 47, units=1 << 47), "larger than the"),
@@ -334,7 +334,7 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
 
 def fault_of(data: bytes, tmp_path: Path) -> str:
     """What the reader says of a manifest, in one line."""
-    (tmp_path / NAME).write_bytes(data)
+    (tmp_path / MANIFEST_NAME).write_bytes(data)
     with pytest.raises(ManifestError) as caught:
         read_manifest(tmp_path)
     text = str(caught.value)
@@ -395,7 +395,7 @@ SPELLINGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_any_other_spelling_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
     change, words = SPELLINGS[name]
-    assert words in fault_of(change((folder / NAME).read_bytes()), tmp_path)
+    assert words in fault_of(change((folder / MANIFEST_NAME).read_bytes()), tmp_path)
 
 
 def test_a_manifest_with_no_change_is_read(sound: Table) -> None:
@@ -439,8 +439,8 @@ def test_a_folder_without_a_manifest_says_so(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / NAME).symlink_to(folder / NAME)
-    with pytest.raises(ManifestError, match=NAME):
+    (tmp_path / MANIFEST_NAME).symlink_to(folder / MANIFEST_NAME)
+    with pytest.raises(ManifestError, match=MANIFEST_NAME):
         read_manifest(tmp_path)
 
 

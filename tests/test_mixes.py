@@ -13,9 +13,9 @@ from splitting import merge_folder, reshard_folder, split_folder
 from shardkit.checkpoint.checkpoint import SAMPLE
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
-from shardkit.runtime.load import prepare
+from shardkit.runtime.load import open_rank_shard
 from shardkit.runtime.weights import read_tensors
-from shardkit.shards.manifest import NAME, Manifest
+from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.verification import check_files
 from shardkit.verification.scope import Scope
 
@@ -98,10 +98,10 @@ def test_a_mix_of_two_splits_is_found_by_whoever_reads_it(tp_size: int, tmp_path
         assert "of another split" in check_no_merge_and_no_reshard(folder)
         for tp_rank in range(tp_size):
             if tp_rank in foreign:
-                told = refusal(lambda f=folder, r=tp_rank: prepare(f, r, tp_size))
+                told = refusal(lambda f=folder, r=tp_rank: open_rank_shard(f, r, tp_size))
                 assert f"{folder / manifest.ranks[tp_rank].name}: of another split" in told
             else:
-                prepare(folder, tp_rank, tp_size)
+                open_rank_shard(folder, tp_rank, tp_size)
 
 
 @pytest.mark.parametrize("tp_size", [2, 3, 4])
@@ -127,6 +127,6 @@ def test_splits_that_differ_where_no_sample_looks_are_told_apart_by_their_digest
 @pytest.mark.parametrize("tp_size", [2, 3, 4])
 def test_another_splits_manifest_is_found(tp_size: int, tmp_path: Path) -> None:
     folders, _ = two_splits(tmp_path, tp_size, invert)
-    shutil.copy(folders[1] / NAME, folders[0] / NAME)
+    shutil.copy(folders[1] / MANIFEST_NAME, folders[0] / MANIFEST_NAME)
     assert len(check_files(folders[0], quiet, Scope(quick=True)).faults) == tp_size
     assert "of another split" in check_no_merge_and_no_reshard(folders[0])

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.conversion import conversions
+from shardkit.runtime.conversion import find_conversions
 
 EXTRA = "model.layers.1.self_attn.q_proj.weight"  # the model has one layer
 
@@ -25,10 +25,12 @@ def model() -> LlamaForCausalLM:
 
 def test_a_tensor_that_the_model_has_no_place_for_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ManifestError, match="has no tensor"):
-        conversions(model, [*model.state_dict(), EXTRA])
+        find_conversions(model, [*model.state_dict(), EXTRA])
 
 
 def test_a_tensor_that_the_model_s_class_skips_is_left_out(model: LlamaForCausalLM) -> None:
     model._keys_to_ignore_on_load_unexpected = {r"layers\.1\.", r"layers\.0\."}
-    found = {conversion.target for conversion in conversions(model, [*model.state_dict(), EXTRA])}
+    found = {
+        conversion.target for conversion in find_conversions(model, [*model.state_dict(), EXTRA])
+    }
     assert found == set(model.state_dict())  # layer 0 too: what the model has is never skipped

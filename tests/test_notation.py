@@ -3,19 +3,19 @@
 import pytest
 
 from shardkit.errors import RecipeError
-from shardkit.layout.axis import Term, Unit, parse_axis, sections
+from shardkit.layout.axis import Term, Unit, parse_axis, resolve_sections
 from shardkit.layout.spans import Section
 
 UNITS = {
     "heads": Unit(8),
-    "kv_heads": Unit(2, sharers=8),
+    "kv_heads": Unit(2, shared_by=8),
     "ffn": Unit(None),
     "vocab": Unit(None),
 }
 
 
 def resolved(text: str, axis_length: int) -> tuple[Section, ...]:
-    return sections(parse_axis(text), axis_length, UNITS)
+    return resolve_sections(parse_axis(text), axis_length, UNITS)
 
 
 def test_a_unit_alone_divides_the_whole_axis() -> None:
@@ -31,12 +31,12 @@ def test_a_number_after_the_unit_is_part_of_it() -> None:
 
 
 def test_sections_side_by_side_have_units_of_one_size() -> None:
-    q, kv = Section(8, 4), Section(2, 4, sharers=8)
+    q, kv = Section(8, 4), Section(2, 4, shared_by=8)
     assert resolved("heads + kv_heads + kv_heads", 48) == (q, kv, kv)
 
 
 def test_a_section_without_a_unit_is_whole_on_every_rank() -> None:
-    assert resolved("heads + 2", 40) == (Section(8, 4), Section(2, 4, whole=True))
+    assert resolved("heads + 2", 40) == (Section(8, 4), Section(2, 4, replicated=True))
 
 
 def test_numbers_multiply() -> None:
@@ -58,13 +58,13 @@ def test_a_unit_without_a_count_divides_anyhow() -> None:
 def test_a_unit_stands_beside_the_sharers_it_is_stored_with() -> None:
     assert parse_axis("kv_heads (heads + 2)") == (Term((), "kv_heads", (), "heads", 2),)
     # 2 kv heads, each with its 4 query heads and then 2 of its own: 12 pieces of 4
-    assert resolved("kv_heads (heads + 2)", 48) == (Section(2, 4, sharers=8, beside=2),)
-    assert resolved("kv_heads (heads + 1)", 40) == (Section(2, 4, sharers=8, beside=1),)
+    assert resolved("kv_heads (heads + 2)", 48) == (Section(2, 4, shared_by=8, group_tail=2),)
+    assert resolved("kv_heads (heads + 1)", 40) == (Section(2, 4, shared_by=8, group_tail=1),)
     assert parse_axis(" kv_heads(heads+2) ") == parse_axis("kv_heads (heads + 2)")
 
 
 def test_a_section_with_sharers_stands_beside_others() -> None:
-    grouped, q = Section(2, 4, sharers=8, beside=2), Section(8, 4)
+    grouped, q = Section(2, 4, shared_by=8, group_tail=2), Section(8, 4)
     assert resolved("kv_heads (heads + 2) + heads", 80) == (grouped, q)
     assert resolved("heads + kv_heads (heads + 2)", 80) == (q, grouped)
 
@@ -74,19 +74,19 @@ def test_counts_are_factors_and_not_divided() -> None:
     units = {**UNITS, "groups": Unit(2)}
 
     def found(text: str, axis_length: int) -> tuple[Section, ...]:
-        return sections(parse_axis(text, counts), axis_length, units, counts)
+        return resolve_sections(parse_axis(text, counts), axis_length, units, counts)
 
     assert parse_axis("experts ffn", counts) == (Term(("experts",), "ffn"),)
     assert parse_axis("experts ffn", counts)[0].counts == {"experts"}
     assert found("experts ffn", 28) == (Section(7, 1, repeat=4),)
     assert found("heads width + groups state", 58) == (Section(8, 6), Section(2, 5))
     assert found("2 heads width", 96) == (Section(8, 6, repeat=2),)
-    assert found("heads + experts", 12) == (Section(8, 1), Section(4, 1, whole=True))
+    assert found("heads + experts", 12) == (Section(8, 1), Section(4, 1, replicated=True))
 
 
 def test_a_count_that_the_config_lacks_is_named() -> None:
     with pytest.raises(RecipeError, match=r"count 'experts': config\.json does not tell it"):
-        sections(parse_axis("experts ffn", ("experts",)), 28, UNITS, {})
+        resolve_sections(parse_axis("experts ffn", ("experts",)), 28, UNITS, {})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def plan_of(shapes: Shapes, config: dict[str, Any], tp_size: int, dtype: str = "
 
 
 def shards_of(plan: Plan, tp_rank: int) -> list[TensorSpec]:
-    shards = (placement.shard(tp_rank, plan.tp_size) for placement in plan.placements)
+    shards = (placement.shard_spec(tp_rank, plan.tp_size) for placement in plan.placements)
     return [shard for shard in shards if shard is not None]
 
 
@@ -117,7 +117,7 @@ def test_the_ranks_together_hold_every_divided_byte_once(family: str) -> None:
     config, shapes = FAMILIES[family]
     plan = plan_of(shapes, config, 2)
     for found in plan.placements:
-        sizes = [s.nbytes if (s := found.shard(rank, 2)) else 0 for rank in range(2)]
+        sizes = [s.nbytes if (s := found.shard_spec(rank, 2)) else 0 for rank in range(2)]
         copies = 1 if found.dim is not None or found.style == "ignore" else 2
         assert sum(sizes) == copies * found.spec.nbytes, found.spec.name
 
@@ -138,12 +138,12 @@ def test_gpt2_takes_the_same_heads_of_q_k_and_v() -> None:
 def test_a_row_parallel_bias_is_whole_on_every_rank() -> None:
     bias = placement(plan_of(llama(), llama_config(), 4), "o_proj.bias")
     assert (bias.style, bias.dim) == ("row", None)
-    assert bias.shard(3, 4) == bias.spec
+    assert bias.shard_spec(3, 4) == bias.spec
 
 
 def test_nine_heads_over_two_ranks_are_five_and_four() -> None:
     plan = plan_of(llama(9, 3, 2), llama_config(9, 3), 2)
-    queries = [placement(plan, "q_proj.weight").shard(rank, 2) for rank in range(2)]
+    queries = [placement(plan, "q_proj.weight").shard_spec(rank, 2) for rank in range(2)]
     assert [shard.shape for shard in queries if shard] == [(10, 18), (8, 18)]
     # Of three kv heads shared by three each: 0 0 0 1 1 and 1 2 2 2, one copy for each query head.
     assert placement(plan, "k_proj.weight").spans(1, 2) == ((2, 6), (4, 6), (4, 6))
@@ -158,15 +158,15 @@ def test_kv_heads_are_replicated_when_tp_exceeds_them() -> None:
         ((4, 8),),
         ((4, 8),),
     ]
-    assert [plan.local("kv_heads", rank) for rank in range(4)] == [1, 1, 1, 1]
-    assert [plan.local("heads", rank) for rank in range(4)] == [2, 2, 2, 2]
+    assert [plan.count_local_units("kv_heads", rank) for rank in range(4)] == [1, 1, 1, 1]
+    assert [plan.count_local_units("heads", rank) for rank in range(4)] == [2, 2, 2, 2]
 
 
 def test_kv_heads_are_expanded_where_ranks_would_use_them_unevenly() -> None:
     plan = plan_of(llama(14, 2), llama_config(14, 2), 4)
-    keys = [placement(plan, "k_proj.weight").shard(rank, 4) for rank in range(4)]
+    keys = [placement(plan, "k_proj.weight").shard_spec(rank, 4) for rank in range(4)]
     assert [key.shape[0] // 4 for key in keys if key] == [4, 4, 3, 3]
-    assert [plan.local("kv_heads", rank) for rank in range(4)] == [4, 4, 3, 3]
+    assert [plan.count_local_units("kv_heads", rank) for rank in range(4)] == [4, 4, 3, 3]
 
 
 def test_odd_vocabularies_and_mlps_are_divided_without_padding() -> None:
@@ -269,11 +269,11 @@ def test_a_model_type_that_is_no_string_is_not_looked_up() -> None:
 
 def test_the_same_layout_over_another_size_needs_no_recipe() -> None:
     plan = plan_of(llama(), llama_config(), 2)
-    assert plan.over(4) == plan_of(llama(), llama_config(), 4)
+    assert plan.with_tp_size(4) == plan_of(llama(), llama_config(), 4)
     with pytest.raises(LayoutError):
-        plan.over(9)
+        plan.with_tp_size(9)
 
 
 def test_a_unit_without_a_count_has_no_local_count() -> None:
     with pytest.raises(LayoutError, match="unit 'vocab' has no count"):
-        plan_of(llama(), llama_config(), 2).local("vocab", 0)
+        plan_of(llama(), llama_config(), 2).count_local_units("vocab", 0)

@@ -19,7 +19,7 @@ from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 from shardkit.checkpoint.header import read_header
 from shardkit.output import stream
 from shardkit.planning.plan import Placement, Plan, make_plan
-from shardkit.planning.summary import groups, stored_bytes
+from shardkit.planning.summary import count_stored_bytes, group_by_layout
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards import integrity
@@ -198,7 +198,7 @@ def check_files(folder: Path, manifest: Manifest, model: Model) -> None:
     """Ranks hold their spans, which tile every tensor, in files of the size that was planned."""
     plan = model.plan(manifest.tp_size)
     assert manifest.placements == {p.spec.name: p for p in plan.placements}
-    planned = stored_bytes(groups(plan), plan.tp_size)
+    planned = count_stored_bytes(group_by_layout(plan), plan.tp_size)
     for tp_rank, rank in enumerate(manifest.ranks):
         data = read_header(folder / rank.name).entries
         assert sum(entry.stop - entry.start for entry in data) == planned[tp_rank]

@@ -17,15 +17,15 @@ from faults.durability import CALLS, faults
 from faults.scenes import SCENES, Scene
 
 from shardkit.errors import OutputError
-from shardkit.output.destination import Target
-from shardkit.output.publish import Stage, publishing
+from shardkit.output.destination import Destination
+from shardkit.output.publish import StagingFolder, publish_folder
 
 HERE = Path(__file__).resolve().parent
 
 
 def stage_of(out: Path) -> Path:
     """The stage that a run to `out` has, or one for it to find."""
-    return next(iter(Target(out).stages()), Target(out).new_stage())
+    return next(iter(Destination(out).find_stages()), Destination(out).new_stage_path())
 
 
 def names(folder: Path) -> list[str]:
@@ -34,16 +34,16 @@ def names(folder: Path) -> list[str]:
 
 def test_a_folder_appears_only_when_everything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with publishing(Target(out)) as stage:
+    with publish_folder(Destination(out)) as stage:
         stage.write("a", b"1")
         os.write(stage.create("b", 3), b"two")
-        stage.finish("b")
+        stage.sync_file("b")
         assert not out.exists()
     assert contents(out) == {"a": b"1", "b": b"two"}
     assert names(tmp_path) == ["out"]
 
 
-def appear(out: Path, kind: str, stage: Stage) -> None:
+def appear(out: Path, kind: str, stage: StagingFolder) -> None:
     """Write to the stage, and have another run make something at `out`."""
     stage.write("a", b"1")
     if kind == "file":
@@ -59,7 +59,10 @@ def appear(out: Path, kind: str, stage: Stage) -> None:
 @pytest.mark.parametrize("kind", ["file", "empty folder", "full folder", "link"])
 def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=r"out: File exists"), publishing(Target(out)) as stage:
+    with (
+        pytest.raises(OutputError, match=r"out: File exists"),
+        publish_folder(Destination(out)) as stage,
+    ):
         appear(out, kind, stage)
     assert names(tmp_path) == ["out"]
     assert out.is_symlink() or not (out / "a").exists()
@@ -69,7 +72,7 @@ def test_a_stage_left_by_a_killed_run_is_emptied(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stage_of(out).mkdir()
     (stage_of(out) / "a").write_text("half a file")
-    with publishing(Target(out)) as stage:
+    with publish_folder(Destination(out)) as stage:
         stage.write("b", b"whole")
     assert contents(out) == {"b": b"whole"}
 
@@ -79,7 +82,7 @@ def test_a_stage_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> N
     theirs.mkdir()
     (theirs / "kept").write_text("kept")
     stage_of(out).symlink_to(theirs)
-    with pytest.raises(OutputError), publishing(Target(out)):
+    with pytest.raises(OutputError), publish_folder(Destination(out)):
         pass
     assert contents(theirs) == {"kept": b"kept"}
 
@@ -115,7 +118,7 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
     out = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="out: another shardkit is writing it"),
-        publishing(Target(out)),
+        publish_folder(Destination(out)),
     ):
         pass
     assert names(stage_of(out)) == ["theirs"]
@@ -127,7 +130,7 @@ def test_a_stage_that_another_process_is_writing_is_left_alone(
 def test_a_lock_dies_with_its_process(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
-    with publishing(Target(tmp_path / "out")) as stage:
+    with publish_folder(Destination(tmp_path / "out")) as stage:
         stage.write("ours", b"ours")
     assert contents(tmp_path / "out") == {"ours": b"ours"}
 
@@ -144,7 +147,7 @@ def test_the_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:
 
 
 def begin_and_fail(out: Path) -> None:
-    with publishing(Target(out)) as stage:
+    with publish_folder(Destination(out)) as stage:
         stage.create("a", 5)
         raise ZeroDivisionError
 
@@ -160,7 +163,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     before = open_files()
     with pytest.raises(ZeroDivisionError):
         begin_and_fail(tmp_path / "out")
-    with pytest.raises(OutputError), publishing(Target(tmp_path / "bad")):
+    with pytest.raises(OutputError), publish_folder(Destination(tmp_path / "bad")):
         pass
     assert open_files() == before
 
@@ -169,10 +172,10 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        with publishing(Target(tmp_path / "out")) as stage:
+        with publish_folder(Destination(tmp_path / "out")) as stage:
             stage.write("small", b"1")
             stage.create("large", 9)
-            stage.finish("large")
+            stage.sync_file("large")
     finally:
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / "out" / n).stat().st_mode) for n in ("small", "large")]
@@ -181,14 +184,14 @@ def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
 
 
 def test_a_file_is_never_written_twice(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+    stage = StagingFolder(tmp_path)
     stage.write("a", b"1")
     with pytest.raises(OutputError, match="a: File exists"):
         stage.create("a", 1)
 
 
 def test_room_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+    stage = StagingFolder(tmp_path)
     with pytest.raises(OutputError, match=r"a: (No space left on device|File too large)"):
         stage.create("a", 1 << 60)
     stage.close()
@@ -196,7 +199,7 @@ def test_room_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
 
 def test_an_output_needs_a_folder_to_be_in(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such folder to write out in"):
-        Target(tmp_path / "none" / "out").check()
+        Destination(tmp_path / "none" / "out").check()
 
 
 def traced(tmp_path: Path, *command: object) -> str:

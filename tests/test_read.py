@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.load import default_dtype
+from shardkit.runtime.load import choose_dtype
 from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
@@ -140,7 +140,7 @@ def test_a_wrong_sum_that_no_tensors_mark_shows_is_found(split: Split) -> None:
 
 
 def test_a_model_computes_in_the_dtype_of_its_weights_not_of_its_tables(split: Split) -> None:
-    assert default_dtype(PreTrainedConfig(), split.manifest) in (torch.float32, torch.bfloat16)
+    assert choose_dtype(PreTrainedConfig(), split.manifest) in (torch.float32, torch.bfloat16)
     one = [p for p in split.manifest.plan.placements if p.spec.dtype in ("I64", "F8_E4M3", "F16")]
     plan = replace(split.manifest.plan, placements=tuple(one))
-    assert default_dtype(PreTrainedConfig(), replace(split.manifest, plan=plan)) == torch.float16
+    assert choose_dtype(PreTrainedConfig(), replace(split.manifest, plan=plan)) == torch.float16

@@ -13,7 +13,7 @@ from blueprints import llama, llama_config, specs_of, write_source
 from splitting import split_folder
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import split
+from shardkit.convert.split import split_checkpoint
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
@@ -32,7 +32,7 @@ def serve(pipe: Connection) -> None:
         with Checkpoint(source) as checkpoint:
             recipe = find_recipe(checkpoint.config)
             plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, RANKS)
-            split(checkpoint, plan, recipe, out, force=force)
+            split_checkpoint(checkpoint, plan, recipe, out, force=force)
         pipe.send("done")
 
 

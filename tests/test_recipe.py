@@ -9,9 +9,9 @@ import pytest
 
 from shardkit.errors import RecipeError
 from shardkit.layout.axis import Term
-from shardkit.recipe.catalog import bundled, find_recipe
+from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
-from shardkit.recipe.recipe import Recipe, Rule, module_pattern, tensor_pattern
+from shardkit.recipe.recipe import Recipe, Rule, compile_module_pattern, compile_tensor_pattern
 
 SAMPLES = Path(__file__).parent / "samples"
 FAULTS = {
@@ -104,22 +104,22 @@ def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_recipe_may_be_a_link(tmp_path: Path) -> None:
-    (tmp_path / "link.toml").symlink_to(bundled()[0])
+    (tmp_path / "link.toml").symlink_to(list_recipe_files()[0])
     assert load_recipe(tmp_path / "link.toml").name == "link"
 
 
-@pytest.mark.parametrize("path", bundled(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list_recipe_files(), ids=lambda path: path.stem)
 def test_every_bundled_recipe_loads_and_its_patterns_compile(path: Path) -> None:
     loaded = load_recipe(path)
     assert loaded.rules
     for rule in loaded.rules:
-        tensor_pattern(rule.pattern, loaded.base_model_prefix)
-    for local in (*loaded.attributes, *loaded.arguments):
-        assert isinstance(module_pattern(local.module), re.Pattern)
+        compile_tensor_pattern(rule.pattern, loaded.base_model_prefix)
+    for local in (*loaded.module_attributes, *loaded.forward_arguments):
+        assert isinstance(compile_module_pattern(local.module), re.Pattern)
 
 
 def test_a_model_type_is_served_by_two_recipes_only_on_conditions() -> None:
-    loaded = [load_recipe(path) for path in bundled()]
+    loaded = [load_recipe(path) for path in list_recipe_files()]
     served = Counter(kind for recipe in loaded for kind in recipe.model_types)
     assert served
     for found in loaded:
@@ -128,7 +128,7 @@ def test_a_model_type_is_served_by_two_recipes_only_on_conditions() -> None:
 
 
 def test_each_model_type_finds_its_recipe() -> None:
-    for path in bundled():
+    for path in list_recipe_files():
         found = load_recipe(path)
         for kind in found.model_types:
             config = {"model_type": kind, **found.when.get(kind, {})}
@@ -137,7 +137,10 @@ def test_each_model_type_finds_its_recipe() -> None:
 
 def test_a_recipe_can_be_asked_for_by_name_or_path() -> None:
     assert find_recipe({"model_type": "unheard-of"}, "llama").name == "llama"
-    assert find_recipe({"model_type": "unheard-of"}, str(bundled()[0])).name == bundled()[0].stem
+    assert (
+        find_recipe({"model_type": "unheard-of"}, str(list_recipe_files()[0])).name
+        == list_recipe_files()[0].stem
+    )
 
 
 def test_an_unknown_model_type_is_refused_with_the_ways_out() -> None:
@@ -176,18 +179,18 @@ def test_a_tensor_that_two_rules_name_is_refused_with_both() -> None:
 def test_a_pattern_names_a_modules_weight_and_bias(
     pattern: str, named: list[str], not_named: list[str]
 ) -> None:
-    compiled = tensor_pattern(pattern, "p")
+    compiled = compile_tensor_pattern(pattern, "p")
     assert [name for name in named + not_named if compiled.fullmatch(name)] == named
 
 
 def test_families_of_one_recipe_may_have_different_prefixes() -> None:
-    compiled = tensor_pattern("{p,q}.wte", "{p,q}")
+    compiled = compile_tensor_pattern("{p,q}.wte", "{p,q}")
     names = ["p.wte.weight", "q.wte.weight", "wte.weight", "r.wte.weight", "p.q.wte.weight"]
     assert [name for name in names if compiled.fullmatch(name)] == names[:3]
 
 
 def test_a_module_pattern_names_the_module_wherever_it_is_nested() -> None:
-    compiled = module_pattern("layers.*.attn")
+    compiled = compile_module_pattern("layers.*.attn")
     assert compiled.fullmatch("model.decoder.layers.3.attn")
     assert compiled.fullmatch("layers.3.attn")
     assert not compiled.fullmatch("mylayers.3.attn")

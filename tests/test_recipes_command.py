@@ -12,13 +12,13 @@ from harness import altered
 from shardkit.authoring.check import make_models, try_recipe
 from shardkit.authoring.mutations import mutants
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.recipe.catalog import bundled, recipe_folder
+from shardkit.recipe.catalog import find_recipe_folder, list_recipe_files
 from shardkit.recipe.parse import load_recipe
 
 
 def test_the_list_names_every_recipe_and_why_what_is_large_stays_whole() -> None:
     listed = json.loads(run("recipes", "list", "--json").stdout)
-    assert [entry["recipe"] for entry in listed] == [path.stem for path in bundled()]
+    assert [entry["recipe"] for entry in listed] == [path.stem for path in list_recipe_files()]
     rwkv = next(entry for entry in listed if entry["recipe"] == "rwkv")
     assert rwkv["whole"]
     text = run("recipes", "list").stdout
@@ -27,7 +27,7 @@ def test_the_list_names_every_recipe_and_why_what_is_large_stays_whole() -> None
 
 
 def test_show_prints_the_file_as_it_is() -> None:
-    assert run("recipes", "show", "gpt2").stdout == (recipe_folder() / "gpt2.toml").read_text()
+    assert run("recipes", "show", "gpt2").stdout == (find_recipe_folder() / "gpt2.toml").read_text()
     missing = run("recipes", "show", "none-such")
     assert missing.exit_code == 1
     assert "shardkit recipes list" in missing.stderr
@@ -71,7 +71,7 @@ def pool():
 
 
 def test_a_bias_that_every_rank_adds_and_an_argument_not_cut_are_among_the_mutants() -> None:
-    bloom = load_recipe(recipe_folder() / "bloom.toml")
+    bloom = load_recipe(find_recipe_folder() / "bloom.toml")
     rules = {rule.pattern: frozenset({rule.pattern + ".bias"}) for rule in bloom.rules}
     faults = [mutant.fault for mutant in mutants(bloom, rules)]
     assert {"bias added by every rank", "argument alibi not cut"} <= set(faults)
@@ -81,7 +81,7 @@ def test_a_bias_that_every_rank_adds_and_an_argument_not_cut_are_among_the_mutan
 def test_ranks_that_a_mutant_has_stopped_do_not_make_the_next_one_fail(
     pool: RankPool, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(recipe_folder() / "gpt2.toml")
+    recipe = load_recipe(find_recipe_folder() / "gpt2.toml")
     models = make_models(recipe, None, tmp_path)
     name = next(iter(models))
     (first,) = try_recipe(recipe, {name: models[name]}, (2,), pool)

@@ -14,16 +14,22 @@ from blueprints import contents, llama, llama_config, specs_of, write_source
 from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import split
+from shardkit.convert.split import split_checkpoint
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.output import writer as file_sink
-from shardkit.output.destination import Target
-from shardkit.output.journal import Entry, Journal, Record, Run, parse_journal
+from shardkit.output.destination import Destination
+from shardkit.output.journal import (
+    Journal,
+    JournalContents,
+    JournalEntry,
+    RunIdentity,
+    parse_journal,
+)
 from shardkit.output.publish import JOURNAL
 from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.shards.manifest import rank_name
-from shardkit.strict_json import JsonError, canonical
+from shardkit.shards.manifest import rank_file_name
+from shardkit.strict_json import JsonError, encode_canonical
 
 BIG = {"vocab": 400, "ffn": 96}
 
@@ -51,14 +57,14 @@ def killed(run: Callable[..., object], *arguments: Any, notes: int) -> None:
     """A run in a process of its own, killed once its journal has so many notes."""
     pid = os.fork()
     if pid == 0:
-        note, left = Journal.note, iter(range(notes - 1))
+        note, left = Journal.append, iter(range(notes - 1))
 
-        def note_and_die(journal: Journal, entry: Entry) -> None:
+        def note_and_die(journal: Journal, entry: JournalEntry) -> None:
             note(journal, entry)
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Journal.note = note_and_die  # type: ignore[method-assign]
+        Journal.append = note_and_die  # type: ignore[method-assign]
         run(*arguments)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -68,7 +74,7 @@ def killed(run: Callable[..., object], *arguments: Any, notes: int) -> None:
 def stage(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> Path:
     """What a killed split has left."""
     killed(split_folder, source, tmp_path / "out", 2, notes=8)
-    (found,) = Target(tmp_path / "out").stages()
+    (found,) = Destination(tmp_path / "out").find_stages()
     assert len((found / JOURNAL).read_bytes().splitlines()) >= 9
     return found
 
@@ -76,11 +82,11 @@ def stage(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> Path:
 def resumed(source: Path, out: Path, tp_size: int = 2) -> int:
     """Go on with a split; the bytes that were read of the source's tensors, samples left out."""
     with CountingCheckpoint(source) as checkpoint:
-        checkpoint.sample()
+        checkpoint.fingerprint()
         sampled = checkpoint.read
         recipe = find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        split(checkpoint, plan, recipe, out, resume=True)
+        split_checkpoint(checkpoint, plan, recipe, out, resume=True)
         return checkpoint.read - 2 * sampled
 
 
@@ -114,7 +120,9 @@ def test_a_resumed_merge_and_a_resumed_reshard_write_the_same(source: Path, tmp_
     for run, more in ((merge_folder, ()), (reshard_folder, (3,))):
         run(tmp_path / "shards", tmp_path / "whole", *more)
         killed(run, tmp_path / "shards", tmp_path / "out", *more, notes=6)
-        assert [(stage / JOURNAL).exists() for stage in Target(tmp_path / "out").stages()] == [True]
+        assert [
+            (stage / JOURNAL).exists() for stage in Destination(tmp_path / "out").find_stages()
+        ] == [True]
         run(tmp_path / "shards", tmp_path / "out", *more, resume=True)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         shutil.rmtree(tmp_path / "out")
@@ -143,7 +151,7 @@ def test_a_small_output_has_no_journal(
     seen: list[list[str]] = []
 
     def look(_: int) -> None:
-        seen.extend(names(stage) for stage in Target(tmp_path / "out").stages())
+        seen.extend(names(stage) for stage in Destination(tmp_path / "out").find_stages())
 
     split_folder(source, tmp_path / "out", 2, progress=look)
     assert seen
@@ -188,7 +196,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_file_that_is_not_what_was_noted_is_written_anew(
     where: str, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    path = stage / rank_name(1, 2)
+    path = stage / rank_file_name(1, 2)
     base = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     flip(path, {"header": 30, "first tensor": base, "last byte noted": base + 12000}[where])
     assert resumed(source, tmp_path / "out") > 0
@@ -213,7 +221,7 @@ def piped(path: Path) -> None:
 def test_a_file_that_is_gone_short_or_no_file_is_written_anew(
     change: Any, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    change(stage / rank_name(0, 2))
+    change(stage / rank_file_name(0, 2))
     resumed(source, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
 
@@ -221,7 +229,7 @@ def test_a_file_that_is_gone_short_or_no_file_is_written_anew(
 def test_a_link_in_what_is_left_is_refused_and_not_written_through(
     source: Path, stage: Path, tmp_path: Path
 ) -> None:
-    linked(stage / rank_name(0, 2))
+    linked(stage / rank_file_name(0, 2))
     before = (tmp_path / "elsewhere").read_bytes()
     with pytest.raises(OutputError, match=r"symbolic links"):
         resumed(source, tmp_path / "out")
@@ -230,11 +238,11 @@ def test_a_link_in_what_is_left_is_refused_and_not_written_through(
 
 def left_alone(tmp_path: Path, source: Path, tp_size: int = 2) -> str:
     """What a resumed run says that is refused, and leaves all that was there."""
-    (stage,) = Target(tmp_path / "out").stages()
+    (stage,) = Destination(tmp_path / "out").find_stages()
     before = contents(stage)
     with pytest.raises(OutputError) as caught:
         resumed(source, tmp_path / "out", tp_size)
-    (stage,) = Target(tmp_path / "out").stages()
+    (stage,) = Destination(tmp_path / "out").find_stages()
     assert contents(stage) == before
     assert "\n" not in str(caught.value)
     assert "leave --resume out" in str(caught.value)
@@ -288,9 +296,11 @@ def test_a_hostile_journal_is_refused_before_its_last_line(lines: list[object]) 
 
 
 def test_a_journal_reads_back_as_written() -> None:
-    data = canonical(FIRST) + b"\n" + canonical(LINE) + b"\n"
+    data = encode_canonical(FIRST) + b"\n" + encode_canonical(LINE) + b"\n"
     record = parse_journal(data)
-    assert record == Record(Run(HEX, HEX, HEX), (Entry("rank", 3, HEX),), len(data))
+    assert record == JournalContents(
+        RunIdentity(HEX, HEX, HEX), (JournalEntry("rank", 3, HEX),), len(data)
+    )
 
 
 @pytest.mark.parametrize("damage", [b"{}\n", b"\xff\n", b'{"file":1}\n', b"[" * 9000 + b"\n"])
@@ -323,7 +333,7 @@ def test_only_a_run_that_was_to_resume_keeps_what_it_wrote_when_stopped(
 
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         split_folder(source, tmp_path / "out", 2, progress=stop, resume=resume)
-    kept = Target(tmp_path / "out").stages()
+    kept = Destination(tmp_path / "out").find_stages()
     assert len(kept) == (resume and not isinstance(error, SourceChanged))
     if kept:
         assert resumed(source, tmp_path / "out") < total(source) / 2
@@ -333,12 +343,12 @@ def test_only_a_run_that_was_to_resume_keeps_what_it_wrote_when_stopped(
 def test_what_is_left_counts_as_room(stage: Path, tmp_path: Path) -> None:
     def room(out: Path) -> float:
         with pytest.raises(OutputError, match="needs") as caught:
-            Target(out).check_space(1 << 60)
+            Destination(out).check_space(1 << 60)
         found = re.search(r"has (\S+) GB free", str(caught.value))
         assert found is not None
         return float(found[1])
 
-    os.truncate(stage / rank_name(0, 2), 0)
-    with (stage / rank_name(0, 2)).open("r+b") as file:
+    os.truncate(stage / rank_file_name(0, 2), 0)
+    with (stage / rank_file_name(0, 2)).open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, 4 << 30)
     assert room(tmp_path / "out") - room(tmp_path / "other") == pytest.approx(4.3, abs=0.5)

@@ -31,8 +31,8 @@ from splitting import (
 )
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.header import header_bytes, read_header
-from shardkit.convert.split import split
+from shardkit.checkpoint.header import encode_header, read_header
+from shardkit.convert.split import split_checkpoint
 from shardkit.errors import (
     LayoutError,
     ManifestError,
@@ -47,7 +47,7 @@ from shardkit.planning.plan import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.shards import integrity
-from shardkit.shards.manifest import rank_name
+from shardkit.shards.manifest import rank_file_name
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 WHOLE_BYTES = [dtype for dtype, bits in DTYPE_BITS.items() if bits >= 8]
@@ -164,7 +164,7 @@ def test_the_safetensors_library_reads_in_a_shard_what_it_reads_in_the_source(
     manifest = split_folder(source, tmp_path / "shards", 3)
     with safe_open(source / "model.safetensors", "pt") as whole:
         for rank in range(3):
-            with safe_open(tmp_path / "shards" / rank_name(rank, 3), "pt") as shard:
+            with safe_open(tmp_path / "shards" / rank_file_name(rank, 3), "pt") as shard:
                 assert shard.metadata()["tp_rank"] == str(rank)
                 for name in shard.keys():  # noqa: SIM118  (it is no dict)
                     placement, expected = manifest.placements[name], whole.get_tensor(name)
@@ -211,7 +211,13 @@ def test_companion_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     (source / "modeling.py").write_text("raise SystemExit")
     (source / "pytorch_model.bin").write_bytes(b"pickled")
     split_folder(source, tmp_path / "shards", 2)
-    names = {"config.json", "tokenizer.json", "manifest.json", rank_name(0, 2), rank_name(1, 2)}
+    names = {
+        "config.json",
+        "tokenizer.json",
+        "manifest.json",
+        rank_file_name(0, 2),
+        rank_file_name(1, 2),
+    }
     assert contents(tmp_path / "shards").keys() == names
     assert (tmp_path / "shards/tokenizer.json").read_bytes() == b'{"odd": "\xff"}'
 
@@ -327,11 +333,11 @@ def test_each_source_byte_is_read_once_however_many_ranks_hold_it(
 ) -> None:
     monkeypatch.setattr(stream, "BLOCK", block)
     with CountingCheckpoint(llama_source(tmp_path / "source", heads=8, kv=2)) as source:
-        source.sample()
+        source.fingerprint()
         sampled = source.read
         recipe = find_recipe({"model_type": "llama"})
         plan = make_plan(source.specs(), recipe, source.config, 4)
-        split(source, plan, recipe, tmp_path / "shards")
+        split_checkpoint(source, plan, recipe, tmp_path / "shards")
         assert source.read - 2 * sampled == sum(spec.nbytes for spec in source.specs())
 
 
@@ -503,20 +509,20 @@ def refused(shards: Path, tmp_path: Path) -> str:
 
 
 def test_a_truncated_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_name(1, 2)
+    path = shards / rank_file_name(1, 2)
     os.truncate(path, path.stat().st_size - 1)
     assert f"{path}: truncated" in refused(shards, tmp_path)
 
 
 def test_an_extended_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    append(shards / rank_name(0, 2))
+    append(shards / rank_file_name(0, 2))
     assert f"{shards / rank_name(0, 2)}: extended" in refused(shards, tmp_path)
 
 
 def test_one_flipped_bit_is_found_and_its_file_and_tensor_named(
     shards: Path, tmp_path: Path
 ) -> None:
-    path = shards / rank_name(1, 2)
+    path = shards / rank_file_name(1, 2)
     sound = path.read_bytes()
     for entry in read_header(path).entries:
         for at in (entry.start, entry.stop - 1):
@@ -528,7 +534,7 @@ def test_one_flipped_bit_is_found_and_its_file_and_tensor_named(
 
 
 def test_a_flipped_bit_in_a_header_is_found(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_name(0, 2)
+    path = shards / rank_file_name(0, 2)
     sound = path.read_bytes()
     for at in (0, 7, 8, 60, 200, 400):
         damaged = bytearray(sound)
@@ -539,14 +545,16 @@ def test_a_flipped_bit_in_a_header_is_found(shards: Path, tmp_path: Path) -> Non
 
 def test_every_damaged_shard_is_named(shards: Path, tmp_path: Path) -> None:
     for rank in range(2):
-        modify(shards / rank_name(rank, 2))
+        modify(shards / rank_file_name(rank, 2))
     text = refused(shards, tmp_path)
-    assert rank_name(0, 2) in text
-    assert rank_name(1, 2) in text
+    assert rank_file_name(0, 2) in text
+    assert rank_file_name(1, 2) in text
 
 
 def test_swapped_shards_are_told_apart(shards: Path, tmp_path: Path) -> None:
-    one, two, spare = (shards / name for name in (rank_name(0, 2), rank_name(1, 2), "spare"))
+    one, two, spare = (
+        shards / name for name in (rank_file_name(0, 2), rank_file_name(1, 2), "spare")
+    )
     one.rename(spare)
     two.rename(one)
     spare.rename(two)
@@ -556,7 +564,7 @@ def test_swapped_shards_are_told_apart(shards: Path, tmp_path: Path) -> None:
 def test_a_shard_of_another_split_is_refused(shards: Path, tmp_path: Path) -> None:
     other = write_source(tmp_path / "other", llama_config(), other_weights())
     split_folder(other, tmp_path / "foreign", 2)
-    name = rank_name(0, 2)
+    name = rank_file_name(0, 2)
     (shards / name).write_bytes((tmp_path / "foreign" / name).read_bytes())
     assert "of another split" in refused(shards, tmp_path)
 
@@ -567,12 +575,12 @@ def other_weights() -> list[TensorSpec]:
 
 
 def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
-    (shards / rank_name(1, 2)).unlink()
-    assert f"{rank_name(1, 2)}: missing" in refused(shards, tmp_path)
+    (shards / rank_file_name(1, 2)).unlink()
+    assert f"{rank_file_name(1, 2)}: missing" in refused(shards, tmp_path)
 
 
 def test_a_shard_that_is_a_link_or_a_pipe_is_refused(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_name(1, 2)
+    path = shards / rank_file_name(1, 2)
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     assert str(path) in refused(shards, tmp_path)
@@ -606,4 +614,4 @@ def test_a_source_without_tensors_can_be_split(tmp_path: Path) -> None:
 def test_the_bytes_under_test_differ_from_tensor_to_tensor() -> None:
     specs = specs_of(llama())
     assert len({tensor_bytes(spec) for spec in specs}) == len(specs)
-    assert len(header_bytes(specs, {})) % 8 == 0
+    assert len(encode_header(specs, {})) % 8 == 0

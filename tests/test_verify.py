@@ -118,7 +118,7 @@ def test_rotated_kv_replicas_are_found_on_their_rank(
     models, four_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = models("llama-two-kv-heads")
-    right = layout.held
+    right = layout.held_units
 
     def rotated(section, tp_rank, tp_size):
         if section.sharers and tp_size == 4:

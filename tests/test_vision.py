@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from shardkit.authoring.masked_sum import load
 from shardkit.authoring.proof import prove
 from shardkit.errors import RecipeError
-from shardkit.planning.costs import collectives, generates, kv_cache
+from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.runtime.engine.rank_processes import Ranks
@@ -77,16 +77,16 @@ def test_older_configs_keep_the_text_model_s_fields_outermost() -> None:
 
 def test_what_sees_sums_once_per_prompt_and_keeps_no_cache() -> None:
     plan = plan_of(LLAVA, LLAVA_SHAPES)
-    found = collectives(plan, LLAVA)
+    found = count_collectives(plan, LLAVA)
     assert (found.encoder, found.row_parallel, found.embedding, found.output) == (3, 1, 1, 1)
-    cache = kv_cache(plan, LLAVA)
+    cache = estimate_kv_cache(plan, LLAVA)
     assert not isinstance(cache, str)
     assert (cache.layers, cache.head_dim, cache.kv_heads) == (5, 2, (4, 4))
 
 
 def test_a_cache_of_layers_that_only_the_class_tells_is_unknown() -> None:
     config = {**LLAVA, "text_config": {"model_type": "mistral", "num_attention_heads": 16}}
-    assert str(kv_cache(plan_of(LLAVA, LLAVA_SHAPES), config)).startswith("unknown: ")
+    assert str(estimate_kv_cache(plan_of(LLAVA, LLAVA_SHAPES), config)).startswith("unknown: ")
 
 
 def test_a_model_that_only_sees_produces_no_text() -> None:
@@ -95,8 +95,8 @@ def test_a_model_that_only_sees_produces_no_text() -> None:
         "num_attention_heads": 4, "intermediate_size": 8,
     }  # fmt: skip
     plan = plan_of(config, {"transformer.layers.0.attention.o_proj.weight": (8, 8)})
-    assert generates(plan, config) is False
-    assert kv_cache(plan, config) == "none: an encoder keeps no cache"
+    assert generates_text(plan, config) is False
+    assert estimate_kv_cache(plan, config) == "none: an encoder keeps no cache"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from shardkit.authoring.proof import FOREIGN, Proof, prove
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, make_sample, samples, save_random
 from shardkit.errors import CheckpointError, RecipeError
-from shardkit.recipe.counts import serves
+from shardkit.recipe.counts import matches_config
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.config import model_config
-from shardkit.runtime.load import model_class
+from shardkit.runtime.config import build_config
+from shardkit.runtime.load import resolve_model_class
 
 BEAMS = 3
 MAX_PARAMETERS = 200_000_000  # of a model that is made up to check a recipe: seconds, not minutes
@@ -37,7 +37,7 @@ def served_samples(recipe: Recipe) -> list[Sample]:
     return [
         sample
         for sample in samples()
-        if sample.model_type in recipe.model_types and serves(recipe, sample.stored_config)
+        if sample.model_type in recipe.model_types and matches_config(recipe, sample.stored_config)
     ]
 
 
@@ -62,9 +62,9 @@ def make_like(config: Path, folder: Path) -> Path:
 
     Raises RecipeError if it is large, and CheckpointError for a config that no model can have.
     """
-    found = model_config(config)
+    found = build_config(config)
     try:
-        cls = model_class(found)
+        cls = resolve_model_class(found)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in cls(found).parameters())
         if size <= MAX_PARAMETERS:

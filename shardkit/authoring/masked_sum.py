@@ -25,11 +25,11 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
 from shardkit.planning.plan import Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.config import source_config
-from shardkit.runtime.conversion import conversions
-from shardkit.runtime.layers.experts import suit_experts
-from shardkit.runtime.load import model_class
-from shardkit.runtime.materialize import check_shapes
+from shardkit.runtime.config import read_source_config
+from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.layers.experts import choose_expert_kernel
+from shardkit.runtime.load import resolve_model_class
+from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import uncached
 from shardkit.verification.dummy_inputs import make_inputs
 
@@ -64,10 +64,10 @@ def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[st
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, as transformers itself loads it."""
-    config = source_config(folder)
-    model = model_class(config).from_pretrained(folder, config=config)
+    config = read_source_config(folder)
+    model = resolve_model_class(config).from_pretrained(folder, config=config)
     assert isinstance(model, PreTrainedModel)
-    suit_experts(model)
+    choose_expert_kernel(model)
     return model.eval()
 
 
@@ -80,7 +80,7 @@ def plan_of(source: Path, recipe: Recipe, tp_size: int) -> Plan:
 def placed_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
     """Each of the model's parameters, tied ones by all their names, and its placement on disk."""
     stored = {p.spec.name: p for p in plan.placements if p.style != "ignore"}
-    made = check_shapes(model, stored, conversions(model, stored))
+    made = placements_by_parameter(model, stored, find_conversions(model, stored))
     by_tensor = {id(model.get_parameter_or_buffer(name)): p for name, p in made.items()}
     named = model.named_parameters(remove_duplicate=False)
     return {name: by_tensor[id(tensor)] for name, tensor in named if id(tensor) in by_tensor}

@@ -58,18 +58,18 @@ def mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mu
 
 
 def _arguments(recipe: Recipe) -> Iterator[Mutant]:
-    for argument in recipe.arguments:
-        others = tuple(other for other in recipe.arguments if other != argument)
+    for argument in recipe.forward_arguments:
+        others = tuple(other for other in recipe.forward_arguments if other != argument)
         fault = f"argument {argument.argument} not cut"
-        yield Mutant(fault, argument.module, replace(recipe, arguments=others), False)
+        yield Mutant(fault, argument.module, replace(recipe, forward_arguments=others), False)
 
 
 def _attributes(recipe: Recipe) -> Iterator[Mutant]:
     """Attributes left out: most attention functions take the head count from the tensors."""
-    for attribute in recipe.attributes:
-        others = tuple(other for other in recipe.attributes if other != attribute)
+    for attribute in recipe.module_attributes:
+        others = tuple(other for other in recipe.module_attributes if other != attribute)
         fault = f"attribute {attribute.attribute} left whole"
-        yield Mutant(fault, attribute.module, replace(recipe, attributes=others), False)
+        yield Mutant(fault, attribute.module, replace(recipe, module_attributes=others), False)
 
 
 def _doubled(recipe: Recipe, rule: Rule) -> Mutant:
@@ -92,7 +92,7 @@ def _cut(rule: Rule) -> bool:
 
 def _swapped(rule: Rule) -> tuple[Term, ...]:
     """Another reading of the same axis: of a plain one as halves, of a fused one as plain."""
-    fused = len(rule.terms) > 1 or rule.terms[0].outer or rule.terms[0].beside
+    fused = len(rule.terms) > 1 or rule.terms[0].outer or rule.terms[0].group_tail
     return PLAIN if fused else HALVES
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from shardkit.authoring.masked_sum import WEIGHTS, misses
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import merge, split
+from shardkit.convert.split import merge_shards, split_checkpoint
 from shardkit.errors import ShardkitError
 from shardkit.planning.plan import Plan, make_plan
-from shardkit.planning.summary import groups, loaded_bytes, total_bytes
+from shardkit.planning.summary import count_loaded_bytes, count_total_bytes, group_by_layout
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest import Manifest
@@ -83,7 +83,7 @@ class _Trial:
     @cached_property
     def manifest(self) -> Manifest:
         with Checkpoint(self.source) as checkpoint:
-            return split(checkpoint, self.plan, self.recipe, self.scratch / "shards")
+            return split_checkpoint(checkpoint, self.plan, self.recipe, self.scratch / "shards")
 
     @property
     def rules(self) -> dict[str, frozenset[str]]:
@@ -94,8 +94,8 @@ class _Trial:
 
     @property
     def share(self) -> float:
-        loaded = loaded_bytes(groups(self.plan), self.plan.tp_size)
-        return max(loaded) / max(total_bytes(self.plan), 1)
+        loaded = count_loaded_bytes(group_by_layout(self.plan), self.plan.tp_size)
+        return max(loaded) / max(count_total_bytes(self.plan), 1)
 
     def complete(self) -> Check:
         """Every tensor has one rule, and every rank a part of what is divided."""
@@ -114,7 +114,7 @@ class _Trial:
         """A merge gives back the source's file, bit for bit."""
         assert self.manifest
         with ShardedCheckpoint(self.scratch / "shards") as shards:
-            merge(shards, self.scratch / "merged")
+            merge_shards(shards, self.scratch / "merged")
         same = (self.scratch / "merged" / WEIGHTS).read_bytes() == self._whole
         fault = "" if same else "the merged file is not the source's"
         return _check("merge", "bit for bit the source's", fault)

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.errors import RecipeError
-from shardkit.recipe.catalog import recipe_folder
+from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.runtime.models.registry import find_model_class
 
 NULL = "none"
@@ -68,7 +68,7 @@ class Sample:
 
 def samples() -> list[Sample]:
     """Every bundled sample, in the order of its file."""
-    files = sorted((recipe_folder() / "samples").glob("*.toml"))
+    files = sorted((find_recipe_folder() / "samples").glob("*.toml"))
     return [sample for path in files for sample in read_samples(path)]
 
 

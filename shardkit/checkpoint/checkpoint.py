@@ -11,10 +11,15 @@ from shardkit import strict_json
 from shardkit.checkpoint import header
 from shardkit.checkpoint.config_check import check_config
 from shardkit.checkpoint.hub_cache import check_blob, check_bytes, is_blob
-from shardkit.checkpoint.weight_files import is_companion, names_in, read_config, weight_files
+from shardkit.checkpoint.weight_files import (
+    find_weight_files,
+    is_companion,
+    list_names,
+    read_config,
+)
 from shardkit.errors import CheckpointError, SourceChanged
-from shardkit.files import open_regular, read_small, real_file
-from shardkit.strict_json import shown
+from shardkit.files import open_regular_file, read_small_file, resolve_file
+from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec
 
 MAX_COMPANION = 256 << 20
@@ -45,9 +50,9 @@ class Checkpoint:
         """Open the folder and check every header.  Raises CheckpointError."""
         self.folder = folder
         self.revision = revision
-        self.name = name or folder_name(folder)
+        self.name = name or name_of_folder(folder)
         self.config = read_config(folder)
-        self.index, names = weight_files(folder, names_in(folder))
+        self.index, names = find_weight_files(folder, list_names(folder))
         self._places: dict[str, _Place] = {}
         self._fds: list[int] = []
         self._names: list[str] = []
@@ -87,11 +92,11 @@ class Checkpoint:
         if self.index is None or stated in (None, 0, total):
             return ()
         return (
-            f"{self.folder / self.index.name}: total_size is {shown(stated)}, but the tensors are"
+            f"{self.folder / self.index.name}: total_size is {quote(stated)}, but the tensors are"
             f" {total} bytes; what is written has the true size",
         )
 
-    def check(self) -> "Checkpoint":
+    def check_config(self) -> "Checkpoint":
         """Return itself; raise CheckpointError where the config and the tensors do not agree."""
         try:
             check_config(self.config, self.specs(), self.folder)
@@ -119,7 +124,7 @@ class Checkpoint:
             view, at = view[count:], at + count
 
     @property
-    def downloaded(self) -> int:
+    def download_bytes(self) -> int:
         """The bytes that `check_download` reads: of weights files in a Hub cache."""
         return sum(os.fstat(fd).st_size for _, _, fd in self._blobs())
 
@@ -132,7 +137,7 @@ class Checkpoint:
 
     def _blobs(self) -> list[tuple[Path, str, int]]:
         found = [
-            (real_file(self.folder, name, CheckpointError), str(self.folder / name), fd)
+            (resolve_file(self.folder, name, CheckpointError), str(self.folder / name), fd)
             for name, fd in zip(self._names, self._fds, strict=True)
         ]
         return [blob for blob in found if is_blob(blob[0])]
@@ -144,19 +149,19 @@ class Checkpoint:
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise SourceChanged(f"{self.folder / file.name}: changed while it was read")
 
-    def state(self) -> str:
+    def digest_stats(self) -> str:
         """A digest of what tells whether a file was written to: sizes and times of change."""
         stats = [[stat.st_size, stat.st_mtime_ns] for stat in self._stats]
-        return hashlib.sha256(strict_json.canonical(stats)).hexdigest()
+        return hashlib.sha256(strict_json.encode_canonical(stats)).hexdigest()
 
-    def sample(self) -> str:
+    def fingerprint(self) -> str:
         """A digest of every header and of each tensor's first and last bytes.
 
         It tells checkpoints apart before they are read whole; it does not prove them equal.
         """
         digest = hashlib.sha256()
         for spec in self.specs():
-            digest.update(strict_json.canonical([spec.name, spec.dtype, list(spec.shape)]))
+            digest.update(strict_json.encode_canonical([spec.name, spec.dtype, list(spec.shape)]))
             size = min(SAMPLE, spec.nbytes)
             for offset in sorted({0, spec.nbytes - size}):
                 data = bytearray(size)
@@ -166,19 +171,19 @@ class Checkpoint:
 
     def companions(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each small file a model needs beside its weights; never code."""
-        return companions(self.folder)
+        return read_companions(self.folder)
 
     def _add(self, name: str) -> SourceFile:
-        path = real_file(self.folder, name, CheckpointError)
-        self._fds.append(open_regular(path, CheckpointError))
-        found = header.header_of(self._fds[-1], path)
+        path = resolve_file(self.folder, name, CheckpointError)
+        self._fds.append(open_regular_file(path, CheckpointError))
+        found = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
         for entry in found.entries:
             tensor = entry.spec.name
             if tensor in self._places:
                 other = self._names[self._places[tensor].file]
                 raise CheckpointError(
-                    f"{path}: {shown(tensor)} is in {other} as well; the checkpoint is ambiguous"
+                    f"{path}: {quote(tensor)} is in {other} as well; the checkpoint is ambiguous"
                 )
             self._places[tensor] = _Place(len(self._fds) - 1, entry.start, entry.spec)
         self._names.append(name)
@@ -194,18 +199,18 @@ class Checkpoint:
             if actual.get(tensor) != file:
                 found = actual.get(tensor, "no file")
                 raise CheckpointError(
-                    f"{where}: says {shown(tensor)} is in {file}, but it is in {found}"
+                    f"{where}: says {quote(tensor)} is in {file}, but it is in {found}"
                 )
         if extra := sorted(actual.keys() - self.index.weight_map.keys()):
             raise CheckpointError(
-                f"{where}: does not name {shown(extra[0])}, which is in {actual[extra[0]]}"
+                f"{where}: does not name {quote(extra[0])}, which is in {actual[extra[0]]}"
             )
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache.  Raises CheckpointError."""
     folder, commit = find_folder(source, revision)
-    return Checkpoint(folder, commit, source if commit else "").check()
+    return Checkpoint(folder, commit, source if commit else "").check_config()
 
 
 def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
@@ -214,34 +219,34 @@ def find_folder(source: str, revision: str | None, pickled: bool = False) -> tup
     With `pickled`, a repository of nothing but pickled weights is one too.
     """
     folder = Path(source)
-    if source and _is(folder.is_dir):
+    if source and _ask_path(folder.is_dir):
         if revision is not None:
             raise CheckpointError(f"{source}: a folder has no revision; leave --revision out")
         return folder, ""
-    if source and _is(folder.exists):
+    if source and _ask_path(folder.exists):
         raise CheckpointError(f"{source}: is a file; name the folder it is in")
-    from shardkit.checkpoint.hub import download  # here, as it costs 0.3 s
+    from shardkit.checkpoint.hub import download_snapshot  # here, as it costs 0.3 s
 
-    return download(source, revision, pickled)
+    return download_snapshot(source, revision, pickled)
 
 
-def folder_name(folder: Path) -> str:
+def name_of_folder(folder: Path) -> str:
     """A folder's own name, as text, though its bytes may be none: the manifest is text."""
     return os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
 
 
-def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+def read_companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each small file a model needs beside its weights; never code."""
-    for name in names_in(folder):
+    for name in list_names(folder):
         if is_companion(name) and (folder / name).is_file():
-            real = real_file(folder, name, CheckpointError)
-            data = read_small(real, MAX_COMPANION, CheckpointError)
+            real = resolve_file(folder, name, CheckpointError)
+            data = read_small_file(real, MAX_COMPANION, CheckpointError)
             if is_blob(real):
                 check_bytes(real, str(folder / name), data)
             yield name, data
 
 
-def _is(question: Callable[[], bool]) -> bool:
+def _ask_path(question: Callable[[], bool]) -> bool:
     try:
         return question()
     except OSError:  # too long for a path, or in a folder that may not be entered

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from shardkit.errors import CheckpointError
-from shardkit.strict_json import shown
+from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec
 
 Config = Mapping[str, Any]
@@ -26,7 +26,7 @@ POSITIVE = {
     "num_decoder_layers", "num_hidden_groups", "depth",
 }  # fmt: skip
 # Layers that only predict further tokens are stored after the last that the config counts.
-FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # Towers beside the model of text, and the tables of a config that they are in.
 TOWERS = ("vision_config", "audio_config")
 TOWER = {"vision_tower", "vision_model", "vision_encoder", "visual", "audio_tower", "audio_model"}
@@ -63,9 +63,9 @@ def _check_numbers(config: Config, specs: Sequence[TensorSpec]) -> None:
     largest = max((size for spec in specs for size in spec.shape), default=0)
     most = min(max(MANY, len(specs)), MAX_LAYERS)
     for key in LAYERS:
-        if isinstance(value := _of_text(config).get(key), list | dict):
-            raise _Disagreement(f"{key} is {shown(value)}, not a count")
-    for key, value in _fields(config):
+        if isinstance(value := _text_fields(config).get(key), list | dict):
+            raise _Disagreement(f"{key} is {quote(value)}, not a count")
+    for key, value in _iter_values(config):
         if key in POSITIVE and value is not None:
             _check_range(key, value, 1, MAX_SIZE if largest < MAX_SIZE else largest)
         if type(value) is not int or FACTORS.search(key):
@@ -80,44 +80,44 @@ def _check_numbers(config: Config, specs: Sequence[TensorSpec]) -> None:
 
 def _check_range(key: str, value: object, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise _Disagreement(f"{key} is {shown(value)}, not an integer of {least} to {most}")
+        raise _Disagreement(f"{key} is {quote(value)}, not an integer of {least} to {most}")
 
 
-def _fields(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _iter_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is no table or list, and the key it is under."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _fields(inner, name)
+            yield from _iter_values(inner, name)
     elif isinstance(value, list):
         for inner in value:
-            yield from _fields(inner, key)
+            yield from _iter_values(inner, key)
     else:
         yield key, value
 
 
 def _check_hidden(config: Config, specs: Sequence[TensorSpec]) -> None:
     sizes = {size for spec in specs for size in spec.shape}
-    for key, stated in _stated(_of_text(config), HIDDEN):
+    for key, stated in _read_counts(_text_fields(config), HIDDEN):
         if stated not in sizes:
             raise _Disagreement(f"{key} is {stated}, but no tensor has a dimension of that size")
 
 
 def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
     """Each count of layers against the list of layers it is of: none missing, none too many."""
-    text, towers = _of_text(config), [config[key] for key in TOWERS if key in config]
-    lists = layer_lists(spec.name for spec in specs)
+    text, towers = _text_fields(config), [config[key] for key in TOWERS if key in config]
+    lists = group_layers(spec.name for spec in specs)
     beside = {n: at for n, at in lists.items() if TOWER & set(n.split("."))}
     reading = {n: at for n, at in lists.items() if n not in beside or not towers}
     decoding = {n: at for n, at in reading.items() if "decoder" in n.split(".")}
     others = {n: at for n, at in reading.items() if n not in decoding}
-    further = sum(count for _, count in _stated(text, FURTHER))
-    _check_list(_stated(text, ("decoder_layers", "num_decoder_layers")), decoding, 0)
-    if counts := _stated(text, ("encoder_layers", "num_encoder_layers")):
+    further = sum(count for _, count in _read_counts(text, PREDICTION_LAYERS))
+    _check_list(_read_counts(text, ("decoder_layers", "num_decoder_layers")), decoding, 0)
+    if counts := _read_counts(text, ("encoder_layers", "num_encoder_layers")):
         _check_list(counts, others, 0)
-    elif counts := _stated(text, ("num_hidden_groups", *LAYERS)) or _listed(text):
+    elif counts := _read_counts(text, ("num_hidden_groups", *LAYERS)) or _count_layer_types(text):
         _check_list(counts[:1], others if "num_decoder_layers" in text else reading, further)
     if len(towers) == 1 and isinstance(towers[0], Mapping):
-        _check_list(_stated(towers[0], (*LAYERS, "depth"))[:1], beside, 0)
+        _check_list(_read_counts(towers[0], (*LAYERS, "depth"))[:1], beside, 0)
 
 
 def _check_list(
@@ -135,16 +135,16 @@ def _check_list(
         missing = next((at for at in range(count) if at not in found), None)
         if missing is not None:
             raise _Disagreement(
-                f"{key} is {count}, but there is no tensor of {shown(f'{name}.{missing}')}:"
+                f"{key} is {count}, but there is no tensor of {quote(f'{name}.{missing}')}:"
                 " fetch the weights again, or correct the config"
             )
         if max(found) >= count + further:
             raise _Disagreement(
-                f"{key} is {count}, but there are tensors of {shown(f'{name}.{max(found)}')}"
+                f"{key} is {count}, but there are tensors of {quote(f'{name}.{max(found)}')}"
             )
 
 
-def layer_lists(names: Iterable[str]) -> dict[str, dict[int, int]]:
+def group_layers(names: Iterable[str]) -> dict[str, dict[int, int]]:
     """The lists of modules that tensors are in, by the name before the first number of theirs.
 
     Of each list, how many tensors each number has.
@@ -161,7 +161,7 @@ def layer_lists(names: Iterable[str]) -> dict[str, dict[int, int]]:
 
 def _check_dtypes(config: Config, specs: Sequence[TensorSpec]) -> None:
     """Integers in place of a weight or a bias need a config that says how they are quantized."""
-    if any(table.get(key) for table in (config, _of_text(config)) for key in QUANTIZED):
+    if any(table.get(key) for table in (config, _text_fields(config)) for key in QUANTIZED):
         return
     for spec in specs:
         weighs = spec.name.endswith(".weight") or (
@@ -169,22 +169,22 @@ def _check_dtypes(config: Config, specs: Sequence[TensorSpec]) -> None:
         )
         if weighs and spec.dtype in INTEGERS:
             raise _Disagreement(
-                f"has no quantization_config, but {shown(spec.name)} is {spec.dtype}:"
+                f"has no quantization_config, but {quote(spec.name)} is {spec.dtype}:"
                 " fetch the weights again, or add what they were quantized with"
             )
 
 
-def _of_text(config: Config) -> Config:
+def _text_fields(config: Config) -> Config:
     """The fields of the model of text, nested or not."""
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, Mapping) else config
 
 
-def _stated(config: Config, keys: Iterable[str]) -> list[tuple[str, int]]:
+def _read_counts(config: Config, keys: Iterable[str]) -> list[tuple[str, int]]:
     return [(key, config[key]) for key in keys if type(config.get(key)) is int]
 
 
-def _listed(config: Config) -> list[tuple[str, int]]:
+def _count_layer_types(config: Config) -> list[tuple[str, int]]:
     """The count of layers where each is listed, and they are not counted."""
     lists = ((f"the length of {key}", config.get(key)) for key in LAYER_TYPES)
     return [(key, len(value)) for key, value in lists if isinstance(value, list)]

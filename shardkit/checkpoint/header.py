@@ -17,8 +17,8 @@ from typing import Any
 
 from shardkit import strict_json
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
-from shardkit.files import open_regular
-from shardkit.strict_json import JsonError, shown
+from shardkit.files import open_regular_file
+from shardkit.strict_json import JsonError, quote
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
@@ -52,18 +52,18 @@ class Header:
 
 def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
     """Read and check a safetensors file's header.  Raises `error`, naming file and fault."""
-    fd = open_regular(path, error)
+    fd = open_regular_file(path, error)
     try:
-        return header_of(fd, path, error)
+        return read_open_header(fd, path, error)
     finally:
         os.close(fd)
 
 
-def header_of(fd: int, path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
+def read_open_header(fd: int, path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
     """Read and check the header of an open file; `path` is for messages.  Raises `error`."""
     size = os.fstat(fd).st_size
     try:
-        length = header_length(os.pread(fd, len(LFS_POINTER), 0), size)
+        length = parse_header_length(os.pread(fd, len(LFS_POINTER), 0), size)
         return parse_header(os.pread(fd, length, 8), size)
     except (JsonError, LayoutError) as fault:
         raise error(f"{path}: {fault}") from None
@@ -71,7 +71,7 @@ def header_of(fd: int, path: Path, error: type[ShardkitError] = CheckpointError)
         raise error(f"{path}: cannot be read: {failure.strerror}") from None
 
 
-def header_length(start: bytes, size: int) -> int:
+def parse_header_length(start: bytes, size: int) -> int:
     """The bytes of header that a file's first bytes announce.  Raises JsonError."""
     if start.startswith(LFS_POINTER):
         raise JsonError("a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
@@ -107,7 +107,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise JsonError("header does not start with '{'")
     _check_count(raw.count(b'"data_offsets"'))  # before anything is made of them
-    table = strict_json.parse(raw, MAX_VALUES)
+    table = strict_json.parse_json(raw, MAX_VALUES)
     if not isinstance(table, dict):
         raise JsonError("header is no object")
     metadata = table.pop(METADATA, {})
@@ -116,7 +116,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     _check_count(len(table))
     base = 8 + len(raw)
     entries = sorted(
-        (_entry(name, value, base) for name, value in table.items()),
+        (_parse_entry(name, value, base) for name, value in table.items()),
         key=lambda e: (e.start, e.stop, e.spec.name),
     )
     covered = base
@@ -125,7 +125,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
             fault = (
                 "overlaps the one before" if entry.start < covered else "leaves a hole before it"
             )
-            raise JsonError(f"tensor {shown(entry.spec.name)} {fault}")
+            raise JsonError(f"tensor {quote(entry.spec.name)} {fault}")
         covered = entry.stop
     if covered != file_size:
         word = "truncated" if file_size < covered else "extended"
@@ -133,7 +133,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     return Header(tuple(entries), metadata, raw)
 
 
-def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+def encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
     """A file's first bytes: length and header for tensors stored one after another, in order.
 
     Padded with spaces so that the data starts at a multiple of 8, as the library writes it.
@@ -144,7 +144,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
         stop = at + spec.nbytes
         table[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (at, stop)}
         at = stop
-    text = strict_json.compact(table)
+    text = strict_json.encode_compact(table)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -152,7 +152,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes
 def check_name(name: str) -> None:
     """Raise JsonError for a tensor name that is empty, too long, unprintable, or not a tensor's."""
     if not name or len(name) > MAX_NAME or not name.isprintable() or name == METADATA:
-        raise JsonError(f"tensor name {shown(name)} is empty, reserved, too long or unprintable")
+        raise JsonError(f"tensor name {quote(name)} is empty, reserved, too long or unprintable")
 
 
 def _check_count(tensors: int) -> None:
@@ -160,27 +160,27 @@ def _check_count(tensors: int) -> None:
         raise JsonError(f"{tensors} tensors, more than the {MAX_TENSORS} allowed")
 
 
-def _entry(name: str, value: Any, base: int) -> Entry:
+def _parse_entry(name: str, value: Any, base: int) -> Entry:
     check_name(name)
     if not isinstance(value, dict) or value.keys() != _KEYS:
-        raise JsonError(f"tensor {shown(name)}: entry is not dtype, shape and data_offsets")
+        raise JsonError(f"tensor {quote(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise JsonError(f"tensor {shown(name)}: unknown dtype {shown(dtype)}")
-    if not _sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
-        raise JsonError(f"tensor {shown(name)}: shape is no list of sizes")
-    if not _sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise JsonError(f"tensor {shown(name)}: data_offsets are no range")
+        raise JsonError(f"tensor {quote(name)}: unknown dtype {quote(dtype)}")
+    if not _are_sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
+        raise JsonError(f"tensor {quote(name)}: shape is no list of sizes")
+    if not _are_sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise JsonError(f"tensor {quote(name)}: data_offsets are no range")
     start, stop = offsets
     spec = TensorSpec(name, dtype, tuple(shape))
     if math.prod(filter(None, shape)) * DTYPE_BITS[dtype] >= 1 << 64:
-        raise JsonError(f"tensor {shown(name)}: shape is too large, zeros left aside")
+        raise JsonError(f"tensor {quote(name)}: shape is too large, zeros left aside")
     if (needed := spec.nbytes) != stop - start:
-        raise JsonError(f"tensor {shown(name)}: {stop - start} bytes, but its shape needs {needed}")
+        raise JsonError(f"tensor {quote(name)}: {stop - start} bytes, but its shape needs {needed}")
     return Entry(spec, base + start, base + stop)
 
 
-def _sizes(value: Any, limit: int) -> bool:
+def _are_sizes(value: Any, limit: int) -> bool:
     if not isinstance(value, list) or not {*map(type, value)} <= {int}:
         return False
     return not value or (min(value) >= 0 and max(value) < limit)

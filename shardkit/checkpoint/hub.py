@@ -18,28 +18,30 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shardkit.checkpoint.weight_files import COMPANIONS, names_in, read_config, weight_files
+from shardkit.checkpoint.weight_files import COMPANIONS, find_weight_files, list_names, read_config
 from shardkit.errors import CheckpointError
-from shardkit.strict_json import shown
+from shardkit.strict_json import quote
 
 
-def download(repo_id: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
+def download_snapshot(
+    repo_id: str, revision: str | None, pickled: bool = False
+) -> tuple[Path, str]:
     """The local snapshot folder of a Hub id and its commit hash.
 
     The small files come first: they say which weights are wanted, and whether the repository is a
     checkpoint at all, before gigabytes are fetched.  Raises CheckpointError.
     """
     if revision == "":
-        raise CheckpointError(f"{shown(repo_id)}: an empty revision; name one, or leave it out")
-    folder = _fetch(repo_id, revision, [f"*{suffix}" for suffix in COMPANIONS])
+        raise CheckpointError(f"{quote(repo_id)}: an empty revision; name one, or leave it out")
+    folder = _download_files(repo_id, revision, [f"*{suffix}" for suffix in COMPANIONS])
     commit = folder.name
     read_config(folder)
-    _, weights = weight_files(folder, _names(repo_id, commit, folder), pickled)
-    _fetch(repo_id, commit, [escape(name) for name in weights])
+    _, weights = find_weight_files(folder, _list_repository(repo_id, commit, folder), pickled)
+    _download_files(repo_id, commit, [escape(name) for name in weights])
     return folder, commit
 
 
-def _fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot folder, with every file of the repository's top folder that fits a pattern."""
     try:
         found = snapshot_download(
@@ -49,20 +51,22 @@ def _fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # the library lets its HTTP client's and storage's errors through
-        raise CheckpointError(f"{shown(repo_id)}: {_reason(error, repo_id, revision)}") from None
+        raise CheckpointError(
+            f"{quote(repo_id)}: {_describe_error(error, repo_id, revision)}"
+        ) from None
     return Path(found)
 
 
-def _names(repo_id: str, commit: str, folder: Path) -> list[str]:
+def _list_repository(repo_id: str, commit: str, folder: Path) -> list[str]:
     """The names in the repository's top folder."""
     try:
         tree = get_cached_repo_tree(repo_id, revision=commit)
     except CachedRepoTreeNotFoundError:  # offline, and the cache was filled file by file
-        return names_in(folder)
+        return list_names(folder)
     return sorted(file.path for file in tree if "/" not in file.path)
 
 
-def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+def _describe_error(error: Exception, repo_id: str, revision: str | None) -> str:
     """What went wrong and the way out, in one line."""
     hub = constants.ENDPOINT
     match error:
@@ -76,7 +80,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
                 " `hf auth login` or set HF_TOKEN if it is private"
             )
         case RevisionNotFoundError():
-            return f"no revision {shown(revision)}; name a branch, a tag or a whole commit hash"
+            return f"no revision {quote(revision)}; name a branch, a tag or a whole commit hash"
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return (
                 "not a folder, nor whole in the Hub cache, and HF_HUB_OFFLINE is set;"

@@ -29,7 +29,7 @@ def check_blob(path: Path, name: str, fd: int, progress: Callable[[int], object]
     Raises CheckpointError where it is not what its name says.
     """
     size = os.fstat(fd).st_size
-    hashes = _hashes(path, size)
+    hashes = _start_hashes(path, size)
     buffer, at = memoryview(bytearray(min(BLOCK, size))), 0
     while at < size:
         try:
@@ -42,25 +42,25 @@ def check_blob(path: Path, name: str, fd: int, progress: Callable[[int], object]
             found.update(buffer[:count])
         at += count
         progress(count)
-    _compare(path, name, hashes)
+    _compare_digest(path, name, hashes)
 
 
 def check_bytes(path: Path, name: str, data: bytes) -> None:
     """The same, of a small file that has been read."""
-    hashes = _hashes(path, len(data))
+    hashes = _start_hashes(path, len(data))
     for found in hashes:
         found.update(data)
-    _compare(path, name, hashes)
+    _compare_digest(path, name, hashes)
 
 
-def _hashes(path: Path, size: int) -> "list[hashlib._Hash]":
+def _start_hashes(path: Path, size: int) -> "list[hashlib._Hash]":
     if len(path.name) == 64:
         return [hashlib.sha256()]
     git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     return [git, hashlib.sha1(usedforsecurity=False)]
 
 
-def _compare(path: Path, name: str, hashes: "list[hashlib._Hash]") -> None:
+def _compare_digest(path: Path, name: str, hashes: "list[hashlib._Hash]") -> None:
     if path.name not in (found.hexdigest() for found in hashes):
         raise CheckpointError(
             f"{name}: not the Hub's file: its bytes have the {hashes[0].name}"

@@ -7,8 +7,8 @@ from typing import Any
 
 from shardkit import strict_json
 from shardkit.errors import CheckpointError
-from shardkit.files import is_plain_name, read_small, real_file
-from shardkit.strict_json import JsonError, shown
+from shardkit.files import is_plain_name, read_small_file, resolve_file
+from shardkit.strict_json import JsonError, quote
 
 WEIGHTS = ".safetensors"
 SUFFIX = f"{WEIGHTS}.index.json"
@@ -35,7 +35,7 @@ def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
 
     Raises CheckpointError for anything but a map of tensor to file name.
     """
-    data = read_small(real_file(folder, name, CheckpointError), MAX_BYTES, CheckpointError)
+    data = read_small_file(resolve_file(folder, name, CheckpointError), MAX_BYTES, CheckpointError)
     try:
         return parse_index(data, name, suffix)
     except JsonError as fault:
@@ -45,7 +45,7 @@ def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
 def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     """An index from its bytes.  Raises JsonError."""
     try:
-        table = strict_json.parse(data, MAX_VALUES)
+        table = strict_json.parse_json(data, MAX_VALUES)
     except JsonError as fault:
         raise JsonError(f"damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -54,20 +54,20 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file):
             raise JsonError(
-                f"{shown(tensor)} is in {shown(file)}, which is not the name of a file in this"
+                f"{quote(tensor)} is in {quote(file)}, which is not the name of a file in this"
                 " folder"
             )
         if not file.endswith(suffix):
             raise JsonError(
-                f"{shown(tensor)} is in {shown(file)}, which is no *{suffix} file; convert the"
+                f"{quote(tensor)} is in {quote(file)}, which is no *{suffix} file; convert the"
                 " checkpoint to safetensors first"
             )
     found = table.get("metadata")
     metadata = found if isinstance(found, dict) else {}
-    return Index(name, weight_map, _kept(metadata), metadata.get("total_size"))
+    return Index(name, weight_map, _keep_metadata(metadata), metadata.get("total_size"))
 
 
-def _kept(metadata: dict[str, Any]) -> dict[str, str | int]:
+def _keep_metadata(metadata: dict[str, Any]) -> dict[str, str | int]:
     """Strings, and counts such as `total_parameters`; what else there is has no use here."""
     return {
         key: value
@@ -77,7 +77,7 @@ def _kept(metadata: dict[str, Any]) -> dict[str, str | int]:
     }
 
 
-def index_bytes(index: Index, total_size: int) -> bytes:
+def encode_index(index: Index, total_size: int) -> bytes:
     """An index as huggingface_hub writes it, with the true `total_size` in bytes."""
     table: dict[str, Any] = {
         "metadata": {**index.metadata, "total_size": total_size},

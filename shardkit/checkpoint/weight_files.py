@@ -10,7 +10,7 @@ from typing import Any
 from shardkit import strict_json
 from shardkit.checkpoint.index import SUFFIX, WEIGHTS, Index, read_index
 from shardkit.errors import CheckpointError
-from shardkit.files import is_plain_name, read_small, real_file
+from shardkit.files import is_plain_name, read_small_file, resolve_file
 
 SINGLE = "model.safetensors"
 PICKLED = ".bin"
@@ -22,7 +22,7 @@ _WAY_OUT = " convert them to safetensors first, or read them apart with --allow-
 MAX_CONFIG = 4 << 20  # the longest known name 21 000 labels twice, in 2 MB
 
 
-def names_in(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     """The names in a folder, sorted.  Raises CheckpointError."""
     try:
         return sorted(path.name for path in folder.iterdir())
@@ -32,10 +32,10 @@ def names_in(folder: Path) -> list[str]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.  Raises CheckpointError."""
-    path = real_file(folder, "config.json", CheckpointError)
+    path = resolve_file(folder, "config.json", CheckpointError)
     if not path.exists():
         raise CheckpointError(f"{folder}: no config.json; name the folder of a Hugging Face model")
-    data = read_small(path, MAX_CONFIG, CheckpointError)
+    data = read_small_file(path, MAX_CONFIG, CheckpointError)
     try:
         return parse_config(data)
     except strict_json.JsonError as fault:
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def parse_config(data: bytes) -> dict[str, Any]:
     """A config from its bytes.  Raises JsonError."""
-    config = strict_json.parse(data)
+    config = strict_json.parse_json(data)
     if not isinstance(config, dict):
         raise strict_json.JsonError("is no JSON object")
     return config
@@ -60,7 +60,7 @@ def is_companion(name: str) -> bool:
     )
 
 
-def weight_files(
+def find_weight_files(
     folder: Path, names: Sequence[str], pickled: bool = False
 ) -> tuple[Index | None, list[str]]:
     """The index, if there is one, and the weights files.  Raises CheckpointError if in doubt.
@@ -68,19 +68,19 @@ def weight_files(
     `names` are what the folder holds, or will hold; only an index is read.  With `pickled`, pickled
     files are named where there are no others.
     """
-    indices = _own(name for name in names if name.endswith(SUFFIX))
-    weights = _own(name for name in names if name.endswith(WEIGHTS))
+    indices = _prefer_hugging_face_files(name for name in names if name.endswith(SUFFIX))
+    weights = _prefer_hugging_face_files(name for name in names if name.endswith(WEIGHTS))
     if MANIFEST in names and any(name.startswith("rank-") for name in weights):
         raise CheckpointError(
             f"{folder}: a shard folder, no checkpoint; use `shardkit merge` or `shardkit reshard`"
         )
     if len(indices) > 1:
         raise CheckpointError(
-            f"{folder}: {len(indices)} indices, {' and '.join(map(strict_json.shown, indices))};"
+            f"{folder}: {len(indices)} indices, {' and '.join(map(strict_json.quote, indices))};"
             " keep one"
         )
     if indices:
-        return _indexed(folder, indices[0], names)
+        return _find_indexed_files(folder, indices[0], names)
     if SINGLE in weights or len(weights) == 1:
         return None, [SINGLE if SINGLE in weights else weights[0]]
     if weights:
@@ -91,7 +91,7 @@ def weight_files(
     if pickled and PICKLED_SINGLE in names:
         return None, [PICKLED_SINGLE]
     if pickled and (found := [name for name in names if name.endswith(PICKLED_INDEX)]):
-        return _indexed(folder, found[0], names, PICKLED)
+        return _find_indexed_files(folder, found[0], names, PICKLED)
     if any(name.endswith(PICKLES) for name in names):
         read = f" there is neither {PICKLED_SINGLE} nor *{PICKLED_INDEX}" if pickled else ""
         raise CheckpointError(
@@ -100,7 +100,7 @@ def weight_files(
     raise CheckpointError(f"{folder}: no safetensors file; name the folder that holds the weights")
 
 
-def _indexed(
+def _find_indexed_files(
     folder: Path, name: str, names: Sequence[str], suffix: str = WEIGHTS
 ) -> tuple[Index, list[str]]:
     index = read_index(folder, name, suffix)
@@ -118,7 +118,7 @@ def _indexed(
     return index, files
 
 
-def _own(names: Iterable[str]) -> list[str]:
+def _prefer_hugging_face_files(names: Iterable[str]) -> list[str]:
     """Without Mistral's own form of the same weights, where the Hugging Face form is there too."""
     found = list(names)
     return [name for name in found if not name.startswith("consolidated")] or found

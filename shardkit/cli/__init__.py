@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from shardkit import __version__
-from shardkit.cli.output import printable
+from shardkit.cli.output import escape_text
 from shardkit.errors import ShardkitError
 
 INTERRUPTED = 130
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
 
 def end(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
     """Say what went wrong in one line on stderr, and exit."""
-    click.echo(f"Error: {printable(message)}", err=True)
+    click.echo(f"Error: {escape_text(message)}", err=True)
     ctx.exit(exit_code)
 
 

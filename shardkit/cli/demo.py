@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shardkit.cli.output import say
+from shardkit.cli.output import print_line
 from shardkit.cli.run_options import quiet_transformers
 from shardkit.errors import CheckpointError
 
@@ -46,8 +46,8 @@ def demo(keep: Path | None, tp_size: int) -> None:
             ]
         ):
             out = work / f"{name}-tp{tp_size}"
-            say()
-            say(f"=== {number + 1}. {name}: {what}")
+            print_line()
+            print_line(f"=== {number + 1}. {name}: {what}")
             step(["plan", str(source), "--tp", str(tp_size)])
             step(["split", str(source), str(out), "--tp", str(tp_size)])
             step(["verify", str(out), "--against", str(source)])
@@ -57,13 +57,17 @@ def demo(keep: Path | None, tp_size: int) -> None:
         _embed(work / f"minilm-tp{tp_size}")
         step(["merge", str(work / f"decoder-tp{tp_size}"), str(work / "merged")])
         same = _same(decoder / "model.safetensors", work / "merged" / "model.safetensors")
-        say(f"The merged file is {'byte for byte the source' if same else 'NOT the source'}.")
-        say()
-        say("Every step passed.  For your own model, with the folder or Hub id in place of SOURCE:")
-        say(f"  shardkit plan SOURCE --tp {tp_size}")
-        say(f"  shardkit split SOURCE OUT --tp {tp_size}")
-        say("  shardkit verify OUT --against SOURCE")
-        say('  shardkit generate OUT "Once upon a time"')
+        print_line(
+            f"The merged file is {'byte for byte the source' if same else 'NOT the source'}."
+        )
+        print_line()
+        print_line(
+            "Every step passed.  For your own model, with the folder or Hub id in place of SOURCE:"
+        )
+        print_line(f"  shardkit plan SOURCE --tp {tp_size}")
+        print_line(f"  shardkit split SOURCE OUT --tp {tp_size}")
+        print_line("  shardkit verify OUT --against SOURCE")
+        print_line('  shardkit generate OUT "Once upon a time"')
         if not same:
             raise CheckpointError("demo: the merged checkpoint differs from its source")
 
@@ -73,8 +77,8 @@ def step(arguments: Sequence[str]) -> None:
     from shardkit.cli import main
 
     quoted = [f'"{a}"' if " " in a else a for a in arguments]
-    say()
-    say("$ shardkit " + " ".join(quoted))
+    print_line()
+    print_line("$ shardkit " + " ".join(quoted))
     main.main(list(arguments), standalone_mode=False)
 
 
@@ -101,9 +105,9 @@ def _embed(folder: Path) -> None:
     from shardkit import runtime
 
     sentences = ["A cat sits on the mat.", "A kitten rests on a rug.", "Stocks fell on Monday."]
-    say()
-    say("And from Python, sentence embeddings over the ranks:")
-    say(f"  with runtime.launch({folder.name!r}) as engine: engine.forward(**tokens)")
+    print_line()
+    print_line("And from Python, sentence embeddings over the ranks:")
+    print_line(f"  with runtime.launch({folder.name!r}) as engine: engine.forward(**tokens)")
     with runtime.launch(folder) as engine:
         tokens = dict(engine.tokenizer(sentences, padding=True, return_tensors="pt"))
         hidden = engine.forward(**tokens)["last_hidden_state"]
@@ -111,7 +115,7 @@ def _embed(folder: Path) -> None:
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     for other in (1, 2):
         likeness = float(vectors[0] @ vectors[other])
-        say(f"  {likeness:.2f}  {sentences[0]!r} and {sentences[other]!r}")
+        print_line(f"  {likeness:.2f}  {sentences[0]!r} and {sentences[other]!r}")
 
 
 @contextmanager

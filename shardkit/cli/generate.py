@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.output import say, say_json
+from shardkit.cli.output import print_json, print_line
 from shardkit.cli.run_options import (
     DEVICE,
     DTYPE,
@@ -82,11 +82,11 @@ def generate(
         if as_json:
             ids = engine.generate(asked, seed, **options)[0].tolist()
             text = engine.tokenizer.decode(ids, skip_special_tokens=True) if asked is prompt else ""
-            say_json({"ids": ids, "text": text})
+            print_json({"ids": ids, "text": text})
             return
         for part in engine.stream(asked, seed, **options):
             click.echo(part if isinstance(part, str) else f"{part} ", nl=False)
-    say()
+    print_line()
 
 
 def token_ids(prompt: str) -> list[int]:

@@ -9,14 +9,14 @@ import click
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.output import plural, say, say_json, size
+from shardkit.cli.output import format_bytes, format_count, print_json, print_line
 from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeError
-from shardkit.files import read_small
-from shardkit.output.nonfinite import nonfinite_text
+from shardkit.files import read_small_file
+from shardkit.output.nonfinite import describe_nonfinite
 from shardkit.planning.plan import make_plan
-from shardkit.planning.summary import blocking_tensor, total_bytes
+from shardkit.planning.summary import count_total_bytes, find_blocking_tensor
 from shardkit.recipe.catalog import find_recipe
-from shardkit.shards.manifest import NAME, Manifest, signing_digest
+from shardkit.shards.manifest import MANIFEST_NAME, Manifest, compute_signing_digest
 from shardkit.shards.manifest_json import MAX_BYTES, read_manifest
 
 
@@ -36,13 +36,13 @@ def inspect(path: Path, as_json: bool) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    if (path / NAME).exists():
+    if (path / MANIFEST_NAME).exists():
         manifest = read_manifest(path)
-        say_json(_shards_json(path, manifest)) if as_json else _say_shards(path, manifest)
+        print_json(_shards_json(path, manifest)) if as_json else _say_shards(path, manifest)
         return
     with Checkpoint(path) as checkpoint:
         found = _checkpoint_json(checkpoint)
-    say_json(found) if as_json else _say_checkpoint(found)
+    print_json(found) if as_json else _say_checkpoint(found)
 
 
 def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
             "model_type": source.model_type,
             "files": len(source.files),
             "tensors": len(manifest.placements),
-            "bytes": total_bytes(manifest.plan),
+            "bytes": count_total_bytes(manifest.plan),
         },
         "nonfinite": manifest.nonfinite,
         "ranks": [
@@ -73,7 +73,7 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
             }
             for tp_rank, rank in enumerate(manifest.ranks)
         ],
-        "copied": sorted(manifest.copied),
+        "copied": sorted(manifest.companion_files),
     }
 
 
@@ -81,27 +81,29 @@ def _say_shards(folder: Path, manifest: Manifest) -> None:
     found = _shards_json(folder, manifest)
     source, recipe = found["source"], found["recipe"]
     revision = f" at {source['revision']}" if source["revision"] else ""
-    say(f"{folder}: shards for {plural(manifest.tp_size, 'rank')}, by shardkit {found['shardkit']}")
-    say(f"Split id  {found['split_id']}")
-    say(
-        f"Source    {source['id']}{revision}: {source['model_type']},"
-        f" {plural(source['tensors'], 'tensor')}, {size(source['bytes'])}"
-        f" in {plural(source['files'], 'file')}"
+    print_line(
+        f"{folder}: shards for {format_count(manifest.tp_size, 'rank')}, by shardkit {found['shardkit']}"
     )
-    say(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
-    say(f"Signed as {found['signing_sha256']} (the sha256 that OpenSSF model signing signs)")
+    print_line(f"Split id  {found['split_id']}")
+    print_line(
+        f"Source    {source['id']}{revision}: {source['model_type']},"
+        f" {format_count(source['tensors'], 'tensor')}, {format_bytes(source['bytes'])}"
+        f" in {format_count(source['files'], 'file')}"
+    )
+    print_line(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
+    print_line(f"Signed as {found['signing_sha256']} (the sha256 that OpenSSF model signing signs)")
     if manifest.nonfinite:
-        say(f"Values    {nonfinite_text(manifest.nonfinite)}")
-    say(f"Copied    {', '.join(found['copied']) or 'nothing'}")
+        print_line(f"Values    {describe_nonfinite(manifest.nonfinite)}")
+    print_line(f"Copied    {', '.join(found['copied']) or 'nothing'}")
     for rank in found["ranks"]:
         state = "" if rank["state"] == "present" else f"  {rank['state'].upper()}"
-        say(f"  {rank['file']}  {rank['size']:>15,} bytes  sha256 {rank['sha256']}{state}")
+        print_line(f"  {rank['file']}  {rank['size']:>15,} bytes  sha256 {rank['sha256']}{state}")
 
 
 def _signing_sha256(folder: Path, manifest: Manifest) -> str:
     """As the manifest has the files; `shardkit verify` is what shows that they are so."""
-    data = read_small(folder / NAME, MAX_BYTES, ManifestError)
-    return signing_digest(manifest, sha256(data).hexdigest())
+    data = read_small_file(folder / MANIFEST_NAME, MAX_BYTES, ManifestError)
+    return compute_signing_digest(manifest, sha256(data).hexdigest())
 
 
 def _state(path: Path, expected: int) -> str:
@@ -135,22 +137,22 @@ def _serving(checkpoint: Checkpoint) -> dict[str, Any]:
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, 1)
     except (RecipeError, LayoutError) as error:
         return {"recipe": name, "possible_tp": None, "reason": str(error)}
-    blocked = blocking_tensor(plan)
+    blocked = find_blocking_tensor(plan)
     possible = {"smallest": 1, "largest": plan.max_tp_size, "blocked_by": blocked}
     return {"recipe": name, "possible_tp": possible, "reason": None}
 
 
 def _say_checkpoint(found: dict[str, Any]) -> None:
-    say(
-        f"{found['source']}: {found['model_type']}, {plural(found['tensors'], 'tensor')},"
-        f" {size(found['bytes'])} in {plural(found['files'], 'file')}"
+    print_line(
+        f"{found['source']}: {found['model_type']}, {format_count(found['tensors'], 'tensor')},"
+        f" {format_bytes(found['bytes'])} in {format_count(found['files'], 'file')}"
     )
-    dtypes = ", ".join(f"{dtype} {size(n)}" for dtype, n in found["bytes_by_dtype"].items())
-    say(f"Weights   {dtypes}")
+    dtypes = ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in found["bytes_by_dtype"].items())
+    print_line(f"Weights   {dtypes}")
     if found["possible_tp"] is None:
-        say(f"Recipe    {found['recipe'] or 'none'}: {found['reason']}")
+        print_line(f"Recipe    {found['recipe'] or 'none'}: {found['reason']}")
         return
     possible = found["possible_tp"]
     why = f"; {possible['blocked_by']} divides no further" if possible["blocked_by"] else ""
-    say(f"Recipe    {found['recipe']}")
-    say(f"Possible  tp_size 1 to {possible['largest']}{why}")
+    print_line(f"Recipe    {found['recipe']}")
+    print_line(f"Possible  tp_size 1 to {possible['largest']}{why}")

@@ -6,9 +6,9 @@ from time import perf_counter
 import click
 
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
-from shardkit.cli.output import plural, say, say_json, size
-from shardkit.convert.split import merge as write_merge
-from shardkit.planning.summary import groups, stored_bytes, total_bytes
+from shardkit.cli.output import format_bytes, format_count, print_json, print_line
+from shardkit.convert.split import merge_shards as write_merge
+from shardkit.planning.summary import count_stored_bytes, count_total_bytes, group_by_layout
 from shardkit.shards.reader import ShardedCheckpoint
 
 
@@ -31,17 +31,17 @@ def merge(shards: Path, out: Path, force: bool, resume: bool, as_json: bool) -> 
     """
     with ShardedCheckpoint(shards) as opened:
         plan, files = opened.manifest.plan, opened.manifest.source.files
-        total = total_bytes(plan)
+        total = count_total_bytes(plan)
         started = perf_counter()
-        checked = sum(stored_bytes(groups(plan), plan.tp_size))
+        checked = sum(count_stored_bytes(group_by_layout(plan), plan.tp_size))
         with progress_bar(checked + total, "merge") as advance:
             write_merge(opened, out, advance, force=force, resume=resume)
         seconds = perf_counter() - started
     if as_json:
         names = [file.name for file in files]
-        say_json({"out": str(out), "files": names, "bytes": total, "seconds": round(seconds, 3)})
+        print_json({"out": str(out), "files": names, "bytes": total, "seconds": round(seconds, 3)})
         return
-    say(
-        f"Wrote {out}: {plural(len(files), 'weights file')}, {size(total)} in {seconds:.1f} s"
+    print_line(
+        f"Wrote {out}: {format_count(len(files), 'weights file')}, {format_bytes(total)} in {seconds:.1f} s"
         f" ({total / seconds / 1e9:.2f} GB/s)"
     )

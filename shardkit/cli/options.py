@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.pickled.convert import opened
+from shardkit.checkpoint.pickled.convert import open_source as open_checkpoint_source
 from shardkit.errors import CheckpointError
-from shardkit.shards.manifest import NAME
+from shardkit.shards.manifest import MANIFEST_NAME
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Option = Callable[[Decorated], Decorated]
@@ -53,11 +53,11 @@ def open_source(
     source: str, revision: str | None, allow_pickle: bool = False
 ) -> Iterator[Checkpoint]:
     """Open an unsharded checkpoint, a folder or a Hub id.  Raises CheckpointError."""
-    if (Path(source) / NAME).exists():
+    if (Path(source) / MANIFEST_NAME).exists():
         raise CheckpointError(
             f"{source}: is a shard folder already; use `shardkit reshard` or `shardkit merge`"
         )
-    with opened(source, revision, allow_pickle) as checkpoint:
+    with open_checkpoint_source(source, revision, allow_pickle) as checkpoint:
         yield checkpoint
 
 

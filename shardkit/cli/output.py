@@ -10,23 +10,23 @@ import click
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     """The text on one line, with what cannot be printed escaped: control characters, bad bytes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def say(line: str = "") -> None:
+def print_line(line: str = "") -> None:
     """One line on stdout, with what the terminal's encoding lacks escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding))
+    click.echo(escape_text(line).encode(encoding, "backslashreplace").decode(encoding))
 
 
-def say_json(value: object) -> None:
+def print_json(value: object) -> None:
     """One JSON object on stdout, in ASCII."""
     click.echo(json.dumps(value, indent=2))
 
 
-def size(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """Bytes in decimal units, as disks and models are sold."""
     for unit, name in UNITS:
         if nbytes >= unit:
@@ -34,7 +34,7 @@ def size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
-def by_rank(values: Sequence[int]) -> Iterator[tuple[str, int]]:
+def group_ranks(values: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Values of ranks, neighbours that are equal together: `rank 0-3`."""
     for value, same in groupby(range(len(values)), key=values.__getitem__):
         ranks = list(same)
@@ -42,6 +42,6 @@ def by_rank(values: Sequence[int]) -> Iterator[tuple[str, int]]:
         yield f"rank {ranks[0]}{last}", value
 
 
-def plural(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count and its noun: `1 rank`, `4 ranks`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -7,11 +7,16 @@ import click
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP, open_source
-from shardkit.cli.output import by_rank, plural, say, say_json, size
-from shardkit.cli.report import plan_sizes, say_plan_sizes
-from shardkit.planning.costs import Collectives, KvCache, collectives, kv_cache
+from shardkit.cli.output import format_bytes, format_count, group_ranks, print_json, print_line
+from shardkit.cli.report import plan_sizes_to_json, print_plan_sizes
+from shardkit.planning.costs import Collectives, KvCache, count_collectives, estimate_kv_cache
 from shardkit.planning.plan import Plan, make_plan
-from shardkit.planning.summary import Group, blocking_tensor, groups, total_bytes
+from shardkit.planning.summary import (
+    TensorGroup,
+    count_total_bytes,
+    find_blocking_tensor,
+    group_by_layout,
+)
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 
@@ -56,7 +61,7 @@ def plan(
         found = find_recipe(checkpoint.config, recipe)
         made = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
     if as_json:
-        say_json(plan_json(checkpoint, found, made))
+        print_json(plan_json(checkpoint, found, made))
     else:
         _say_plan(checkpoint, found, made)
 
@@ -68,19 +73,19 @@ def plan_json(checkpoint: Checkpoint, recipe: Recipe, made: Plan) -> dict[str, A
         "revision": checkpoint.revision,
         "model_type": checkpoint.model_type,
         "recipe": recipe.name,
-        **plan_sizes(made),
-        "groups": [_group_json(group) for group in groups(made)],
+        **plan_sizes_to_json(made),
+        "groups": [_group_json(group) for group in group_by_layout(made)],
         "kv_cache": _kv_cache_json(made, checkpoint.config),
-        "collectives": _collectives_json(collectives(made, checkpoint.config)),
+        "collectives": _collectives_json(count_collectives(made, checkpoint.config)),
         "possible_tp": {
             "smallest": 1,
             "largest": made.max_tp_size,
-            "blocked_by": blocking_tensor(made),
+            "blocked_by": find_blocking_tensor(made),
         },
     }
 
 
-def _group_json(group: Group) -> dict[str, Any]:
+def _group_json(group: TensorGroup) -> dict[str, Any]:
     spec = group.example.spec
     return {
         "tensors": group.pattern,
@@ -89,14 +94,14 @@ def _group_json(group: Group) -> dict[str, Any]:
         "shape": list(spec.shape),
         "style": group.example.style,
         "dim": group.example.dim,
-        "fate": group.fate,
+        "fate": group.treatment,
         "local_shapes": [list(shard.shape) if shard else None for shard in group.shards],
         "rank_bytes": list(group.rank_bytes),
     }
 
 
 def _kv_cache_json(made: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    cache = kv_cache(made, config)
+    cache = estimate_kv_cache(made, config)
     if isinstance(cache, str):
         return {"bytes_per_token": None, "reason": cache}
     return {
@@ -123,61 +128,75 @@ def _collectives_json(found: Collectives) -> dict[str, Any]:
 
 
 def _say_plan(checkpoint: Checkpoint, recipe: Recipe, made: Plan) -> None:
-    count, total = plural(len(made.placements), "tensor"), size(total_bytes(made))
-    say(f"{checkpoint.name}: {checkpoint.model_type}, recipe {recipe.name}, {count}, {total}")
-    say(f"Over {plural(made.tp_size, 'rank')}, each one's file and its weights in memory:")
-    say_plan_sizes(made)
-    _say_kv_cache(kv_cache(made, checkpoint.config))
-    say(f"Collectives  {_collectives_text(collectives(made, checkpoint.config), made.tp_size)}")
-    blocked = blocking_tensor(made)
+    count, total = (
+        format_count(len(made.placements), "tensor"),
+        format_bytes(count_total_bytes(made)),
+    )
+    print_line(
+        f"{checkpoint.name}: {checkpoint.model_type}, recipe {recipe.name}, {count}, {total}"
+    )
+    print_line(
+        f"Over {format_count(made.tp_size, 'rank')}, each one's file and its weights in memory:"
+    )
+    print_plan_sizes(made)
+    _say_kv_cache(estimate_kv_cache(made, checkpoint.config))
+    print_line(
+        f"Collectives  {_collectives_text(count_collectives(made, checkpoint.config), made.tp_size)}"
+    )
+    blocked = find_blocking_tensor(made)
     why = f"; {blocked} divides no further" if blocked else ""
-    say(f"Possible     tp_size 1 to {made.max_tp_size}{why}")
-    parts = groups(made)
+    print_line(f"Possible     tp_size 1 to {made.max_tp_size}{why}")
+    parts = group_by_layout(made)
     for style, title in STYLES.items():
         if same := [group for group in parts if group.example.style == style]:
-            say()
-            say(title)
+            print_line()
+            print_line(title)
             for group in same:
-                say(f"  {group.pattern}  {_fate_text(group)}")
+                print_line(f"  {group.pattern}  {_fate_text(group)}")
 
 
 def _say_kv_cache(cache: KvCache | str) -> None:
     if isinstance(cache, str):
-        say(f"KV cache     {cache}")
+        print_line(f"KV cache     {cache}")
         return
-    each = ", ".join(f"{ranks}: {nbytes:,}" for ranks, nbytes in by_rank(cache.rank_bytes))
+    each = ", ".join(f"{ranks}: {nbytes:,}" for ranks, nbytes in group_ranks(cache.rank_bytes))
     heads = ", ".join(
-        f"{plural(count, 'kv head')} on {ranks}" for ranks, count in by_rank(cache.kv_heads)
+        f"{format_count(count, 'kv head')} on {ranks}"
+        for ranks, count in group_ranks(cache.kv_heads)
     )
-    say(f"KV cache     {sum(cache.rank_bytes):,} bytes per token ({each})")
-    say(f"             {cache.layers} layers, {heads}, head_dim {cache.head_dim}, {cache.dtype}")
+    print_line(f"KV cache     {sum(cache.rank_bytes):,} bytes per token ({each})")
+    print_line(
+        f"             {cache.layers} layers, {heads}, head_dim {cache.head_dim}, {cache.dtype}"
+    )
 
 
 def _collectives_text(found: Collectives, tp_size: int) -> str:
     if tp_size == 1:
         return "none over one rank"
-    parts = [plural(found.row_parallel, "row-parallel weight")]
+    parts = [format_count(found.row_parallel, "row-parallel weight")]
     if found.expert_stacks:
-        parts.append(plural(found.expert_stacks, "stack") + " of experts")
+        parts.append(format_count(found.expert_stacks, "stack") + " of experts")
     if found.embedding:
         parts.append("the vocab-parallel embedding")
-    text = f"{plural(found.all_reduces, 'all-reduce')} per token ({', '.join(parts)})"
+    text = f"{format_count(found.all_reduces, 'all-reduce')} per token ({', '.join(parts)})"
     if found.all_gathers:
         tied = ", tied to the embedding" if found.tied else ""
-        text += f", {plural(found.all_gathers, 'all-gather')} (the vocab-parallel output{tied})"
+        text += (
+            f", {format_count(found.all_gathers, 'all-gather')} (the vocab-parallel output{tied})"
+        )
     if found.encoder:
-        text += f"; {plural(found.encoder, 'all-reduce')} per prompt in the encoder"
+        text += f"; {format_count(found.encoder, 'all-reduce')} per prompt in the encoder"
     return text
 
 
-def _fate_text(group: Group) -> str:
+def _fate_text(group: TensorGroup) -> str:
     shape, dim = list(group.example.spec.shape), group.example.dim
     if dim is None:
         once = ", added once after the sum" if group.example.style == "row" else ""
-        return f"{shape} {group.fate}{once}"
+        return f"{shape} {group.treatment}{once}"
     held = [shard.shape[dim] for shard in group.shards if shard]
     low, high = min(held), max(held)
     local = [str(n) for n in shape]
     local[dim] = str(low) if low == high else f"{low}..{high}"
-    fate = "" if group.fate == "split" else f", {group.fate}"
+    fate = "" if group.treatment == "split" else f", {group.treatment}"
     return f"dim {dim}  {shape} -> [{', '.join(local)}] each{fate}"

@@ -9,7 +9,7 @@ from typing import Any
 from shardkit.authoring.check import Trial, caught, make_models, try_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.cli.options import status
-from shardkit.cli.output import plural, say
+from shardkit.cli.output import format_count, print_line
 from shardkit.recipe.recipe import Recipe
 
 
@@ -47,18 +47,20 @@ def say_results(results: dict[str, Any]) -> None:
         last = trial["checks"][-1]
         share = f"largest rank {trial['share']:.0%} of the bytes; " if trial["passed"] else ""
         where = "" if trial["passed"] else f"{last['name']}: "
-        say(f"{verdict} {trial['model']} at tp {trial['tp_size']}: {share}{where}{last['summary']}")
+        print_line(
+            f"{verdict} {trial['model']} at tp {trial['tp_size']}: {share}{where}{last['summary']}"
+        )
         for fault in last["faults"]:
-            say(f"  {fault}")
+            print_line(f"  {fault}")
     for pattern in results["unused_rules"]:
-        say(f"not used by any of these models: {pattern}")
+        print_line(f"not used by any of these models: {pattern}")
     if planted := results["mutants"]:
         found = sum(entry["caught"] for entry in planted)
-        say(f"{plural(len(planted), 'error')} planted, {found} caught")
+        print_line(f"{format_count(len(planted), 'error')} planted, {found} caught")
         for entry in planted:
             if not entry["caught"]:
                 how = "NOT CAUGHT" if entry["telling"] else "changes nothing here:"
-                say(f"  {how} {entry['fault']}: {entry['pattern']}")
+                print_line(f"  {how} {entry['fault']}: {entry['pattern']}")
 
 
 def _plant(

@@ -11,7 +11,7 @@ import click
 from shardkit.authoring.draft.draft import Draft, make_draft
 from shardkit.authoring.draft.proofs import outcomes_json
 from shardkit.cli.options import status
-from shardkit.cli.output import plural, printable
+from shardkit.cli.output import escape_text, format_count
 from shardkit.errors import OutputError
 
 
@@ -43,12 +43,12 @@ def say_draft(made: dict[str, Any]) -> None:
     if made["out"] is None:
         click.echo(made["recipe"], nl=False)
     else:
-        click.echo(f"Wrote {printable(made['out'])}: a draft to read before it is used")
+        click.echo(f"Wrote {escape_text(made['out'])}: a draft to read before it is used")
     for pattern, reason in made["whole"].items():
-        click.echo(printable(f"whole on every rank: {pattern}: {reason}"), err=True)
+        click.echo(escape_text(f"whole on every rank: {pattern}: {reason}"), err=True)
     if unmatched := made["unmatched_tensors"]:
-        told = f"{plural(len(unmatched), 'tensor')} of the checkpoint have no rule yet: "
-        click.echo(printable(told + ", ".join(unmatched[:5])), err=True)
+        told = f"{format_count(len(unmatched), 'tensor')} of the checkpoint have no rule yet: "
+        click.echo(escape_text(told + ", ".join(unmatched[:5])), err=True)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.output import plural, say, say_json
+from shardkit.cli.output import format_count, print_json, print_line
 from shardkit.cli.run_options import quiet_transformers
 from shardkit.errors import RecipeError, VerifyError
-from shardkit.recipe.catalog import bundled, recipe_folder
+from shardkit.recipe.catalog import find_recipe_folder, list_recipe_files
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
@@ -36,17 +36,17 @@ def recipes() -> None:
 @JSON
 def list_recipes(as_json: bool) -> None:
     """List every recipe: its model types, what it divides, what stays whole and why."""
-    found = [described(load_recipe(path)) for path in bundled()]
+    found = [described(load_recipe(path)) for path in list_recipe_files()]
     if as_json:
-        say_json(found)
+        print_json(found)
         return
     for entry in found:
-        say(f"{entry['recipe']}: {', '.join(entry['model_types'])}")
-        say(f"  divides {', '.join(entry['divides'])}")
+        print_line(f"{entry['recipe']}: {', '.join(entry['model_types'])}")
+        print_line(f"  divides {', '.join(entry['divides'])}")
         for pattern, reason in entry["whole"].items():
-            say(f"  whole   {pattern}: {reason}")
+            print_line(f"  whole   {pattern}: {reason}")
     types = sum(len(entry["model_types"]) for entry in found)
-    say(f"{plural(len(found), 'recipe')} for {plural(types, 'model type')}")
+    print_line(f"{format_count(len(found), 'recipe')} for {format_count(types, 'model type')}")
 
 
 @recipes.command()
@@ -92,7 +92,7 @@ def check(
 
     results = run_checks(load_recipe(path_of(name)), config, tp_sizes, mutants)
     if as_json:
-        say_json(results)
+        print_json(results)
     else:
         say_results(results)
     if not results["passed"]:
@@ -125,7 +125,7 @@ def draft(model: str, out: Path | None, as_json: bool) -> None:
 
     made = run_draft(model, out)
     if as_json:
-        say_json(made)
+        print_json(made)
     else:
         say_draft(made)
     if not made["passed"]:
@@ -134,7 +134,7 @@ def draft(model: str, out: Path | None, as_json: bool) -> None:
 
 def path_of(name: str) -> Path:
     """A recipe's file: a path that ends in .toml, or a bundled one's name."""
-    path = Path(name) if name.endswith(".toml") else recipe_folder() / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else find_recipe_folder() / f"{name}.toml"
     if not path.exists():
         raise RecipeError(f"no recipe {name!r}; `shardkit recipes list` shows the bundled ones")
     return path

@@ -5,23 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardkit.cli.output import by_rank, plural, say, size
+from shardkit.cli.output import format_bytes, format_count, group_ranks, print_line
 from shardkit.planning.plan import Plan
 from shardkit.planning.summary import (
-    Group,
     Imbalance,
-    divided_units,
-    groups,
-    imbalance,
-    loaded_bytes,
-    replicated_bytes,
-    stored_bytes,
-    total_bytes,
+    TensorGroup,
+    count_loaded_bytes,
+    count_replicated_bytes,
+    count_stored_bytes,
+    count_total_bytes,
+    describe_units,
+    group_by_layout,
+    measure_imbalance,
 )
 from shardkit.shards.manifest import Manifest
 
 
-def written(
+def split_to_json(
     manifest: Manifest, out: Path, seconds: float, commands: Sequence[str]
 ) -> dict[str, Any]:
     """A finished split as JSON values."""
@@ -38,26 +38,26 @@ def written(
             for rank in manifest.ranks
         ],
         "nonfinite": manifest.nonfinite,
-        **plan_sizes(manifest.plan),
+        **plan_sizes_to_json(manifest.plan),
         "next": list(commands),
     }
 
 
-def say_written(manifest: Manifest, out: Path, seconds: float, commands: Sequence[str]) -> None:
+def print_split(manifest: Manifest, out: Path, seconds: float, commands: Sequence[str]) -> None:
     """A finished split, and the commands to type next."""
     total = sum(rank.digest.size for rank in manifest.ranks)
-    say(
-        f"Wrote {out}: {plural(manifest.tp_size, 'rank')}, {size(total)} in {seconds:.1f} s"
+    print_line(
+        f"Wrote {out}: {format_count(manifest.tp_size, 'rank')}, {format_bytes(total)} in {seconds:.1f} s"
         f" ({total / seconds / 1e9:.2f} GB/s)"
     )
-    say_plan_sizes(manifest.plan)
-    say()
-    say("Next:")
+    print_plan_sizes(manifest.plan)
+    print_line()
+    print_line("Next:")
     for command in commands:
-        say(f"  {command}")
+        print_line(f"  {command}")
 
 
-def next_commands(
+def suggest_commands(
     out: Path, tp_size: int, source: str | None, generates: bool, pickled: bool = False
 ) -> list[str]:
     """What to type after a split: prove it, try it, serve it."""
@@ -70,34 +70,39 @@ def next_commands(
     return [*commands, f"torchrun --nproc-per-node {tp_size} your_server.py"]
 
 
-def plan_sizes(plan: Plan) -> dict[str, Any]:
+def plan_sizes_to_json(plan: Plan) -> dict[str, Any]:
     """A plan's bytes as JSON values: exact integers, and one ratio."""
-    parts = groups(plan)
-    loaded = loaded_bytes(parts, plan.tp_size)
+    parts = group_by_layout(plan)
+    loaded = count_loaded_bytes(parts, plan.tp_size)
     return {
         "tp_size": plan.tp_size,
         "tensors": len(plan.placements),
-        "bytes": total_bytes(plan),
-        "replicated_bytes": replicated_bytes(plan, parts),
+        "bytes": count_total_bytes(plan),
+        "replicated_bytes": count_replicated_bytes(plan, parts),
         "ranks": [
             {"tp_rank": tp_rank, "bytes": stored, "loaded_bytes": loaded[tp_rank]}
-            for tp_rank, stored in enumerate(stored_bytes(parts, plan.tp_size))
+            for tp_rank, stored in enumerate(count_stored_bytes(parts, plan.tp_size))
         ],
-        "imbalance": _imbalance_json(plan, imbalance(plan, parts)),
+        "imbalance": _imbalance_json(plan, measure_imbalance(plan, parts)),
     }
 
 
-def say_plan_sizes(plan: Plan) -> None:
+def print_plan_sizes(plan: Plan) -> None:
     """Bytes per rank, imbalance and replicated bytes."""
-    parts = groups(plan)
-    stored, loaded = stored_bytes(parts, plan.tp_size), loaded_bytes(parts, plan.tp_size)
-    for ranks, nbytes in by_rank(stored):
-        say(f"  {ranks:<12} {nbytes:>17,} bytes   {size(nbytes)}")
+    parts = group_by_layout(plan)
+    stored, loaded = (
+        count_stored_bytes(parts, plan.tp_size),
+        count_loaded_bytes(parts, plan.tp_size),
+    )
+    for ranks, nbytes in group_ranks(stored):
+        print_line(f"  {ranks:<12} {nbytes:>17,} bytes   {format_bytes(nbytes)}")
     if stored != loaded:
-        say(f"  of which rank 0 keeps {size(stored[0] - loaded[0])} for a merge, never loaded")
-    extra = replicated_bytes(plan, parts)
-    say(f"Replicated   {size(extra)} stored more than once ({extra:,} bytes)")
-    say(f"Imbalance    {_imbalance_text(plan, imbalance(plan, parts))}")
+        print_line(
+            f"  of which rank 0 keeps {format_bytes(stored[0] - loaded[0])} for a merge, never loaded"
+        )
+    extra = count_replicated_bytes(plan, parts)
+    print_line(f"Replicated   {format_bytes(extra)} stored more than once ({extra:,} bytes)")
+    print_line(f"Imbalance    {_imbalance_text(plan, measure_imbalance(plan, parts))}")
 
 
 def _imbalance_json(plan: Plan, found: Imbalance) -> dict[str, Any]:
@@ -118,5 +123,5 @@ def _imbalance_text(plan: Plan, found: Imbalance) -> str:
     )
 
 
-def _units(plan: Plan, group: Group) -> str:
-    return divided_units(plan, group.example)
+def _units(plan: Plan, group: TensorGroup) -> str:
+    return describe_units(plan, group.example)

@@ -7,12 +7,12 @@ import click
 
 from shardkit.checkpoint.weight_files import read_config
 from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, TP, progress_bar
-from shardkit.cli.output import say_json
-from shardkit.cli.report import next_commands, say_written, written
-from shardkit.convert.split import reshard as write_reshard
-from shardkit.planning.costs import generates
+from shardkit.cli.output import print_json
+from shardkit.cli.report import print_split, split_to_json, suggest_commands
+from shardkit.convert.split import reshard_shards as write_reshard
+from shardkit.planning.costs import generates_text
 from shardkit.planning.plan import Plan
-from shardkit.planning.summary import groups, stored_bytes
+from shardkit.planning.summary import count_stored_bytes, group_by_layout
 from shardkit.shards.reader import ShardedCheckpoint
 
 
@@ -38,18 +38,18 @@ def reshard(
     """
     with ShardedCheckpoint(shards) as opened:
         old = opened.manifest.plan
-        texts = generates(old, read_config(shards))
-        total = _stored(old) + _stored(old.over(tp_size))
+        texts = generates_text(old, read_config(shards))
+        total = _stored(old) + _stored(old.with_tp_size(tp_size))
         started = perf_counter()
         with progress_bar(total, "reshard") as advance:
             manifest = write_reshard(opened, tp_size, out, advance, force=force, resume=resume)
         seconds = perf_counter() - started
-    commands = next_commands(out, tp_size, None, texts)
+    commands = suggest_commands(out, tp_size, None, texts)
     if as_json:
-        say_json(written(manifest, out, seconds, commands))
+        print_json(split_to_json(manifest, out, seconds, commands))
     else:
-        say_written(manifest, out, seconds, commands)
+        print_split(manifest, out, seconds, commands)
 
 
 def _stored(plan: Plan) -> int:
-    return sum(stored_bytes(groups(plan), plan.tp_size))
+    return sum(count_stored_bytes(group_by_layout(plan), plan.tp_size))

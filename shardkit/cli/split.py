@@ -17,15 +17,21 @@ from shardkit.cli.options import (
     open_source,
     progress_bar,
 )
-from shardkit.cli.output import plural, printable, say, say_json, size
-from shardkit.cli.report import next_commands, plan_sizes, say_plan_sizes, say_written, written
-from shardkit.convert.replaceable import shard_target
-from shardkit.convert.split import beside
-from shardkit.convert.split import split as write_split
-from shardkit.output.nonfinite import nonfinite_text
-from shardkit.planning.costs import generates
+from shardkit.cli.output import escape_text, format_bytes, format_count, print_json, print_line
+from shardkit.cli.report import (
+    plan_sizes_to_json,
+    print_plan_sizes,
+    print_split,
+    split_to_json,
+    suggest_commands,
+)
+from shardkit.convert.replaceable import shard_destination
+from shardkit.convert.split import count_companion_bytes
+from shardkit.convert.split import split_checkpoint as write_split
+from shardkit.output.nonfinite import describe_nonfinite
+from shardkit.planning.costs import generates_text
 from shardkit.planning.plan import Plan, make_plan
-from shardkit.planning.summary import groups, stored_bytes
+from shardkit.planning.summary import count_stored_bytes, group_by_layout
 from shardkit.recipe.catalog import find_recipe
 
 
@@ -69,40 +75,42 @@ def split(
       shardkit split models/llama llama-tp4 --tp 4
       shardkit split org/name out --tp 8 --revision main --dry-run
     """
-    target = shard_target(out, force, resume)
+    target = shard_destination(out, force, resume)
     target.check()
     with open_source(source, revision, allow_pickle) as checkpoint:
         found = find_recipe(checkpoint.config, recipe)
         plan = make_plan(checkpoint.specs(), found, checkpoint.config, tp_size)
-        total = sum(stored_bytes(groups(plan), tp_size))
+        total = sum(count_stored_bytes(group_by_layout(plan), tp_size))
         if dry_run:
-            target.check_space(total + beside(checkpoint))
+            target.check_space(total + count_companion_bytes(checkpoint))
             _say_dry_run(plan, out, total, as_json)
             return
         started = perf_counter()
-        with progress_bar(checkpoint.downloaded + total, "split") as advance:
+        with progress_bar(checkpoint.download_bytes + total, "split") as advance:
             manifest = write_split(
                 checkpoint, plan, found, out, advance,
                 force=force, resume=resume, finite=fail_on_nonfinite,
             )  # fmt: skip
         seconds = perf_counter() - started
-        texts = generates(plan, checkpoint.config)
+        texts = generates_text(plan, checkpoint.config)
         warnings = [*checkpoint.warnings]
     if manifest.nonfinite:
-        warnings.append(f"{nonfinite_text(manifest.nonfinite)}; copied as they are")
+        warnings.append(f"{describe_nonfinite(manifest.nonfinite)}; copied as they are")
     for warning in warnings:
-        click.echo(f"Warning: {printable(warning)}", err=True)
-    commands = next_commands(out, tp_size, source, texts, allow_pickle)
+        click.echo(f"Warning: {escape_text(warning)}", err=True)
+    commands = suggest_commands(out, tp_size, source, texts, allow_pickle)
     if as_json:
-        say_json(written(manifest, out, seconds, commands))
+        print_json(split_to_json(manifest, out, seconds, commands))
     else:
-        say_written(manifest, out, seconds, commands)
+        print_split(manifest, out, seconds, commands)
 
 
 def _say_dry_run(plan: Plan, out: Path, total: int, as_json: bool) -> None:
     """What would be written."""
     if as_json:
-        say_json({"dry_run": True, "out": str(out), **plan_sizes(plan)})
+        print_json({"dry_run": True, "out": str(out), **plan_sizes_to_json(plan)})
         return
-    say(f"Would write {out}: {plural(plan.tp_size, 'rank')}, {size(total)}. Nothing was written.")
-    say_plan_sizes(plan)
+    print_line(
+        f"Would write {out}: {format_count(plan.tp_size, 'rank')}, {format_bytes(total)}. Nothing was written."
+    )
+    print_plan_sizes(plan)

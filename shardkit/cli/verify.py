@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from shardkit.checkpoint.pickled.convert import opened
+from shardkit.checkpoint.pickled.convert import open_source
 from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
-from shardkit.cli.output import say, say_json
+from shardkit.cli.output import print_json, print_line
 from shardkit.cli.run_options import (
     DEVICE,
     DTYPE,
@@ -18,7 +18,7 @@ from shardkit.cli.run_options import (
     quiet_transformers,
 )
 from shardkit.errors import LayoutError, ManifestError, VerifyError
-from shardkit.planning.summary import total_bytes
+from shardkit.planning.summary import count_total_bytes
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 from shardkit.verification.levels import Level, Request
@@ -108,7 +108,7 @@ def verify(
     if report is None:
         return
     if as_json:
-        say_json(report.to_json())
+        print_json(report.to_json())
     else:
         say_report(report)
     if not report.passed:
@@ -123,7 +123,7 @@ def readable(
     if source is None or not allow_pickle or os.environ.get("RANK", "0") != "0":
         yield source, revision
         return
-    with opened(source, revision, allow_pickle) as checkpoint:
+    with open_source(source, revision, allow_pickle) as checkpoint:
         yield str(checkpoint.folder), None
 
 
@@ -141,9 +141,9 @@ def depth(scope: Scope, level: Level | None) -> Level:
 def say_report(report: Report) -> None:
     """A line for each level, and its faults below it."""
     for check in report.checks:
-        say(f"{check.name:9} {check.verdict:8}  {check.summary}")
+        print_line(f"{check.name:9} {check.verdict:8}  {check.summary}")
         for fault in check.faults:
-            say(f"{'':18}  {fault}")
+            print_line(f"{'':18}  {fault}")
 
 
 def _bytes_to_read(request: Request) -> int:
@@ -155,5 +155,5 @@ def _bytes_to_read(request: Request) -> int:
     total = sum(manifest.ranks[rank].digest.size for rank in read)
     if request.source is None or request.level == "files":
         return total
-    downloaded = 0 if Path(request.source).is_dir() else total_bytes(manifest.plan)
+    downloaded = 0 if Path(request.source).is_dir() else count_total_bytes(manifest.plan)
     return total * 2 + downloaded

@@ -7,25 +7,27 @@ from functools import partial
 from pathlib import Path
 
 from shardkit.errors import ManifestError, OutputError
-from shardkit.output.destination import Target
-from shardkit.shards.manifest import NAME, Manifest
+from shardkit.output.destination import Destination
+from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.shards.manifest_json import read_manifest
-from shardkit.strict_json import shown
+from shardkit.strict_json import quote
 
 CONFIG = "config.json"
 
 
-def shard_target(out: Path, force: bool, resume: bool = False) -> Target:
+def shard_destination(out: Path, force: bool, resume: bool = False) -> Destination:
     """Where a split or a reshard goes."""
-    return Target(out, check_shards if force else None, resume)
+    return Destination(out, check_shards if force else None, resume)
 
 
-def merge_target(manifest: Manifest, out: Path, force: bool, resume: bool = False) -> Target:
+def merge_destination(
+    manifest: Manifest, out: Path, force: bool, resume: bool = False
+) -> Destination:
     """Where a merge goes."""
     source = manifest.source
     index = [source.index.name] if source.index else []
-    names = {*manifest.copied, *index, *(file.name for file in source.files)}
-    return Target(out, partial(check_merged, names=names) if force else None, resume)
+    names = {*manifest.companion_files, *index, *(file.name for file in source.files)}
+    return Destination(out, partial(check_merged, names=names) if force else None, resume)
 
 
 def check_shards(folder: Path) -> None:
@@ -34,7 +36,9 @@ def check_shards(folder: Path) -> None:
         manifest = read_manifest(folder)
     except ManifestError as fault:
         raise OutputError(f"{fault}; --force replaces shard folders only: remove it") from None
-    _check_only(folder, {NAME, *(rank.name for rank in manifest.ranks), *manifest.copied})
+    _check_only(
+        folder, {MANIFEST_NAME, *(rank.name for rank in manifest.ranks), *manifest.companion_files}
+    )
 
 
 def check_merged(folder: Path, names: Collection[str]) -> None:
@@ -56,6 +60,6 @@ def _check_only(folder: Path, names: Collection[str]) -> None:
         if not plain or name not in names:
             what = "is in it" if plain else "in it is no plain file"
             raise OutputError(
-                f"{folder}: {shown(name)} {what}, and shardkit did not write that there;"
+                f"{folder}: {quote(name)} {what}, and shardkit did not write that there;"
                 " move it away, and --force replaces the rest"
             )

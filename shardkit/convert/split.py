@@ -13,35 +13,42 @@ from pathlib import Path
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, Source
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
-from shardkit.checkpoint.header import header_bytes
-from shardkit.checkpoint.index import index_bytes
-from shardkit.convert.replaceable import merge_target, shard_target
+from shardkit.checkpoint.header import encode_header
+from shardkit.checkpoint.index import encode_index
+from shardkit.convert.replaceable import merge_destination, shard_destination
 from shardkit.errors import CheckpointError, ManifestError
-from shardkit.files import read_small
+from shardkit.files import read_small_file
 from shardkit.layout.spans import Span
-from shardkit.output.destination import Target, as_output_error
-from shardkit.output.journal import Run
-from shardkit.output.nonfinite import nonfinite_text
-from shardkit.output.publish import Stage, publishing
-from shardkit.output.resume import Files, OutputFile, left, make_run, open_sinks, total_size
-from shardkit.output.stream import Job, Progress, copy
-from shardkit.output.writer import FileSink
+from shardkit.output.destination import Destination, as_output_error
+from shardkit.output.journal import RunIdentity
+from shardkit.output.nonfinite import describe_nonfinite
+from shardkit.output.publish import StagingFolder, publish_folder
+from shardkit.output.resume import (
+    Files,
+    OutputFile,
+    count_file_bytes,
+    identify_run,
+    open_writers,
+    remaining_copies,
+)
+from shardkit.output.stream import Progress, TensorCopy, copy_tensors
+from shardkit.output.writer import FileWriter
 from shardkit.planning.plan import Placement, Plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.integrity import check_ranks
 from shardkit.shards.manifest import (
-    MARK,
-    NAME,
+    MANIFEST_NAME,
+    PREFIX_DIGITS,
     Digest,
     Manifest,
     Piece,
     RankFile,
     SourceRecord,
+    list_stored_specs,
+    make_shard_metadata,
     make_split_id,
-    rank_name,
-    shard_metadata,
-    stored_order,
-    stored_specs,
+    rank_file_name,
+    sort_for_storage,
 )
 from shardkit.shards.reader import ShardedCheckpoint
 
@@ -50,7 +57,7 @@ def no_progress(_: int) -> None:
     """For callers without a progress bar."""
 
 
-def split(
+def split_checkpoint(
     source: Checkpoint,
     plan: Plan,
     recipe: Recipe,
@@ -67,9 +74,9 @@ def split(
     run to `out` has left; `finite` refuses weights of which a value is NaN or infinite.  Raises
     OutputError, SourceChanged or CheckpointError; then nothing is left behind.
     """
-    target = shard_target(out, force, resume)
+    target = shard_destination(out, force, resume)
     target.check()
-    sample = source.sample()
+    sample = source.fingerprint()
     record = SourceRecord(
         source.name, source.revision, source.model_type, sample, source.files, source.index
     )
@@ -77,20 +84,20 @@ def split(
         make_split_id(plan, sample, recipe.sha256), plan, record, recipe.name, recipe.sha256,
         (), {}, __version__,
     )  # fmt: skip
-    files = _rank_files(draft)
-    run = make_run(draft.split_id, source.state(), files)
-    target.check_space(total_size(files) + beside(source))
+    files = _plan_rank_files(draft)
+    run = identify_run(draft.split_id, source.digest_stats(), files)
+    target.check_space(count_file_bytes(files) + count_companion_bytes(source))
     source.check_download(progress)
-    with _writing(target, run, files, progress) as (stage, sinks):
+    with _open_output(target, run, files, progress) as (stage, sinks):
         copied = _write_companions(stage, source.companions())
-        _fill(stage, files, sinks, source, _rank_jobs(plan), progress)
+        _copy_remaining(stage, files, sinks, source, _plan_rank_copies(plan), progress)
         source.check_unchanged()
         if finite:
             _check_finite(source, sinks)
         return _write_manifest(stage, draft, sinks, copied)
 
 
-def reshard(
+def reshard_shards(
     shards: ShardedCheckpoint,
     tp_size: int,
     out: Path,
@@ -104,23 +111,23 @@ def reshard(
     The shards are checked first.  `force` and `resume` as for a split.  Raises OutputError,
     LayoutError, or VerifyError for damage.
     """
-    target = shard_target(out, force, resume)
+    target = shard_destination(out, force, resume)
     target.check()
     check_ranks(shards, progress)
     old = shards.manifest
-    plan = old.plan.over(tp_size)
-    split_id = make_split_id(plan, old.source.sample, old.recipe_sha256)
+    plan = old.plan.with_tp_size(tp_size)
+    split_id = make_split_id(plan, old.source.fingerprint, old.recipe_sha256)
     draft = replace(old, split_id=split_id, plan=plan, ranks=(), shardkit=__version__)
-    files = _rank_files(draft)
-    run = make_run(split_id, old.sha256, files)
-    target.check_space(total_size(files) + sum(d.size for d in old.copied.values()))
-    with _writing(target, run, files, progress) as (stage, sinks):
-        copied = _write_companions(stage, _copied(shards))
-        _fill(stage, files, sinks, shards, _rank_jobs(plan), progress)
+    files = _plan_rank_files(draft)
+    run = identify_run(split_id, old.sha256, files)
+    target.check_space(count_file_bytes(files) + sum(d.size for d in old.companion_files.values()))
+    with _open_output(target, run, files, progress) as (stage, sinks):
+        copied = _write_companions(stage, _read_companions(shards))
+        _copy_remaining(stage, files, sinks, shards, _plan_rank_copies(plan), progress)
         return _write_manifest(stage, draft, sinks, copied)
 
 
-def merge(
+def merge_shards(
     shards: ShardedCheckpoint,
     out: Path,
     progress: Progress = no_progress,
@@ -133,62 +140,68 @@ def merge(
     The shards are checked first.  `force` replaces a folder that holds only files which this merge
     writes; `resume` as for a split.  Raises OutputError, or VerifyError for damage.
     """
-    target = merge_target(shards.manifest, out, force, resume)
+    target = merge_destination(shards.manifest, out, force, resume)
     target.check()
     check_ranks(shards, progress)
     manifest, index = shards.manifest, shards.manifest.source.index
-    files = _source_files(manifest)
-    run = make_run(manifest.split_id, manifest.sha256, files)
-    target.check_space(total_size(files) + sum(d.size for d in manifest.copied.values()))
-    with _writing(target, run, files, progress) as (stage, sinks):
-        _write_companions(stage, _copied(shards))
-        _fill(stage, files, sinks, shards, _source_jobs(manifest), progress)
+    files = _plan_source_files(manifest)
+    run = identify_run(manifest.split_id, manifest.sha256, files)
+    target.check_space(
+        count_file_bytes(files) + sum(d.size for d in manifest.companion_files.values())
+    )
+    with _open_output(target, run, files, progress) as (stage, sinks):
+        _write_companions(stage, _read_companions(shards))
+        _copy_remaining(stage, files, sinks, shards, _plan_source_copies(manifest), progress)
         if index:
             total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
-            stage.write(index.name, index_bytes(index, total))
+            stage.write(index.name, encode_index(index, total))
 
 
-def beside(source: Checkpoint) -> int:
+def count_companion_bytes(source: Checkpoint) -> int:
     """The bytes of the companion files."""
     return sum(len(data) for _, data in source.companions())
 
 
 @contextmanager
-def _writing(
-    target: Target, run: Run, files: Files, progress: Progress
-) -> Iterator[tuple[Stage, list[FileSink]]]:
+def _open_output(
+    target: Destination, run: RunIdentity, files: Files, progress: Progress
+) -> Iterator[tuple[StagingFolder, list[FileWriter]]]:
     """A stage with the files begun, to be published when the block ends well."""
-    with publishing(target) as stage:
-        yield stage, open_sinks(stage, run, files, progress)
+    with publish_folder(target) as stage:
+        yield stage, open_writers(stage, run, files, progress)
 
 
-def _rank_files(draft: Manifest) -> dict[str, OutputFile]:
+def _plan_rank_files(draft: Manifest) -> dict[str, OutputFile]:
     """Every rank's file, by name."""
     plan, files = draft.plan, {}
     for tp_rank in range(plan.tp_size):
-        held = stored_specs(plan, tp_rank)
-        metadata = shard_metadata(draft.split_id, tp_rank, plan.tp_size)
-        files[rank_name(tp_rank, plan.tp_size)] = OutputFile(header_bytes(held, metadata), held)
+        held = list_stored_specs(plan, tp_rank)
+        metadata = make_shard_metadata(draft.split_id, tp_rank, plan.tp_size)
+        files[rank_file_name(tp_rank, plan.tp_size)] = OutputFile(
+            encode_header(held, metadata), held
+        )
     return files
 
 
-def _rank_jobs(plan: Plan) -> list[Job]:
-    return [Job(p.spec, p.dim, takes(p, plan.tp_size)) for p in stored_order(plan.placements)]
+def _plan_rank_copies(plan: Plan) -> list[TensorCopy]:
+    return [
+        TensorCopy(p.spec, p.dim, takes(p, plan.tp_size)) for p in sort_for_storage(plan.placements)
+    ]
 
 
-def _source_files(manifest: Manifest) -> dict[str, OutputFile]:
+def _plan_source_files(manifest: Manifest) -> dict[str, OutputFile]:
     """Every file of the source, by name."""
     files = {}
     for file in manifest.source.files:
         held = [manifest.placements[name].spec for name in file.tensors]
-        files[file.name] = OutputFile(header_bytes(held, file.metadata), held)
+        files[file.name] = OutputFile(encode_header(held, file.metadata), held)
     return files
 
 
-def _source_jobs(manifest: Manifest) -> list[Job]:
+def _plan_source_copies(manifest: Manifest) -> list[TensorCopy]:
     placed = manifest.placements
     return [
-        Job(placed[name].spec, placed[name].dim, ((at, placed[name].spans(0, 1)),))
+        TensorCopy(placed[name].spec, placed[name].dim, ((at, placed[name].spans(0, 1)),))
         for at, file in enumerate(manifest.source.files)
         for name in file.tensors
     ]
@@ -199,34 +212,36 @@ def takes(placement: Placement, tp_size: int) -> tuple[tuple[int, tuple[Span, ..
     return tuple(
         (tp_rank, placement.spans(tp_rank, tp_size))
         for tp_rank in range(tp_size)
-        if placement.shard(tp_rank, tp_size) is not None
+        if placement.shard_spec(tp_rank, tp_size) is not None
     )
 
 
-def _fill(
-    stage: Stage,
+def _copy_remaining(
+    stage: StagingFolder,
     files: Files,
-    sinks: Sequence[FileSink],
+    sinks: Sequence[FileWriter],
     source: Source,
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorCopy],
     progress: Progress,
 ) -> None:
     """Copy what is left of the jobs into the sinks, and sync their files."""
     with as_output_error(stage.folder):
-        copy(source, list(left(jobs, sinks)), sinks, progress)
-    stage.finish_all(files)
+        copy_tensors(source, list(remaining_copies(jobs, sinks)), sinks, progress)
+    stage.sync_files(files)
 
 
-def _check_finite(source: Checkpoint, sinks: Iterable[FileSink]) -> None:
+def _check_finite(source: Checkpoint, sinks: Iterable[FileWriter]) -> None:
     found = {name: count for sink in sinks for name, count in sink.nonfinite.items()}
     if found:
         raise CheckpointError(
-            f"{source.folder}: {nonfinite_text(found)}; leave out --fail-on-nonfinite to copy them"
+            f"{source.folder}: {describe_nonfinite(found)}; leave out --fail-on-nonfinite to copy them"
             " as they are"
         )
 
 
-def _write_companions(stage: Stage, files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
+def _write_companions(
+    stage: StagingFolder, files: Iterable[tuple[str, bytes]]
+) -> dict[str, Digest]:
     copied = {}
     for name, data in files:
         stage.write(name, data)
@@ -235,25 +250,27 @@ def _write_companions(stage: Stage, files: Iterable[tuple[str, bytes]]) -> dict[
 
 
 def _write_manifest(
-    stage: Stage, draft: Manifest, sinks: Iterable[FileSink], copied: Mapping[str, Digest]
+    stage: StagingFolder, draft: Manifest, sinks: Iterable[FileWriter], copied: Mapping[str, Digest]
 ) -> Manifest:
     """Write the manifest; `draft` lacks what only the copy could tell."""
-    names = (rank_name(tp_rank, draft.tp_size) for tp_rank in range(draft.tp_size))
-    ranks = tuple(_rank_file(*pair) for pair in zip(names, sinks, strict=True))
-    manifest = replace(draft, ranks=ranks, copied=copied)
-    stage.write(NAME, manifest.data)
+    names = (rank_file_name(tp_rank, draft.tp_size) for tp_rank in range(draft.tp_size))
+    ranks = tuple(_make_rank_file(*pair) for pair in zip(names, sinks, strict=True))
+    manifest = replace(draft, ranks=ranks, companion_files=copied)
+    stage.write(MANIFEST_NAME, manifest.data)
     return manifest
 
 
-def _copied(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
+def _read_companions(shards: ShardedCheckpoint) -> Iterable[tuple[str, bytes]]:
     """The companion files of a shard folder, checked.  Raises ManifestError."""
-    for name, digest in shards.manifest.copied.items():
-        data = read_small(shards.folder / name, MAX_COMPANION, ManifestError)
+    for name, digest in shards.manifest.companion_files.items():
+        data = read_small_file(shards.folder / name, MAX_COMPANION, ManifestError)
         if Digest(len(data), sha256(data).hexdigest()) != digest:
             raise ManifestError(f"{shards.folder / name}: not the file that was copied")
         yield name, data
 
 
-def _rank_file(name: str, sink: FileSink) -> RankFile:
-    pieces = {tensor: Piece(at, end[:MARK]) for tensor, (at, end) in sink.marks.items()}
+def _make_rank_file(name: str, sink: FileWriter) -> RankFile:
+    pieces = {
+        tensor: Piece(at, end[:PREFIX_DIGITS]) for tensor, (at, end) in sink.prefix_digests.items()
+    }
     return RankFile(name, Digest(sink.size, sink.sha256), pieces, sink.nonfinite)

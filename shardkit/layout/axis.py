@@ -26,7 +26,7 @@ from shardkit.layout.spans import Section
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 PLUS = re.compile(r"\+(?![^()]*\))")  # outside brackets
-BESIDE = re.compile(rf"\s*({NAME.pattern})\s*\(\s*({NAME.pattern})\s*\+\s*([0-9]{{1,7}})\s*\)\s*")
+GROUPED = re.compile(rf"\s*({NAME.pattern})\s*\(\s*({NAME.pattern})\s*\+\s*([0-9]{{1,7}})\s*\)\s*")
 MAX_FACTOR = 1 << 20
 
 Factors = tuple[int | str, ...]  # numbers, and the names of counts
@@ -36,14 +36,14 @@ Factors = tuple[int | str, ...]  # numbers, and the names of counts
 class Term:
     """One section of an axis as written: blocks (`outer`) of `unit`s, each of `inner` pieces.
 
-    With `beside`, each unit follows the `sharer`s that share it, as that many pieces of its own.
+    With `group_tail`, each unit follows the `shared_by`s that share it, as that many pieces of its own.
     """
 
     outer: Factors
     unit: str | None
     inner: Factors = ()
-    sharer: str = ""
-    beside: int = 0
+    shared_by: str = ""
+    group_tail: int = 0
 
     @property
     def counts(self) -> set[str]:
@@ -59,11 +59,11 @@ class Unit:
     """
 
     count: int | None
-    sharers: int = 0
+    shared_by: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Sized:
+class _SizedTerm:
     """A term with its numbers: `outer` blocks of `count` units of `inner` pieces."""
 
     term: Term
@@ -84,7 +84,7 @@ def parse_axis(text: str, counts: Collection[str] = ()) -> tuple[Term, ...]:
     return tuple(_parse_term(section, text, counts) for section in PLUS.split(text))
 
 
-def sections(
+def resolve_sections(
     terms: tuple[Term, ...],
     axis_length: int,
     units: Mapping[str, Unit],
@@ -94,52 +94,54 @@ def sections(
 
     Raises RecipeError where the length is no multiple of what the terms count.
     """
-    sized = [_sized(term, terms, axis_length, units, counts or {}) for term in terms]
+    sized = [_size_term(term, terms, axis_length, units, counts or {}) for term in terms]
     written = sum(s.pieces for s in sized)
     if written == 0 or axis_length % written:
-        parts = " + ".join(map(_shown, sized))
+        parts = " + ".join(map(_describe, sized))
         raise RecipeError(f"axis of {axis_length} is no multiple of {parts} = {written}")
     size = axis_length // written
-    return tuple(_section(s, size, units) for s in sized)
+    return tuple(_make_section(s, size, units) for s in sized)
 
 
-def _section(sized: _Sized, size: int, units: Mapping[str, Unit]) -> Section:
+def _make_section(sized: _SizedTerm, size: int, units: Mapping[str, Unit]) -> Section:
     term = sized.term
     if term.unit is None:
-        return Section(sized.pieces, size, whole=True)
-    sharers = units[term.unit].sharers
-    if term.beside:
-        return Section(sized.count, size, 1, sharers, beside=term.beside)
+        return Section(sized.pieces, size, replicated=True)
+    sharers = units[term.unit].shared_by
+    if term.group_tail:
+        return Section(sized.count, size, 1, sharers, group_tail=term.group_tail)
     return Section(sized.count, sized.inner * size, sized.outer, sharers)
 
 
-def _sized(
+def _size_term(
     term: Term,
     terms: tuple[Term, ...],
     axis_length: int,
     units: Mapping[str, Unit],
     counts: Mapping[str, int],
-) -> _Sized:
-    outer, inner = _product(term.outer, counts), _product(term.inner, counts)
+) -> _SizedTerm:
+    outer, inner = _multiply(term.outer, counts), _multiply(term.inner, counts)
     if term.unit is None:
-        return _Sized(term, outer, 1, 1)
-    count, sharers = units[term.unit].count, units[term.unit].sharers
+        return _SizedTerm(term, outer, 1, 1)
+    count, sharers = units[term.unit].count, units[term.unit].shared_by
     if count is None:
         if any(other.unit != term.unit for other in terms):
             raise RecipeError(f"unit {term.unit!r} has no count, so it cannot stand beside another")
-        each = sum(_product(t.outer, counts) * _product(t.inner, counts) for t in terms)
+        each = sum(_multiply(t.outer, counts) * _multiply(t.inner, counts) for t in terms)
         count = axis_length // each
-    return _Sized(term, outer, count, sharers // count + term.beside if term.beside else inner)
+    return _SizedTerm(
+        term, outer, count, sharers // count + term.group_tail if term.group_tail else inner
+    )
 
 
-def _product(factors: Factors, counts: Mapping[str, int]) -> int:
+def _multiply(factors: Factors, counts: Mapping[str, int]) -> int:
     if absent := [f for f in factors if isinstance(f, str) and f not in counts]:
         raise RecipeError(f"count {absent[0]!r}: config.json does not tell it")
     return math.prod(counts[f] if isinstance(f, str) else f for f in factors)
 
 
 def _parse_term(section: str, text: str, counts: Collection[str]) -> Term:
-    if found := BESIDE.fullmatch(section):
+    if found := GROUPED.fullmatch(section):
         unit, sharer, beside = found.groups()
         if not 1 <= int(beside) <= MAX_FACTOR or {unit, sharer} & set(counts):
             raise RecipeError(f"axis {text!r}: {section.strip()!r} is not UNIT (SHARER + NUMBER)")
@@ -162,6 +164,6 @@ def _is_factor(word: str) -> bool:
     return word.isascii() and word.isdigit() and len(word) < 8 and 1 <= int(word) <= MAX_FACTOR
 
 
-def _shown(sized: _Sized) -> str:
+def _describe(sized: _SizedTerm) -> str:
     factors = [n for n in (sized.outer, sized.count, sized.inner) if n != 1] or [1]
     return "*".join(map(str, factors))

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from shardkit.errors import LayoutError
 
-Sharing = Literal["split", "replicate", "expand"]
+KvHeadMode = Literal["split", "replicate", "expand"]
 MAX_SPANS = 4096  # of one axis on one rank: far above any real layout, and soon counted
 
 
@@ -50,8 +50,8 @@ class Tile(NamedTuple):
 class Section:
     """A stretch of an axis read as `[repeat, units, size]`; the units are divided over the ranks.
 
-    `sharers` is the number of units of another kind that share these (query heads sharing kv
-    heads); 0 where nothing does.  `whole` keeps the section on every rank.  With `beside`, the
+    `shared_by` is the number of units of another kind that share these (query heads sharing kv
+    heads); 0 where nothing does.  `replicated` keeps the section on every rank.  With `group_tail`, the
     axis is `[repeat, units, sharers/units + beside, size]`: each unit's sharers, then as many
     indices of its own, which go wherever one of the sharers does.
     """
@@ -59,20 +59,22 @@ class Section:
     units: int
     size: int
     repeat: int = 1
-    sharers: int = 0
-    whole: bool = False
-    beside: int = 0
+    shared_by: int = 0
+    replicated: bool = False
+    group_tail: int = 0
 
     @property
-    def each(self) -> int:
+    def indices_per_unit(self) -> int:
         """How many indices one unit takes."""
-        return (self.sharers // self.units + self.beside if self.beside else 1) * self.size
+        return (
+            self.shared_by // self.units + self.group_tail if self.group_tail else 1
+        ) * self.size
 
     def __len__(self) -> int:
-        return self.repeat * self.units * self.each
+        return self.repeat * self.units * self.indices_per_unit
 
 
-def deal(units: int, tp_rank: int, tp_size: int) -> range:
+def partition(units: int, tp_rank: int, tp_size: int) -> range:
     """The units `tp_rank` holds when they are dealt out evenly, the first ranks one more.
 
     Raises LayoutError where a rank would be left without a unit.
@@ -87,7 +89,7 @@ def deal(units: int, tp_rank: int, tp_size: int) -> range:
 
 
 @lru_cache
-def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
+def kv_head_mode(units: int, sharers: int, tp_size: int) -> KvHeadMode:
     """How `units` follow the units that share them over `tp_size` ranks.
 
     Raises LayoutError where the sharers are no multiple of the units, or fewer than the ranks.
@@ -97,47 +99,52 @@ def sharing(units: int, sharers: int, tp_size: int) -> Sharing:
     if units % tp_size == 0:
         return "split"
     ratio = sharers // units
-    own = (deal(sharers, tp_rank, tp_size) for tp_rank in range(tp_size))
-    return "replicate" if all(len(_ratios(o, ratio)) == 1 for o in own) else "expand"
+    own = (partition(sharers, tp_rank, tp_size) for tp_rank in range(tp_size))
+    return "replicate" if all(len(_heads_per_unit(o, ratio)) == 1 for o in own) else "expand"
 
 
-def held(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
+def held_units(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
     """The units of a section that `tp_rank` holds, in order; repeated where it holds copies."""
-    if section.whole:
+    if section.replicated:
         return (Span(0, section.units),)
-    if not section.sharers:
-        own = deal(section.units, tp_rank, tp_size)
+    if not section.shared_by:
+        own = partition(section.units, tp_rank, tp_size)
         return (Span(own.start, own.stop),)
-    mode, ratio = sharing(section.units, section.sharers, tp_size), section.sharers // section.units
-    own = deal(section.sharers, tp_rank, tp_size)
+    mode, ratio = (
+        kv_head_mode(section.units, section.shared_by, tp_size),
+        section.shared_by // section.units,
+    )
+    own = partition(section.shared_by, tp_rank, tp_size)
     if mode == "expand":
-        return joined(Span(sharer // ratio, sharer // ratio + 1) for sharer in own)
+        return coalesce(Span(sharer // ratio, sharer // ratio + 1) for sharer in own)
     return (Span(own[0] // ratio, own[-1] // ratio + 1),)
 
 
-def spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
+def rank_spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
     """The spans of the axis that `tp_rank` holds, in the order it stores them.
 
     Raises LayoutError where a rank would be left without a unit, or hold too many spans.
     """
-    if (most := sum(s.repeat * max(s.sharers << bool(s.beside), 1) for s in sections)) > MAX_SPANS:
+    if (
+        most := sum(s.repeat * max(s.shared_by << bool(s.group_tail), 1) for s in sections)
+    ) > MAX_SPANS:
         raise LayoutError(f"an axis of {most} stretches, more than the {MAX_SPANS} allowed")
     found: list[Span] = []
     offset = 0
     for section in sections:
-        parts = _beside(section, tp_rank, tp_size) if section.beside else None
+        parts = _grouped_spans(section, tp_rank, tp_size) if section.group_tail else None
         units = parts or [
             Span(first * section.size, last * section.size)
-            for first, last in held(section, tp_rank, tp_size)
+            for first, last in held_units(section, tp_rank, tp_size)
         ]
         for block in range(section.repeat):
-            base = offset + block * section.units * section.each
+            base = offset + block * section.units * section.indices_per_unit
             found += (Span(base + first, base + last) for first, last in units)
         offset += len(section)
-    return joined(found)
+    return coalesce(found)
 
 
-def joined(parts: Iterable[Span]) -> tuple[Span, ...]:
+def coalesce(parts: Iterable[Span]) -> tuple[Span, ...]:
     """The same indices in the same order, neighbours joined and empty spans dropped."""
     result: list[Span] = []
     for part in parts:
@@ -150,12 +157,12 @@ def joined(parts: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(result)
 
 
-def length(parts: Iterable[Span]) -> int:
+def num_indices(parts: Iterable[Span]) -> int:
     """How many indices the spans hold."""
     return sum(stop - start for start, stop in parts)
 
 
-def tile(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...]:
+def cover_axis(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...]:
     """The axis in order, each stretch from the first rank that holds it.
 
     Raises LayoutError where an index is held by no rank.
@@ -180,31 +187,34 @@ def tile(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...
     return tuple(tiles)
 
 
-def _beside(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
+def _grouped_spans(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
     """A rank's spans of one block of a section whose units lie beside their sharers.
 
     Where units are expanded, each local sharer comes with a copy of its own.
     """
-    ratio, size = section.sharers // section.units, section.size
-    own = deal(section.sharers, tp_rank, tp_size)
-    expand = sharing(section.units, section.sharers, tp_size) == "expand"
-    sets = [range(s, s + 1) for s in own] if expand else _by_unit(own, ratio)
+    ratio, size = section.shared_by // section.units, section.size
+    own = partition(section.shared_by, tp_rank, tp_size)
+    expand = kv_head_mode(section.units, section.shared_by, tp_size) == "expand"
+    sets = [range(s, s + 1) for s in own] if expand else _split_by_unit(own, ratio)
     found = []
     for sharers in sets:
         unit = sharers.start // ratio
-        start, end = unit * section.each, (unit + 1) * section.each
+        start, end = unit * section.indices_per_unit, (unit + 1) * section.indices_per_unit
         first = start + (sharers.start - unit * ratio) * size
-        found += [Span(first, first + len(sharers) * size), Span(end - section.beside * size, end)]
+        found += [
+            Span(first, first + len(sharers) * size),
+            Span(end - section.group_tail * size, end),
+        ]
     return found
 
 
-def _by_unit(own: range, ratio: int) -> list[range]:
+def _split_by_unit(own: range, ratio: int) -> list[range]:
     """A rank's sharers, those of one unit together."""
     units = range(own.start // ratio, (own.stop - 1) // ratio + 1)
     return [range(max(own.start, u * ratio), min(own.stop, (u + 1) * ratio)) for u in units]
 
 
-def _ratios(own: range, ratio: int) -> set[int]:
+def _heads_per_unit(own: range, ratio: int) -> set[int]:
     """By how many of a rank's sharers each unit is used: one number where all are used alike."""
     first, last = own[0] // ratio, own[-1] // ratio
     if first == last:

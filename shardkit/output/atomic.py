@@ -11,7 +11,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
-def rename_over_nothing(old: Path, new: Path) -> None:
+def rename_no_replace(old: Path, new: Path) -> None:
     """Rename, failing if `new` has appeared meanwhile.  Raises OSError.
 
     Where the filesystem has no renameat2 (NFS), rename replaces at most an empty folder.
@@ -24,7 +24,7 @@ def rename_over_nothing(old: Path, new: Path) -> None:
         old.rename(new)
 
 
-def exchange(one: Path, two: Path) -> None:
+def exchange_folders(one: Path, two: Path) -> None:
     """Let each have the other's name, in one step.  Raises OSError."""
     _renameat2(one, two, RENAME_EXCHANGE)
 
@@ -35,7 +35,7 @@ def can_exchange(folder: Path) -> bool:
     for name in names:
         name.write_bytes(b"")
     try:
-        exchange(*names)
+        exchange_folders(*names)
     except OSError as error:
         if error.errno not in NO_RENAMEAT2:
             raise
@@ -46,7 +46,7 @@ def can_exchange(folder: Path) -> bool:
     return True
 
 
-def sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the folder's names on disk.  Raises OSError."""
     fd = open_folder(folder)
     try:
@@ -55,7 +55,7 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder of files.  What another run removes meanwhile is no error; raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         fd = open_folder(folder)
@@ -68,11 +68,11 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def discard(folder: Path) -> None:
+def discard_folder(folder: Path) -> None:
     """Remove a folder of files, trying once more where that fails: whatever can go, goes."""
     for _ in range(2):
         with contextlib.suppress(OSError):
-            remove(folder)
+            remove_folder(folder)
 
 
 def open_folder(folder: Path) -> int:

@@ -24,15 +24,15 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """An output to be.
 
-    `replaces` raises OutputError for a folder there that may not be replaced; None: none may.
+    `check_replaceable` raises OutputError for a folder there that may not be replaced; None: none may.
     `resume`: go on with what a stopped run has left, and keep it if this one is stopped.
     """
 
     out: Path
-    replaces: Callable[[Path], object] | None = None
+    check_replaceable: Callable[[Path], object] | None = None
     resume: bool = False
 
     @property
@@ -61,7 +61,7 @@ class Target:
         return there
 
     def _check_old(self) -> None:
-        if self.replaces is None:
+        if self.check_replaceable is None:
             raise OutputError(
                 f"{self.out}: exists, and is replaced only with --force; name another, or remove it"
             )
@@ -69,7 +69,7 @@ class Target:
             raise OutputError(f"{self.out}: is no folder, so --force leaves it; name another")
         if self.path.name in ("", ".."):
             raise OutputError(f"{self.out}: cannot be replaced by this name; name the folder")
-        self.replaces(self.out)
+        self.check_replaceable(self.out)
 
     def check_space(self, nbytes: int) -> None:
         """Raise OutputError unless there is room for `nbytes` and 1 % more.
@@ -78,25 +78,27 @@ class Target:
         """
         with as_output_error(self.out):
             usage = os.statvfs(self.parent)
-            free = usage.f_bavail * usage.f_frsize + sum(map(_held, self.stages()))
+            free = usage.f_bavail * usage.f_frsize + sum(
+                map(_count_stage_bytes, self.find_stages())
+            )
         if free < nbytes * SLACK:
             raise OutputError(
                 f"{self.out}: needs {nbytes * SLACK / 1e9:.2f} GB, and its filesystem has"
                 f" {free / 1e9:.2f} GB free; make room, or write elsewhere"
             )
 
-    def new_stage(self) -> Path:
+    def new_stage_path(self) -> Path:
         """A name that no other run has."""
         return self.parent / f".{self.path.name}.shardkit-stage-{secrets.token_hex(4)}"
 
-    def stages(self) -> list[Path]:
+    def find_stages(self) -> list[Path]:
         """The stages that runs to this output have, or have left."""
         name = re.escape(self.path.name)
         own = re.compile(rf"\.{name}\.shardkit-stage-[0-9a-f]{{8}}")
         return sorted(path for path in self.parent.iterdir() if own.fullmatch(path.name))
 
 
-def _held(stage: Path) -> int:
+def _count_stage_bytes(stage: Path) -> int:
     """The bytes on disk of a stage's files; none once another run has removed it."""
     with contextlib.suppress(FileNotFoundError):
         return sum(path.lstat().st_blocks * BLOCK for path in stage.iterdir())

@@ -53,26 +53,27 @@ def count_nonfinite(data: memoryview, dtype: str) -> int:
     if form is None:
         return 0
     return sum(
-        _count(bytes(data[start : start + BLOCK]), form) for start in range(0, len(data), BLOCK)
+        _count_block(bytes(data[start : start + BLOCK]), form)
+        for start in range(0, len(data), BLOCK)
     )
 
 
-def nonfinite_text(counts: Mapping[str, int]) -> str:
+def describe_nonfinite(counts: Mapping[str, int]) -> str:
     """Which tensors hold NaN or infinite values, the first of them with how many."""
     (name, count), *others = counts.items()
     more = f", and so are some of {len(others)} more tensors" if others else ""
     return f"{count} values of {name} are NaN or infinite{more}"
 
 
-def _count(block: bytes, form: _Format) -> int:
+def _count_block(block: bytes, form: _Format) -> int:
     at, values = form.marks[0]
     top = block[at :: form.width]
     if not any(value in top for value in values):
         return 0
-    planes = [_plane(block[at :: form.width], values) for at, values in form.marks]
+    planes = [_match_bytes(block[at :: form.width], values) for at, values in form.marks]
     return reduce(and_, planes).bit_count()
 
 
-def _plane(column: bytes, values: bytes) -> int:
+def _match_bytes(column: bytes, values: bytes) -> int:
     """A number with a bit for each byte of `column` that is one of `values`."""
     return int.from_bytes(column.translate(bytes(value in values for value in range(256))))

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from shardkit.errors import OutputError
 from shardkit.output import atomic as folders
-from shardkit.output.destination import Target, as_output_error
+from shardkit.output.destination import Destination, as_output_error
 
 JOURNAL = "journal.jsonl"  # in a stage only: how far its files have come
 
 
-class Stage:
+class StagingFolder:
     """An output being written."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Stage:
         self._open[name] = fd
         return fd
 
-    def finish(self, name: str) -> None:
+    def sync_file(self, name: str) -> None:
         """Sync and close a file, everything written.  Raises OutputError."""
         fd = self._open.pop(name)
         with as_output_error(self.folder / name):
@@ -58,10 +58,10 @@ class Stage:
             finally:
                 os.close(fd)
 
-    def finish_all(self, names: Collection[str]) -> None:
+    def sync_files(self, names: Collection[str]) -> None:
         """Finish several files, all at once.  Raises OutputError."""
         with ThreadPoolExecutor(max(1, len(names))) as pool:
-            list(pool.map(self.finish, names))
+            list(pool.map(self.sync_file, names))
 
     def write(self, name: str, data: bytes) -> None:
         """A whole small file, synced.  Raises OutputError."""
@@ -70,7 +70,7 @@ class Stage:
         with as_output_error(self.folder / name):
             while view:
                 view = view[os.write(fd, view) :]
-        self.finish(name)
+        self.sync_file(name)
 
     def clear(self, kept: Collection[str] = ()) -> None:
         """Close and remove every file but these.  Raises OutputError."""
@@ -88,7 +88,7 @@ class Stage:
 
 
 @contextlib.contextmanager
-def publishing(target: Target) -> Iterator[Stage]:
+def publish_folder(target: Destination) -> Iterator[StagingFolder]:
     """A stage that becomes the output when the block ends well, and is removed when it does not.
 
     Where it was to resume, it is kept if the run is interrupted or cannot write.  Raises
@@ -96,38 +96,38 @@ def publishing(target: Target) -> Iterator[Stage]:
     """
     replaces = target.check()
     with as_output_error(target.out):
-        folder, lock = _claim(target)
-    stage = Stage(folder)
+        folder, lock = _acquire_stage(target)
+    stage = StagingFolder(folder)
     try:
         if replaces:
             _check_exchange(folder)
         yield stage
         stage.close()
-        _publish(target, folder)
+        _publish_stage(target, folder)
     except BaseException as error:
         stage.close()
         stopped = isinstance(error, KeyboardInterrupt | OutputError)
         if not (target.resume and stopped and (folder / JOURNAL).exists()):
-            folders.discard(folder)
+            folders.discard_folder(folder)
         raise
     finally:
         os.close(lock)
 
 
-def _publish(target: Target, folder: Path) -> None:
+def _publish_stage(target: Destination, folder: Path) -> None:
     """The one step that makes the stage the output; then what it replaced, if anything, goes."""
     with as_output_error(target.out):
         (folder / JOURNAL).unlink(missing_ok=True)
-        folders.sync(folder)
-        replaces = target.replaces is not None and target.check()
+        folders.sync_folder(folder)
+        replaces = target.check_replaceable is not None and target.check()
         if replaces:
-            folders.exchange(folder, target.path)
+            folders.exchange_folders(folder, target.path)
         else:
-            folders.rename_over_nothing(folder, target.path)
-        folders.sync(target.parent)
+            folders.rename_no_replace(folder, target.path)
+        folders.sync_folder(target.parent)
     if replaces:
         with as_output_error(folder):
-            folders.remove(folder)
+            folders.remove_folder(folder)
 
 
 def _check_exchange(folder: Path) -> None:
@@ -140,7 +140,7 @@ def _check_exchange(folder: Path) -> None:
             )
 
 
-def _claim(target: Target) -> tuple[Path, int]:
+def _acquire_stage(target: Destination) -> tuple[Path, int]:
     """A stage of our own and its lock: a stopped run's, if it is to be gone on with, or a new one.
 
     All others that stopped runs have left are removed.  Raises OutputError.
@@ -148,16 +148,16 @@ def _claim(target: Target) -> tuple[Path, int]:
     taken: list[tuple[Path, int]] = []
     kept = None
     try:
-        for left in target.stages():
+        for left in target.find_stages():
             with as_output_error(left), contextlib.suppress(FileNotFoundError):  # others are faster
-                taken.append(_take(left, target))
+                taken.append(_take_over(left, target))
         if target.resume:
             kept = next((one for one in taken if (one[0] / JOURNAL).exists()), None)
         for one in taken:
             if one is not kept:
                 with as_output_error(one[0]):
-                    folders.remove(one[0])
-        kept = kept or _begin(target)
+                    folders.remove_folder(one[0])
+        kept = kept or _make_stage(target)
     finally:
         for one in taken:
             if one is not kept:
@@ -165,10 +165,10 @@ def _claim(target: Target) -> tuple[Path, int]:
     return kept
 
 
-def _take(left: Path, target: Target) -> tuple[Path, int]:
+def _take_over(left: Path, target: Destination) -> tuple[Path, int]:
     """Make a stopped run's stage our own by its name: if it should run after all, it fails."""
-    lock = _lock(left, target)
-    stage = target.new_stage()
+    lock = _lock_stage(left, target)
+    stage = target.new_stage_path()
     try:
         left.rename(stage)
     except BaseException:
@@ -177,17 +177,17 @@ def _take(left: Path, target: Target) -> tuple[Path, int]:
     return stage, lock
 
 
-def _begin(target: Target) -> tuple[Path, int]:
-    stage = target.new_stage()
+def _make_stage(target: Destination) -> tuple[Path, int]:
+    stage = target.new_stage_path()
     stage.mkdir()
     try:
-        return stage, _lock(stage, target)
+        return stage, _lock_stage(stage, target)
     except BaseException:
-        folders.discard(stage)
+        folders.discard_folder(stage)
         raise
 
 
-def _lock(folder: Path, target: Target) -> int:
+def _lock_stage(folder: Path, target: Destination) -> int:
     """Lock a stage, where the filesystem has locks.  Raises OutputError if another run has it."""
     lock = folders.open_folder(folder)
     try:

@@ -11,17 +11,17 @@ from shardkit.output.stream import Progress
 from shardkit.tensor import TensorSpec
 
 BLOCK = 2 << 20  # bytes reread at once
-FLUSH = 4 << 20  # bytes written to a file before the kernel is told to start on them
-EVERY = 1 << 30  # bytes written to a file before a stopped run may go on after them
+WRITE_BACK_BYTES = 4 << 20  # bytes written to a file before the kernel is told to start on them
+JOURNAL_INTERVAL = 1 << 30  # bytes written to a file before a stopped run may go on after them
 SYNC_FILE_RANGE_WRITE = 2
 
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
-class FileSink:
+class FileWriter:
     """An output file, written once from its start and hashed on the way.
 
-    `marks` holds, for each tensor, where it starts and the digest of the file up to its end: one
+    `prefix_digests` holds, for each tensor, where it starts and the digest of the file up to its end: one
     pass gives the file's sha256, and where in the file damage begins.  `nonfinite` holds how many
     values are NaN or infinite, of each tensor that has any.
     """
@@ -55,20 +55,20 @@ class FileSink:
         return [name for name, _ in self._starts]
 
     @property
-    def marks(self) -> dict[str, tuple[int, str]]:
+    def prefix_digests(self) -> dict[str, tuple[int, str]]:
         """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
         ends = [*self._ends, self.sha256][1:]
         return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
 
-    def start(self, spec: TensorSpec) -> None:
+    def begin(self, spec: TensorSpec) -> None:
         """The next bytes are those of the file's part of a tensor.  Raises OSError."""
-        if self.size - self._noted >= EVERY:
+        if self.size - self._noted >= JOURNAL_INTERVAL:
             self._secure()
         self._ends.append(self.sha256)
         self._starts.append((spec.name, self.size))
         self._spec = spec
 
-    def feed(self, parts: Sequence[memoryview]) -> None:
+    def write(self, parts: Sequence[memoryview]) -> None:
         """Hash and write the next bytes.  Raises OSError."""
         for view in parts:
             self._take(view)
@@ -76,13 +76,13 @@ class FileSink:
                 count = os.pwrite(self.fd, view, self.size)
                 self.size += count
                 view = view[count:]
-        if self.size - self._flushed >= FLUSH:
+        if self.size - self._flushed >= WRITE_BACK_BYTES:
             start_write_back(self.fd, self._flushed, self.size - self._flushed)
             self._flushed = self.size
-        if self._noted < self.size == self._total and self._total >= EVERY:
+        if self._noted < self.size == self._total and self._total >= JOURNAL_INTERVAL:
             self._secure()
 
-    def reread(self, count: int, progress: Progress) -> None:
+    def rehash(self, count: int, progress: Progress) -> None:
         """Hash the next bytes, which the file has already.  Raises OSError."""
         buffer = memoryview(bytearray(min(BLOCK, count)))
         stop = self.size + count

@@ -38,7 +38,7 @@ OUTPUT_MODULES = (
     "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head"
 )  # fmt: skip
 # Modules of a model of text that see: they run once for each image, not for each token.
-SEEING = {"vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"}
+VISION_MODULES = {"vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"}
 NO_GENERATION = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
     "ForMultipleChoice", "ForImageClassification", "VisionModel", "VisionModelWithProjection",
@@ -89,28 +89,28 @@ class Collectives:
         return self.output + self.gathered
 
 
-def generates(plan: Plan, config: Mapping[str, Any]) -> bool:
+def generates_text(plan: Plan, config: Mapping[str, Any]) -> bool:
     """Whether the model produces text; an encoder alone does not."""
     if config.get("is_decoder") is True:
         return True
     layers = [p.spec.name.split(".") for p in _row_weights(plan)]
-    if layers and all("encoder" in name for name in layers if not _sees(name)):
+    if layers and all("encoder" in name for name in layers if not _is_vision(name)):
         return False
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     return not any(isinstance(name, str) and name.endswith(NO_GENERATION) for name in names)
 
 
-def kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
+def estimate_kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
     """What one token adds to the cache; or, in words, that there is none, or why it is unknown."""
-    if not generates(plan, config):
+    if not generates_text(plan, config):
         return "none: an encoder keeps no cache"
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, Mapping) else config
-    if (unusual := _unusual(config)) is not None:
+    if (unusual := _find_unusual_field(config)) is not None:
         return f"unknown: config.json has {unusual}, so not every layer keeps keys and values alike"
-    layers, head_dim = _count(config, LAYERS), _head_dim(plan, config)
-    dtype, kv_heads = compute_dtype(plan, config), _local_kv_heads(plan, config)
+    layers, head_dim = _read_count(config, LAYERS), _head_dim(plan, config)
+    dtype, kv_heads = find_compute_dtype(plan, config), _local_kv_heads(plan, config)
     if layers is None:
         return "unknown: config.json does not tell the number of layers"
     if head_dim is None:
@@ -122,7 +122,7 @@ def kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
     return KvCache(layers, head_dim, dtype, kv_heads)
 
 
-def compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
+def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
     """The dtype the model runs in: the config's, or the one most weights are stored in."""
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := config.get(key), str) and name in DTYPES:
@@ -132,7 +132,7 @@ def compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
     return most if most in DTYPES.values() else None
 
 
-def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
+def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     """The collectives of one forward pass: one sum after each row-parallel weight, and the ends.
 
     A stack of experts is counted once; a model that runs them one by one through one module sums
@@ -144,14 +144,14 @@ def collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     names = [p.spec.name.split(".") for p in _row_weights(plan)]
     stacks = {tuple(name[: name.index("experts")]) for name in names if "experts" in name}
     dense = [name for name in names if "experts" not in name]
-    text = [name for name in dense if not _sees(name)]
+    text = [name for name in dense if not _is_vision(name)]
     both = any("encoder" in n for n in text) and any("decoder" in n for n in text)
     before = sum("encoder" in name for name in text) if both else 0
-    before += len(dense) - len(text) if generates(plan, config) else 0
+    before += len(dense) - len(text) if generates_text(plan, config) else 0
     vocab = [p for p in plan.placements if p.style == "vocab"]
     outputs = [p for p in vocab if _is_output(p.spec)]
     stored = any(len(p.spec.shape) > 1 for p in outputs)
-    output = bool(vocab) and (bool(outputs) or generates(plan, config))
+    output = bool(vocab) and (bool(outputs) or generates_text(plan, config))
     embedding = len(vocab) > len(outputs)
     return Collectives(
         row_parallel=len(dense) - before,
@@ -175,8 +175,8 @@ def _is_recurrent(placement: Placement) -> bool:
     return placement.style == "column" and leaf.startswith("weight_hh_l")
 
 
-def _sees(name: list[str]) -> bool:
-    return not SEEING.isdisjoint(name)
+def _is_vision(name: list[str]) -> bool:
+    return not VISION_MODULES.isdisjoint(name)
 
 
 def _is_output(spec: TensorSpec) -> bool:
@@ -189,40 +189,42 @@ def _local_kv_heads(plan: Plan, config: Mapping[str, Any]) -> tuple[int, ...] | 
 
     A shared unit may be a set of several kv heads, where the config counts more of them.
     """
-    whole = {s.units for p in plan.placements for s in p.sections if s.whole}
+    whole = {s.units for p in plan.placements for s in p.sections if s.replicated}
     if whole:
         return (1,) * plan.tp_size if whole == {2} else None
     units = {name: unit for name, unit in plan.units.items() if unit.count is not None}
-    shared = [name for name, unit in units.items() if unit.sharers]
+    shared = [name for name, unit in units.items() if unit.shared_by]
     names = shared or [name for name in HEAD_UNITS if name in units][:1]
     if len(names) != 1:
         return None
     sets = units[names[0]].count or 1
-    each, rest = divmod((shared and _count(config, KV_HEADS)) or sets, sets)
+    each, rest = divmod((shared and _read_count(config, KV_HEADS)) or sets, sets)
     if rest:
         return None
-    return tuple(each * plan.local(names[0], tp_rank) for tp_rank in range(plan.tp_size))
+    return tuple(
+        each * plan.count_local_units(names[0], tp_rank) for tp_rank in range(plan.tp_size)
+    )
 
 
 def _head_dim(plan: Plan, config: Mapping[str, Any]) -> int | None:
     """The width of a kv head: a shared unit's own length, or else what the config says."""
-    shared = {s.size for p in plan.placements for s in p.sections if s.sharers}
+    shared = {s.size for p in plan.placements for s in p.sections if s.shared_by}
     if len(shared) == 1:
         return shared.pop()
-    if (stated := _count(config, HEAD_DIM)) is not None:
+    if (stated := _read_count(config, HEAD_DIM)) is not None:
         return stated
-    hidden, heads = _count(config, HIDDEN), _count(config, HEADS)
+    hidden, heads = _read_count(config, HIDDEN), _read_count(config, HEADS)
     return hidden // heads if hidden and heads and hidden % heads == 0 else None
 
 
-def _unusual(config: Mapping[str, Any]) -> str | None:
+def _find_unusual_field(config: Mapping[str, Any]) -> str | None:
     types = config.get("layer_types")
     if isinstance(types, list) and any(kind not in CACHED_LAYERS for kind in types):
         return "layer_types"
     return next((key for key in UNUSUAL if config.get(key)), None)
 
 
-def _count(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+def _read_count(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
     for name in names:
         value = config.get(name)
         if type(value) is int and 1 <= value <= MAX_COUNT:

@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.layout.axis import Unit, sections
-from shardkit.layout.spans import Section, Span, Tile, length, spans, tile
+from shardkit.layout.axis import Unit, resolve_sections
+from shardkit.layout.spans import Section, Span, Tile, cover_axis, num_indices, rank_spans
 from shardkit.recipe.counts import resolve_counts, resolve_units
-from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Recipe, Style
+from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Style
 from shardkit.tensor import TensorSpec, byte_view
 
 MAX_TP_SIZE = 1024
@@ -31,22 +31,22 @@ class Placement:
     def spans(self, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
         """The spans of `dim` that `tp_rank` holds; of one undivided row where `dim` is None."""
         if self.dim is not None:
-            return spans(self.sections, tp_rank, tp_size)
+            return rank_spans(self.sections, tp_rank, tp_size)
         return (Span(0, 1),) if tp_rank == 0 or self.style != "ignore" else ()
 
-    def shard(self, tp_rank: int, tp_size: int) -> TensorSpec | None:
+    def shard_spec(self, tp_rank: int, tp_size: int) -> TensorSpec | None:
         """What `tp_rank` stores under the tensor's name; None where it stores nothing."""
         held = self.spans(tp_rank, tp_size)
         if self.dim is None:
             return self.spec if held else None
         shape = list(self.spec.shape)
-        shape[self.dim] = length(held)
+        shape[self.dim] = num_indices(held)
         return replace(self.spec, shape=tuple(shape))
 
     def tiles(self, tp_size: int) -> tuple[Tile, ...]:
         """The sharded dimension in order, each stretch from the first rank that holds it."""
         by_rank = [self.spans(tp_rank, tp_size) for tp_rank in range(tp_size)]
-        return tile(by_rank, byte_view(self.spec, self.dim).axis)
+        return cover_axis(by_rank, byte_view(self.spec, self.dim).axis)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Plan:
     tp_size: int
     placements: tuple[Placement, ...]
     units: Mapping[str, Unit]
-    attributes: tuple[LocalAttribute, ...] = ()
-    arguments: tuple[LocalArgument, ...] = ()
+    module_attributes: tuple[ModuleAttribute, ...] = ()
+    forward_arguments: tuple[ForwardArgument, ...] = ()
 
-    def over(self, tp_size: int) -> "Plan":
+    def with_tp_size(self, tp_size: int) -> "Plan":
         """The same layout over another number of ranks: 1 for a merge.  Raises LayoutError."""
         plan = replace(self, tp_size=tp_size)
         plan.check()
@@ -83,15 +83,15 @@ class Plan:
     def max_tp_size(self) -> int:
         """The most ranks that each still hold a unit of everything that is divided."""
         counts = [
-            section.sharers or section.units
+            section.shared_by or section.units
             for placement in self.placements
             if placement.dim is not None
             for section in placement.sections
-            if not section.whole
+            if not section.replicated
         ]
         return min(counts, default=MAX_TP_SIZE)
 
-    def local(self, unit: str, tp_rank: int) -> int:
+    def count_local_units(self, unit: str, tp_rank: int) -> int:
         """How many units of a kind `tp_rank` holds, copies counted.
 
         Raises LayoutError for a unit without a count of its own.
@@ -99,7 +99,9 @@ class Plan:
         rule = self.units[unit]
         if rule.count is None:
             raise LayoutError(f"unit {unit!r} has no count in the config")
-        return length(spans([Section(rule.count, 1, 1, rule.sharers)], tp_rank, self.tp_size))
+        return num_indices(
+            rank_spans([Section(rule.count, 1, 1, rule.shared_by)], tp_rank, self.tp_size)
+        )
 
 
 def make_plan(
@@ -111,13 +113,13 @@ def make_plan(
     cannot work.
     """
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    placements = tuple(place(spec, recipe, units, counts) for spec in specs)
-    plan = Plan(tp_size, placements, units, recipe.attributes, recipe.arguments)
+    placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
+    plan = Plan(tp_size, placements, units, recipe.module_attributes, recipe.forward_arguments)
     plan.check()
     return plan
 
 
-def place(
+def place_tensor(
     spec: TensorSpec,
     recipe: Recipe,
     units: Mapping[str, Unit],
@@ -130,7 +132,7 @@ def place(
     if axis is None:
         return Placement(spec, rule.style)
     try:
-        parts = sections(rule.terms, spec.shape[axis], units, counts)
+        parts = resolve_sections(rule.terms, spec.shape[axis], units, counts)
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
     return Placement(spec, rule.style, dim, parts)

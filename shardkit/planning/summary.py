@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardkit.layout.spans import Section, sharing
+from shardkit.layout.spans import Section, kv_head_mode
 from shardkit.planning.plan import Placement, Plan
 from shardkit.tensor import TensorSpec
 
@@ -13,7 +13,7 @@ MAX_RUNS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Tensors of one layout whose names differ by numbers only.
 
     `example` is the first of them; `shards` is what each rank stores of one.
@@ -30,9 +30,9 @@ class Group:
         return tuple(self.count * (shard.nbytes if shard else 0) for shard in self.shards)
 
     @property
-    def fate(self) -> str:
+    def treatment(self) -> str:
         """What becomes of each of them: split, replicated, or in between."""
-        return fate(self.example, len(self.shards))
+        return describe_treatment(self.example, len(self.shards))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Imbalance:
 
     ratio: float
     largest: int
-    cause: Group | None
+    cause: TensorGroup | None
 
 
-def groups(plan: Plan) -> tuple[Group, ...]:
+def group_by_layout(plan: Plan) -> tuple[TensorGroup, ...]:
     """The plan's tensors, those of one layout together, in the order they first appear."""
     alike: dict[object, list[Placement]] = {}
     for p in plan.placements:
@@ -55,100 +55,104 @@ def groups(plan: Plan) -> tuple[Group, ...]:
         alike.setdefault(key, []).append(p)
     ranks = range(plan.tp_size)
     return tuple(
-        Group(
-            collapsed([p.spec.name for p in same]),
+        TensorGroup(
+            collapse_names([p.spec.name for p in same]),
             len(same),
             same[0],
-            tuple(same[0].shard(tp_rank, plan.tp_size) for tp_rank in ranks),
+            tuple(same[0].shard_spec(tp_rank, plan.tp_size) for tp_rank in ranks),
         )
         for same in alike.values()
     )
 
 
-def collapsed(names: Sequence[str]) -> str:
+def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
     columns = zip(*(map(int, NUMBER.findall(name)) for name in names), strict=True)
-    shown = (_ranges(set(column)) for column in columns)
+    shown = (_format_ranges(set(column)) for column in columns)
     return NUMBER.sub(lambda _: next(shown), names[0])
 
 
-def fate(placement: Placement, tp_size: int) -> str:
+def describe_treatment(placement: Placement, tp_size: int) -> str:
     """What becomes of a tensor over `tp_size` ranks, in a word or two."""
     if placement.dim is None:
         return "rank 0 only" if placement.style == "ignore" else "replicated"
     modes = {
-        sharing(s.units, s.sharers, tp_size)
+        kv_head_mode(s.units, s.shared_by, tp_size)
         for s in placement.sections
-        if s.sharers and not s.whole
+        if s.shared_by and not s.replicated
     }
     if "expand" in modes:
         return "kv-expanded"
     if "replicate" in modes:
         return "kv-replicated"
-    if any(section.whole for section in placement.sections):
+    if any(section.replicated for section in placement.sections):
         return "partly replicated"
     return "split"
 
 
-def stored_bytes(parts: Iterable[Group], tp_size: int) -> tuple[int, ...]:
+def count_stored_bytes(parts: Iterable[TensorGroup], tp_size: int) -> tuple[int, ...]:
     """The tensor bytes in each rank's file."""
-    return _summed((group.rank_bytes for group in parts), tp_size)
+    return _add_rows((group.rank_bytes for group in parts), tp_size)
 
 
-def loaded_bytes(parts: Iterable[Group], tp_size: int) -> tuple[int, ...]:
+def count_loaded_bytes(parts: Iterable[TensorGroup], tp_size: int) -> tuple[int, ...]:
     """The weights in each rank's memory, as stored: what is kept for a merge only is not loaded."""
     held = (group.rank_bytes for group in parts if group.example.style != "ignore")
-    return _summed(held, tp_size)
+    return _add_rows(held, tp_size)
 
 
-def total_bytes(plan: Plan) -> int:
+def count_total_bytes(plan: Plan) -> int:
     """The tensor bytes of the unsharded checkpoint."""
     return sum(placement.spec.nbytes for placement in plan.placements)
 
 
-def replicated_bytes(plan: Plan, parts: Iterable[Group]) -> int:
+def count_replicated_bytes(plan: Plan, parts: Iterable[TensorGroup]) -> int:
     """The bytes that are stored more than once, each further copy counted."""
-    return sum(stored_bytes(parts, plan.tp_size)) - total_bytes(plan)
+    return sum(count_stored_bytes(parts, plan.tp_size)) - count_total_bytes(plan)
 
 
-def imbalance(plan: Plan, parts: Sequence[Group]) -> Imbalance:
+def measure_imbalance(plan: Plan, parts: Sequence[TensorGroup]) -> Imbalance:
     """The largest rank against the mean, and the group that adds most to the difference."""
-    loaded = loaded_bytes(parts, plan.tp_size)
+    loaded = count_loaded_bytes(parts, plan.tp_size)
     largest = loaded.index(max(loaded))
     if min(loaded) == max(loaded):
         return Imbalance(1.0, largest, None)
 
-    def excess(group: Group) -> int:
+    def excess(group: TensorGroup) -> int:
         held = group.rank_bytes
         return held[largest] * len(held) - sum(held) if group.example.style != "ignore" else 0
 
     return Imbalance(loaded[largest] * len(loaded) / sum(loaded), largest, max(parts, key=excess))
 
 
-def divided_units(plan: Plan, placement: Placement) -> str:
+def describe_units(plan: Plan, placement: Placement) -> str:
     """What a tensor is divided by, in the recipe's words: `9 heads`, `3 kv_heads shared by 9`."""
-    return " + ".join(_unit_name(plan, placement, s) for s in placement.sections if not s.whole)
+    return " + ".join(
+        _unit_name(plan, placement, s) for s in placement.sections if not s.replicated
+    )
 
 
-def blocking_tensor(plan: Plan) -> str | None:
+def find_blocking_tensor(plan: Plan) -> str | None:
     """The tensor that allows no more than `plan.max_tp_size` ranks; None if nothing is divided."""
     for placement in plan.placements:
-        counts = [s.sharers or s.units for s in placement.sections if not s.whole]
+        counts = [s.shared_by or s.units for s in placement.sections if not s.replicated]
         if counts and min(counts) == plan.max_tp_size:
             return placement.spec.name
     return None
 
 
 def _unit_name(plan: Plan, placement: Placement, section: Section) -> str:
-    counted = (section.units, section.sharers)
-    exact = [name for name, unit in plan.units.items() if (unit.count, unit.sharers) == counted]
+    counted = (section.units, section.shared_by)
+    exact = [name for name, unit in plan.units.items() if (unit.count, unit.shared_by) == counted]
     any_count = [name for name, unit in plan.units.items() if not unit.count and name != "vocab"]
     names = ["vocab"] if placement.style == "vocab" else exact or any_count
     name = names[0] if len(names) == 1 else "units"
-    return f"{section.units} {name}" + (f" shared by {section.sharers}" if section.sharers else "")
+    return f"{section.units} {name}" + (
+        f" shared by {section.shared_by}" if section.shared_by else ""
+    )
 
 
-def _ranges(numbers: set[int]) -> str:
+def _format_ranges(numbers: set[int]) -> str:
     """`7`, `{0..79}`, `{0..2,5}`, or where there are many gaps `{0..78: 40}`."""
     if len(numbers) == 1:
         return str(numbers.pop())
@@ -163,7 +167,7 @@ def _ranges(numbers: set[int]) -> str:
     return "{" + ",".join("..".join(map(str, run)) for run in runs) + "}"
 
 
-def _summed(rows: Iterable[Sequence[int]], width: int) -> tuple[int, ...]:
+def _add_rows(rows: Iterable[Sequence[int]], width: int) -> tuple[int, ...]:
     total = [0] * width
     for row in rows:
         total = [a + b for a, b in zip(total, row, strict=True)]

@@ -5,22 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.errors import RecipeError
-from shardkit.recipe.counts import serves
+from shardkit.recipe.counts import matches_config
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
 HERE = Path(__file__).parents[1]
 
 
-def recipe_folder() -> Path:
+def find_recipe_folder() -> Path:
     """The bundled recipes: inside an installed package, beside it in a checkout."""
     installed = HERE / "recipes"
     return installed if installed.is_dir() else HERE.parent / "recipes"
 
 
-def bundled() -> list[Path]:
+def list_recipe_files() -> list[Path]:
     """Every bundled recipe file, by name."""
-    return sorted(recipe_folder().glob("*.toml"))
+    return sorted(find_recipe_folder().glob("*.toml"))
 
 
 def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> Recipe:
@@ -32,11 +32,13 @@ def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> R
     if name_or_path is not None:
         path = Path(name_or_path)
         if path.suffix != ".toml":
-            path = recipe_folder() / f"{name_or_path}.toml"
+            path = find_recipe_folder() / f"{name_or_path}.toml"
         return load_recipe(path)
-    mentioned = [p for p in bundled() if f'"{model_type}"' in p.read_text(encoding="utf-8")]
+    mentioned = [
+        p for p in list_recipe_files() if f'"{model_type}"' in p.read_text(encoding="utf-8")
+    ]
     found = [recipe for recipe in map(load_recipe, mentioned) if model_type in recipe.model_types]
-    fitting = [recipe for recipe in found if serves(recipe, config)]
+    fitting = [recipe for recipe in found if matches_config(recipe, config)]
     if len(fitting) == 1:
         return fitting[0]
     if found:

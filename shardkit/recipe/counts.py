@@ -16,15 +16,15 @@ from shardkit.recipe.recipe import Recipe, UnitRule
 MAX_COUNT = 1 << 32
 
 
-def serves(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     """Whether a recipe is for this config: its `when` conditions hold, defaults included."""
     conditions = recipe.when.get(str(config.get("model_type")), {})
-    return all(_value(config, field) == value for field, value in conditions.items())
+    return all(_field_value(config, field) == value for field, value in conditions.items())
 
 
 def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
     """The recipe's units with the config's counts.  Raises RecipeError naming the field."""
-    counts = {name: unit_count(name, recipe, config) for name in recipe.units}
+    counts = {name: resolve_unit_count(name, recipe, config) for name in recipe.units}
     units = {}
     for name, rule in recipe.units.items():
         count, sharers = counts[name], counts.get(rule.shared_by) or 0
@@ -39,59 +39,59 @@ def resolve_counts(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, int]:
 
     One that the config lacks is left out: a recipe may serve configs that have no such axis.
     """
-    found = {name: _count(rule, config) for name, rule in recipe.counts.items()}
+    found = {name: _resolve_count(rule, config) for name, rule in recipe.counts.items()}
     return {name: count for name, count in found.items() if count is not None}
 
 
-def unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> int | None:
+def resolve_unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> int | None:
     """How many units of a kind there are; None for as many as the axis is long."""
     rule = recipe.units[name]
     if not rule.fields:
         return None
-    if (count := _count(rule, config)) is not None:
+    if (count := _resolve_count(rule, config)) is not None:
         return count
     if rule.shared_by:
-        return unit_count(rule.shared_by, recipe, config)
+        return resolve_unit_count(rule.shared_by, recipe, config)
     raise RecipeError(
         f"config.json: no {' or '.join(rule.fields)}, which recipe {recipe.name!r} needs"
     )
 
 
-def _count(rule: UnitRule, config: Mapping[str, Any]) -> int | None:
+def _resolve_count(rule: UnitRule, config: Mapping[str, Any]) -> int | None:
     """The first field that the config states, or else the first its class has a default for."""
     for field in rule.fields:
-        if _get(config, field.partition(" / ")[0]) is not None:
-            return _number(config, field)
+        if _get_field(config, field.partition(" / ")[0]) is not None:
+            return _read_count(config, field)
     for field in rule.fields:
         name = field.partition(" / ")[0]
-        if not _has(config, name) and type(_default(config, name)) is int:
-            return _number(config, field)
+        if not _has_field(config, name) and type(_class_default(config, name)) is int:
+            return _read_count(config, field)
     return None
 
 
-def _number(config: Mapping[str, Any], field: str) -> int:
+def _read_count(config: Mapping[str, Any], field: str) -> int:
     name, _, per = field.partition(" / ")
-    value = _checked(_value(config, name), name)
+    value = _check_count(_field_value(config, name), name)
     if not per:
         return value
-    by = int(per) if per.isdigit() else _checked(_value(config, per), per)
+    by = int(per) if per.isdigit() else _check_count(_field_value(config, per), per)
     if value % by:
         raise RecipeError(f"config.json: {name} {value} is no multiple of {per} {by}")
     return value // by
 
 
-def _checked(value: object, field: str) -> int:
+def _check_count(value: object, field: str) -> int:
     if type(value) is not int or not 1 <= value <= MAX_COUNT:
         raise RecipeError(f"config.json: {field} is {value!r}, not a count of 1 to {MAX_COUNT}")
     return value
 
 
-def _value(config: Mapping[str, Any], field: str) -> Any:
+def _field_value(config: Mapping[str, Any], field: str) -> Any:
     """A field of the config, or where it is left out, its class's default."""
-    return _get(config, field) if _has(config, field) else _default(config, field)
+    return _get_field(config, field) if _has_field(config, field) else _class_default(config, field)
 
 
-def _get(config: Mapping[str, Any], field: str) -> Any:
+def _get_field(config: Mapping[str, Any], field: str) -> Any:
     """A field, `text_config.num_heads` of a nested table, `num_heads.0` of a list."""
     value: Any = config
     for key in field.split("."):
@@ -104,13 +104,13 @@ def _get(config: Mapping[str, Any], field: str) -> Any:
     return value
 
 
-def _has(config: Mapping[str, Any], field: str) -> bool:
+def _has_field(config: Mapping[str, Any], field: str) -> bool:
     *path, last = field.split(".")
-    parent = _get(config, ".".join(path)) if path else config
-    return last in parent if isinstance(parent, Mapping) else _get(config, field) is not None
+    parent = _get_field(config, ".".join(path)) if path else config
+    return last in parent if isinstance(parent, Mapping) else _get_field(config, field) is not None
 
 
-def _default(config: Mapping[str, Any], field: str) -> Any:
+def _class_default(config: Mapping[str, Any], field: str) -> Any:
     """The default that the family's config class declares; None where it has none, or is unknown.
 
     The class is read, never built: building one derives some fields from the defaults of others.
@@ -123,7 +123,7 @@ def _default(config: Mapping[str, Any], field: str) -> Any:
     cls: Any = CONFIG_MAPPING[model_type]
     *path, last = field.split(".")
     for at, key in enumerate(path):
-        stated = _get(config, ".".join([*path[: at + 1], "model_type"]))
+        stated = _get_field(config, ".".join([*path[: at + 1], "model_type"]))
         known = isinstance(stated, str) and stated in CONFIG_MAPPING
         cls = CONFIG_MAPPING[stated] if known else cls.sub_configs.get(key)
         if not hasattr(cls, "sub_configs"):

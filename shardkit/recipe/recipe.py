@@ -20,15 +20,15 @@ Style = Literal["column", "row", "vocab", "norm", "gather", "once", "replicate",
 class Rule:
     """How the tensors that `pattern` names are placed.
 
-    `in_out` says that weights are stored `[in, out]` (Conv1D, Embedding) instead of `[out, in]`;
-    `at` is the sharded dimension where it is neither.  `reason` says why something large is whole.
+    `fan_in_fan_out` says that weights are stored `[in, out]` (Conv1D, Embedding) instead of `[out, in]`;
+    `stated_dim` is the sharded dimension where it is neither.  `reason` says why something large is whole.
     """
 
     pattern: str
     style: Style
     terms: tuple[Term, ...] = ()
-    in_out: bool = False
-    at: int | None = None
+    fan_in_fan_out: bool = False
+    stated_dim: int | None = None
     reason: str = ""
 
     def dim(self, ndim: int) -> int | None:
@@ -39,13 +39,13 @@ class Rule:
         """
         if ndim == 0 or not self.terms:
             return None
-        if self.at is not None:
-            return min(self.at, ndim - 1)
+        if self.stated_dim is not None:
+            return min(self.stated_dim, ndim - 1)
         match self.style:
             case "column" | "norm":
-                return ndim - 1 if self.in_out or ndim == 1 else ndim - 2
+                return ndim - 1 if self.fan_in_fan_out or ndim == 1 else ndim - 2
             case "row" if ndim > 1:
-                return ndim - 2 if self.in_out else ndim - 1
+                return ndim - 2 if self.fan_in_fan_out else ndim - 1
             case "vocab":
                 return 0
             case _:
@@ -65,26 +65,26 @@ class UnitRule:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalAttribute:
-    """A module attribute that shrinks on a rank, as `times` does, or as the ratio `times/per`.
+class ModuleAttribute:
+    """A module attribute that shrinks on a rank, as `unit` does, or as the ratio `times/per`.
 
-    Of a list of modules, one for each unit, a rank keeps its own.  `times` is a unit, or a tensor
+    Of a list of modules, one for each unit, a rank keeps its own.  `unit` is a unit, or a tensor
     of the module (`conv1d.weight`) along whose divided dimension the attribute is counted.
     """
 
     module: str
     attribute: str
-    times: str
-    per: str = ""
+    unit: str
+    per_unit: str = ""
 
     @property
     def by_tensor(self) -> bool:
-        """Whether `times` names a tensor; no unit's name has a dot."""
-        return "." in self.times
+        """Whether `unit` names a tensor; no unit's name has a dot."""
+        return "." in self.unit
 
 
 @dataclass(frozen=True, slots=True)
-class LocalArgument:
+class ForwardArgument:
     """A forward argument of which a rank's module sees only its own units, along `dim`.
 
     `outer` is set where other axes lie before the unit's in the same dimension, as `[batch heads]`.
@@ -108,14 +108,14 @@ class Recipe:
     units: Mapping[str, UnitRule] = field(default_factory=dict)
     counts: Mapping[str, UnitRule] = field(default_factory=dict)
     when: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    attributes: tuple[LocalAttribute, ...] = ()
-    arguments: tuple[LocalArgument, ...] = ()
+    module_attributes: tuple[ModuleAttribute, ...] = ()
+    forward_arguments: tuple[ForwardArgument, ...] = ()
     base_model_prefix: str = ""
     notes: str = ""
 
     @cached_property
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
+        return [(compile_tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
 
     def rule_for(self, tensor: str) -> Rule:
         """The one rule that names `tensor`.  Raises RecipeError where none does, or two do."""
@@ -131,7 +131,7 @@ class Recipe:
         raise RecipeError(f"{tensor}: {len(found)} rules of recipe {self.name!r} name it: {names}")
 
 
-def tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]:
+def compile_tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]:
     """The tensors a recipe pattern names: a module's weight and bias, or exactly that tensor.
 
     A name may lack the base model's prefix, itself a pattern, as checkpoints saved from the base
@@ -139,17 +139,17 @@ def tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]
     """
     head = ""
     if base_model_prefix and pattern.startswith(base_model_prefix + "."):
-        head = rf"(?:{_body(base_model_prefix)}\.)?"
+        head = rf"(?:{_translate_pattern(base_model_prefix)}\.)?"
         pattern = pattern[len(base_model_prefix) + 1 :]
-    return re.compile(head + _body(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
+    return re.compile(head + _translate_pattern(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
 
 
-def module_pattern(pattern: str) -> re.Pattern[str]:
+def compile_module_pattern(pattern: str) -> re.Pattern[str]:
     """The modules a `[local]` or `[arguments]` pattern names, wherever the model nests them."""
-    return re.compile(r"(?:.*\.)?" + _body(pattern.removesuffix("?")))
+    return re.compile(r"(?:.*\.)?" + _translate_pattern(pattern.removesuffix("?")))
 
 
-def _body(pattern: str) -> str:
+def _translate_pattern(pattern: str) -> str:
     """`*` is one number and `{a,b}` is either; everything else stands for itself.
 
     `*` is itself too: transformers 5 saves such a name where it undoes a renaming by pattern.

@@ -22,12 +22,12 @@ ACTIVE = {"auto_map", "trust_remote_code", "transformers_weights", "custom_pipel
           "use_kernels", "kernel_config"}  # fmt: skip
 
 
-def model_config(folder: Path, specs: Sequence[TensorSpec] = ()) -> PreTrainedConfig:
+def build_config(folder: Path, specs: Sequence[TensorSpec] = ()) -> PreTrainedConfig:
     """The config of a folder, for a model of these whole tensors.
 
     Raises CheckpointError for one that they contradict, or that no class takes.
     """
-    table = inert(read_config(folder))
+    table = remove_active_fields(read_config(folder))
     check_config(table, specs, folder)
     with tempfile.TemporaryDirectory(prefix="shardkit-") as apart:
         (Path(apart) / "config.json").write_text(json.dumps(table))
@@ -41,18 +41,20 @@ def model_config(folder: Path, specs: Sequence[TensorSpec] = ()) -> PreTrainedCo
     return config
 
 
-def source_config(folder: Path) -> PreTrainedConfig:
+def read_source_config(folder: Path) -> PreTrainedConfig:
     """The config of an unsharded checkpoint's folder.  Raises CheckpointError."""
     with Checkpoint(folder) as checkpoint:
-        return model_config(folder, checkpoint.specs())
+        return build_config(folder, checkpoint.specs())
 
 
-def inert(value: Any) -> Any:
+def remove_active_fields(value: Any) -> Any:
     """A JSON value without the fields, however deep, that would make transformers run or fetch."""
     if isinstance(value, dict):
-        return {key: inert(inner) for key, inner in value.items() if not _acts(key)}
-    return [inert(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            key: remove_active_fields(inner) for key, inner in value.items() if not _is_active(key)
+        }
+    return [remove_active_fields(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _acts(key: str) -> bool:
+def _is_active(key: str) -> bool:
     return key in ACTIVE or "implementation" in key

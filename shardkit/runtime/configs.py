@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
-from shardkit.files import read_small
+from shardkit.files import read_small_file
 from shardkit.shards.manifest import Manifest
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -18,9 +18,9 @@ def read_configs(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """The configs that were copied, their bytes checked.  Raises ManifestError."""
     found = {}
     for name in CONFIGS:
-        if name in manifest.copied:
-            data = found[name] = read_small(folder / name, MAX_COMPANION, ManifestError)
-            if sha256(data).hexdigest() != manifest.copied[name].sha256:
+        if name in manifest.companion_files:
+            data = found[name] = read_small_file(folder / name, MAX_COMPANION, ManifestError)
+            if sha256(data).hexdigest() != manifest.companion_files[name].sha256:
                 raise ManifestError(
                     f"{folder / name}: not the file that was split with the weights"
                 )

@@ -49,7 +49,7 @@ class Conversion:
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
 
-def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
+def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
     """The conversions that take these names on disk into the model.
 
     A name that the model's class says to skip (keys of a layer that uses another's) is left out.
@@ -65,7 +65,7 @@ def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
-        if target not in state and skips(model, target):
+        if target not in state and is_skipped_key(model, target):
             continue
         if target not in state:
             raise ManifestError(f"{name}: {type(model).__name__} has no tensor {target!r} for it")
@@ -74,7 +74,7 @@ def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion
     return [_conversion(group, sources, by_pattern) for group, sources in found.items()]
 
 
-def skips(model: PreTrainedModel, name: str) -> bool:
+def is_skipped_key(model: PreTrainedModel, name: str) -> bool:
     """Whether the model's class says that a tensor it lacks may be in a checkpoint."""
     return any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
 

@@ -13,16 +13,22 @@ import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.config import model_config
+from shardkit.runtime.config import build_config
 from shardkit.runtime.configs import checked_copy, read_configs
-from shardkit.runtime.conversion import conversions
+from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import called_alike
-from shardkit.runtime.layers.experts import slow_experts, suit_experts
+from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
 from shardkit.runtime.layers.linear import fit_widths
-from shardkit.runtime.materialize import check_shapes, clear, fill, finish, tie_placements
+from shardkit.runtime.materialize import (
+    fill_parameters,
+    find_tied_placements,
+    placements_by_parameter,
+    tie_and_initialize,
+    zero_tensors,
+)
 from shardkit.runtime.models.registry import find_model_class
-from shardkit.runtime.parallelize import localize, select
+from shardkit.runtime.parallelize import keep_local_units, parallelize_model
 from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
@@ -55,7 +61,7 @@ def load(
     warns of what makes the model slow here.
     """
     group = group or connect(device, timeouts)
-    model, slow = load_told(Path(folder), group, dtype, verify)
+    model, slow = load_with_warnings(Path(folder), group, dtype, verify)
     if check_inputs:
         called_alike(model, group)
     if slow and group.tp_rank == 0:
@@ -63,32 +69,34 @@ def load(
     return model
 
 
-def load_told(
+def load_with_warnings(
     folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     group.doing("preparing to load")
     manifest, model, unsuited, error = None, None, "", ""
     try:
-        manifest = prepare(folder, group.tp_rank, group.tp_size)
-        model = whole(folder, manifest, dtype)
+        manifest = open_rank_shard(folder, group.tp_rank, group.tp_size)
+        model = build_on_meta(folder, manifest, dtype)
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
-    group.agree(group.itself() | (loads(manifest, model) if manifest and model else {}), error)
+    group.agree(
+        group.itself() | (load_signature(manifest, model) if manifest and model else {}), error
+    )
     assert manifest is not None
     assert model is not None
     group.doing("loading")
     try:
-        fill_in(model, folder, manifest, group, verify)
-        unsuited = suit_experts(model)
+        load_into(model, folder, manifest, group, verify)
+        unsuited = choose_expert_kernel(model)
     except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
     found = group.agree({}, error, unsuited)
     group.doing("idle")
-    return model, slow_experts(found) if found else ""
+    return model, expert_kernel_warning(found) if found else ""
 
 
-def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
+def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
     """The manifest, and the proof that this rank's file is there and of this split.
 
     Raises ManifestError.  Reads the shard's header only.
@@ -104,18 +112,18 @@ def prepare(folder: Path, tp_rank: int, tp_size: int) -> Manifest:
     return manifest
 
 
-def whole(folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> PreTrainedModel:
+def build_on_meta(folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> PreTrainedModel:
     """The whole model, on the meta device.  Raises ShardkitError where none can be made."""
     with checked_copy(folder, manifest) as checked:
-        config = model_config(checked, [placed.spec for placed in manifest.plan.placements])
+        config = build_config(checked, [placed.spec for placed in manifest.plan.placements])
     config.name_or_path = str(folder)
-    dtype = dtype or default_dtype(config, manifest)
+    dtype = dtype or choose_dtype(config, manifest)
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = resolve_model_class(config)._from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval()
 
 
-def loads(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
+def load_signature(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
     """What a rank is about to load, in which every rank must be alike."""
     plan = {n: [list(t.shape), str(t.dtype)] for n, t in model.state_dict().items()}
     return {
@@ -127,7 +135,7 @@ def loads(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def fill_in(
+def load_into(
     model: PreTrainedModel,
     folder: Path,
     manifest: Manifest,
@@ -137,28 +145,30 @@ def fill_in(
     """Make the whole model local, and fill it from this rank's file."""
     dtype = model.config.dtype
     loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
-    plan = conversions(model, loaded)
-    placed = check_shapes(model, manifest.placements, plan)
+    plan = find_conversions(model, loaded)
+    placed = placements_by_parameter(model, manifest.placements, plan)
     missing = model.state_dict().keys() - placed.keys()
-    tied = tie_placements(model, placed, missing)
-    localize(model, manifest, {**placed, **tied}, group)
+    tied = find_tied_placements(model, placed, missing)
+    parallelize_model(model, manifest, {**placed, **tied}, group)
     wanted = {name for conversion in plan for name, _ in conversion.sources}
     tensors = read_tensors(folder, manifest, group.tp_rank, wanted, verify)
-    fill(model, tensors, plan, group.device, dtype)
+    fill_parameters(model, tensors, plan, group.device, dtype)
     if group.tp_rank:
-        clear(model, [name for name, placement in placed.items() if placement.style == "once"])
-    finish(model, missing, group.device)
-    select(model, manifest.plan, placed, group.tp_rank)
+        zero_tensors(
+            model, [name for name, placement in placed.items() if placement.style == "once"]
+        )
+    tie_and_initialize(model, missing, group.device)
+    keep_local_units(model, manifest.plan, placed, group.tp_rank)
     for module in model.modules():
         fit_widths(module)
-    if model.can_generate() and "generation_config.json" in manifest.copied:
+    if model.can_generate() and "generation_config.json" in manifest.companion_files:
         with checked_copy(folder, manifest) as checked:
             model.generation_config = GenerationConfig.from_pretrained(checked)
     if model.can_generate() and group.tp_size > 1:
         sample_alike(model, group)
 
 
-def model_class(config: PreTrainedConfig) -> Any:
+def resolve_model_class(config: PreTrainedConfig) -> Any:
     """The model class the config names, of transformers or built in.  Raises ManifestError."""
     for name in config.architectures or ():
         if (found := find_model_class(str(name))) is not None:
@@ -169,7 +179,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def default_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
+def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
     """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

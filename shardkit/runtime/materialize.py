@@ -14,7 +14,7 @@ from shardkit.runtime.conversion import Conversion
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 
 
-def check_shapes(
+def placements_by_parameter(
     model: PreTrainedModel, placements: Mapping[str, Placement], plan: list[Conversion]
 ) -> dict[str, Placement]:
     """Each of the model's tensors that the shards make, and the placement it is made of.
@@ -37,7 +37,7 @@ def check_shapes(
     return placed
 
 
-def tie_placements(
+def find_tied_placements(
     model: PreTrainedModel, placed: Mapping[str, Placement], missing: set[str]
 ) -> dict[str, Placement]:
     """The placements of tensors that are not stored because they are tied to one that is."""
@@ -50,7 +50,7 @@ def tie_placements(
     return tied
 
 
-def fill(
+def fill_parameters(
     model: PreTrainedModel,
     tensors: Iterable[tuple[str, torch.Tensor]],
     plan: list[Conversion],
@@ -72,16 +72,16 @@ def fill(
             wanted = getattr(module, leaf).dtype
             if any(part in name for part in keep):
                 wanted = torch.float32
-            put(module, leaf, tensor.to(wanted))
+            set_tensor(module, leaf, tensor.to(wanted))
 
 
-def clear(model: PreTrainedModel, names: Iterable[str]) -> None:
+def zero_tensors(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Zero what only rank 0 adds: a bias inside a region that is summed over the ranks."""
     for name in names:
         model.get_parameter_or_buffer(name).zero_()
 
 
-def put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+def set_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     """Set a parameter or buffer, whatever shape it had, marked as not to be initialised."""
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
@@ -90,7 +90,7 @@ def put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def finish(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
+def tie_and_initialize(model: PreTrainedModel, missing: set[str], device: torch.device) -> None:
     """Tie what is tied, and make what no checkpoint stores: the buffers a model computes.
 
     Raises ManifestError for a weight that is neither stored, tied nor computed: transformers would

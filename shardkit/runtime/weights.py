@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shardkit.errors import ManifestError
-from shardkit.shards.integrity import BLOCK, RankReader, blocks, reused
+from shardkit.shards.integrity import BLOCK, RankReader, reuse_buffer, split_blocks
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
@@ -37,15 +37,15 @@ def read_tensors(
     with RankReader(folder, manifest, tp_rank, verify) as reader:
         for spec in reader.specs:
             if spec.name in names:
-                tensor, view = _room(spec)
-                reader.read(spec, blocks(view))
+                tensor, view = _allocate_tensor(spec)
+                reader.read(spec, split_blocks(view))
                 yield spec.name, tensor
             elif verify:
-                reader.read(spec, reused(buffer, spec.nbytes, lambda _: None))
+                reader.read(spec, reuse_buffer(buffer, spec.nbytes, lambda _: None))
         reader.finish()
 
 
-def _room(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
+def _allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """An uninitialised tensor, and its bytes.  Raises ManifestError for a dtype torch lacks."""
     if spec.dtype not in TORCH_DTYPES:
         raise ManifestError(f"{spec.name}: torch has no dtype that holds {spec.dtype}")

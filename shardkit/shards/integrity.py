@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
-from shardkit.shards.manifest import MARK, Manifest, stored_specs
+from shardkit.shards.manifest import PREFIX_DIGITS, Manifest, list_stored_specs
 from shardkit.shards.manifest_json import shard_header
 from shardkit.shards.reader import ShardedCheckpoint, open_shard
 from shardkit.tensor import TensorSpec
@@ -28,7 +28,7 @@ class RankReader:
         self, folder: Path, manifest: Manifest, tp_rank: int, checked: bool = True
     ) -> None:
         """Open the file.  Raises ManifestError unless its size and header are the split's."""
-        self.specs = stored_specs(manifest.plan, tp_rank)  # in the order of the file
+        self.specs = list_stored_specs(manifest.plan, tp_rank)  # in the order of the file
         self._rank = manifest.ranks[tp_rank]
         self._name = f"{folder / self._rank.name}: rank {tp_rank}"
         self._sha256 = sha256(shard_header(manifest, tp_rank)) if checked else None
@@ -52,7 +52,11 @@ class RankReader:
             at += len(view)
             if self._sha256:
                 self._sha256.update(view)
-        if self._sha256 and self._sha256.hexdigest()[:MARK] != self._rank.pieces[spec.name].mark:
+        if (
+            self._sha256
+            and self._sha256.hexdigest()[:PREFIX_DIGITS]
+            != self._rank.pieces[spec.name].prefix_sha256
+        ):
             raise VerifyError(self._damaged(spec))
 
     def finish(self) -> None:
@@ -82,13 +86,13 @@ class RankReader:
         )
 
 
-def blocks(view: memoryview) -> Iterator[memoryview]:
+def split_blocks(view: memoryview) -> Iterator[memoryview]:
     """A view in parts of at most a block."""
     for at in range(0, len(view), BLOCK):
         yield view[at : at + BLOCK]
 
 
-def reused(buffer: memoryview, nbytes: int, progress: Progress) -> Iterator[memoryview]:
+def reuse_buffer(buffer: memoryview, nbytes: int, progress: Progress) -> Iterator[memoryview]:
     """One buffer again and again, `nbytes` in all, for bytes that are only hashed."""
     for at in range(0, nbytes, len(buffer)):
         view = buffer[: nbytes - at]
@@ -104,18 +108,18 @@ def check_rank(folder: Path, manifest: Manifest, tp_rank: int, progress: Progres
     buffer = memoryview(bytearray(BLOCK))
     with RankReader(folder, manifest, tp_rank) as reader:
         for spec in reader.specs:
-            reader.read(spec, reused(buffer, spec.nbytes, progress))
+            reader.read(spec, reuse_buffer(buffer, spec.nbytes, progress))
         reader.finish()
 
 
 def check_ranks(shards: ShardedCheckpoint, progress: Progress) -> None:
     """Raise VerifyError naming every damaged file, and the tensor the damage begins in."""
     ranks = range(shards.manifest.tp_size)
-    if faults := rank_faults(shards.folder, shards.manifest, ranks, progress):
+    if faults := find_rank_faults(shards.folder, shards.manifest, ranks, progress):
         raise VerifyError("; ".join(faults))
 
 
-def rank_faults(
+def find_rank_faults(
     folder: Path, manifest: Manifest, ranks: Iterable[int], progress: Progress
 ) -> list[str]:
     """What is wrong with these ranks' files, one line for each that is not what was written."""

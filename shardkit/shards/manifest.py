@@ -19,8 +19,8 @@ from shardkit.planning.plan import Placement, Plan
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 FORMAT = 1
-NAME = "manifest.json"
-MARK = 16  # hex digits of a mark
+MANIFEST_NAME = "manifest.json"
+PREFIX_DIGITS = 16  # hex digits of a mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Piece:
     """
 
     offset: int
-    mark: str
+    prefix_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class SourceRecord:
     id: str
     revision: str
     model_type: str
-    sample: str
+    fingerprint: str
     files: tuple[SourceFile, ...]
     index: Index | None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished split; `copied` are the companion files."""
+    """A finished split; `companion_files` are the companion files."""
 
     split_id: str
     plan: Plan
@@ -78,7 +78,7 @@ class Manifest:
     recipe: str
     recipe_sha256: str
     ranks: tuple[RankFile, ...]
-    copied: Mapping[str, Digest]
+    companion_files: Mapping[str, Digest]
     shardkit: str
 
     @property
@@ -103,11 +103,11 @@ class Manifest:
     def data(self) -> bytes:
         """The canonical bytes: what is on disk, with the digest of what they say without it."""
         own = hashlib.sha256(self.unsealed()).hexdigest()
-        return strict_json.canonical({**to_json(self), "sha256": own}) + b"\n"
+        return strict_json.encode_canonical({**manifest_to_json(self), "sha256": own}) + b"\n"
 
     def unsealed(self) -> bytes:
         """The canonical bytes without their own digest, which is all that an older manifest has."""
-        return strict_json.canonical(to_json(self)) + b"\n"
+        return strict_json.encode_canonical(manifest_to_json(self)) + b"\n"
 
     @property
     def sha256(self) -> str:
@@ -115,12 +115,12 @@ class Manifest:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def rank_name(tp_rank: int, tp_size: int) -> str:
+def rank_file_name(tp_rank: int, tp_size: int) -> str:
     """A rank's file name."""
     return f"rank-{tp_rank:05d}-of-{tp_size:05d}.safetensors"
 
 
-def shard_metadata(split_id: str, tp_rank: int, tp_size: int) -> dict[str, str]:
+def make_shard_metadata(split_id: str, tp_rank: int, tp_size: int) -> dict[str, str]:
     """The safetensors metadata of a rank's file."""
     return {
         "format": "pt",
@@ -131,7 +131,7 @@ def shard_metadata(split_id: str, tp_rank: int, tp_size: int) -> dict[str, str]:
     }
 
 
-def stored_order(placements: Sequence[Placement]) -> list[Placement]:
+def sort_for_storage(placements: Sequence[Placement]) -> list[Placement]:
     """The order of tensors in a rank's file: wide dtypes first, so that every tensor is aligned.
 
     Within a width, the source's own order, so that a split reads the source front to back.
@@ -139,21 +139,21 @@ def stored_order(placements: Sequence[Placement]) -> list[Placement]:
     return sorted(placements, key=lambda p: -DTYPE_BITS[p.spec.dtype])
 
 
-def stored_specs(plan: Plan, tp_rank: int) -> list[TensorSpec]:
+def list_stored_specs(plan: Plan, tp_rank: int) -> list[TensorSpec]:
     """What a rank's file holds, in order."""
-    shards = (p.shard(tp_rank, plan.tp_size) for p in stored_order(plan.placements))
+    shards = (p.shard_spec(tp_rank, plan.tp_size) for p in sort_for_storage(plan.placements))
     return [shard for shard in shards if shard is not None]
 
 
-def signing_digest(manifest: Manifest, manifest_sha256: str) -> str:
+def compute_signing_digest(manifest: Manifest, manifest_sha256: str) -> str:
     """The digest that OpenSSF model signing signs: of every file's raw sha256, by the file's name.
 
     https://github.com/sigstore/model-transparency calls it the subject.  `manifest_sha256` is of
     manifest.json as it is on disk.
     """
-    digests = {NAME: manifest_sha256}
+    digests = {MANIFEST_NAME: manifest_sha256}
     digests |= {rank.name: rank.digest.sha256 for rank in manifest.ranks}
-    digests |= {name: digest.sha256 for name, digest in manifest.copied.items()}
+    digests |= {name: digest.sha256 for name, digest in manifest.companion_files.items()}
     joined = b"".join(bytes.fromhex(digests[name]) for name in sorted(digests))
     return hashlib.sha256(joined).hexdigest()
 
@@ -164,12 +164,12 @@ def make_split_id(plan: Plan, sample: str, recipe_sha256: str) -> str:
     Known before the first byte is copied, so it rests on a sample of the source; the digests in
     the manifest are the proof.
     """
-    layout = {p.spec.name: placement_json(p) for p in plan.placements}
+    layout = {p.spec.name: placement_to_json(p) for p in plan.placements}
     value = [FORMAT, plan.tp_size, sample, recipe_sha256, layout]
-    return hashlib.sha256(strict_json.canonical(value)).hexdigest()
+    return hashlib.sha256(strict_json.encode_canonical(value)).hexdigest()
 
 
-def to_json(manifest: Manifest) -> dict[str, object]:
+def manifest_to_json(manifest: Manifest) -> dict[str, object]:
     """The manifest as JSON values: tables, lists, strings and integers."""
     return {
         "format": FORMAT,
@@ -177,71 +177,71 @@ def to_json(manifest: Manifest) -> dict[str, object]:
         "split_id": manifest.split_id,
         "tp_size": manifest.tp_size,
         "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
-        "source": _source_json(manifest.source),
+        "source": _source_to_json(manifest.source),
         "units": {
-            name: {"count": unit.count or 0, "sharers": unit.sharers}
+            name: {"count": unit.count or 0, "sharers": unit.shared_by}
             for name, unit in manifest.plan.units.items()
         },
         "local": {
             "attributes": [
-                {"module": a.module, "attribute": a.attribute, "times": a.times, "per": a.per}
-                for a in manifest.plan.attributes
+                {"module": a.module, "attribute": a.attribute, "times": a.unit, "per": a.per_unit}
+                for a in manifest.plan.module_attributes
             ],
             "arguments": [
                 {"module": a.module, "argument": a.argument, "dim": a.dim, "unit": a.unit,
                  "outer": a.outer}
-                for a in manifest.plan.arguments
+                for a in manifest.plan.forward_arguments
             ],
         },
         "tensors": {
-            name: placement_json(placement) for name, placement in manifest.placements.items()
+            name: placement_to_json(placement) for name, placement in manifest.placements.items()
         },
-        "ranks": [_rank_json(rank) for rank in manifest.ranks],
+        "ranks": [_rank_to_json(rank) for rank in manifest.ranks],
         "copied": {
-            name: {"size": d.size, "sha256": d.sha256} for name, d in manifest.copied.items()
+            name: {"size": d.size, "sha256": d.sha256} for name, d in manifest.companion_files.items()
         },
     }  # fmt: skip
 
 
-def _rank_json(rank: RankFile) -> dict[str, object]:
+def _rank_to_json(rank: RankFile) -> dict[str, object]:
     counted: dict[str, object] = {"nonfinite": rank.nonfinite} if rank.nonfinite else {}
     return counted | {
         "file": rank.name,
         "size": rank.digest.size,
         "sha256": rank.digest.sha256,
-        "pieces": {name: [p.offset, p.mark] for name, p in rank.pieces.items()},
+        "pieces": {name: [p.offset, p.prefix_sha256] for name, p in rank.pieces.items()},
     }
 
 
-def placement_json(placement: Placement) -> dict[str, object]:
+def placement_to_json(placement: Placement) -> dict[str, object]:
     """One tensor's layout as JSON values; `dim` -1 where it is not divided."""
     return {
         "dtype": placement.spec.dtype,
         "shape": list(placement.spec.shape),
         "style": placement.style,
         "dim": -1 if placement.dim is None else placement.dim,
-        "sections": [_section_json(section) for section in placement.sections],
+        "sections": [_section_to_json(section) for section in placement.sections],
     }
 
 
-def _section_json(section: Section) -> dict[str, object]:
-    beside: dict[str, object] = {"beside": section.beside} if section.beside else {}
+def _section_to_json(section: Section) -> dict[str, object]:
+    beside: dict[str, object] = {"beside": section.group_tail} if section.group_tail else {}
     return beside | {
         "repeat": section.repeat,
         "units": section.units,
         "size": section.size,
-        "sharers": section.sharers,
-        "whole": section.whole,
+        "sharers": section.shared_by,
+        "whole": section.replicated,
     }
 
 
-def _source_json(source: SourceRecord) -> dict[str, object]:
+def _source_to_json(source: SourceRecord) -> dict[str, object]:
     index = source.index
     return {
         "id": source.id,
         "revision": source.revision,
         "model_type": source.model_type,
-        "sample": source.sample,
+        "sample": source.fingerprint,
         "files": [
             {"name": f.name, "size": f.size, "tensors": list(f.tensors),
              "metadata": [[key, value] for key, value in f.metadata.items()]}  # their order counts

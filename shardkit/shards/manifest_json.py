@@ -8,30 +8,30 @@ from typing import Any, get_args
 
 from shardkit import strict_json
 from shardkit.checkpoint.checkpoint import SourceFile
-from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, header_bytes
+from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, encode_header
 from shardkit.checkpoint.index import Index
 from shardkit.errors import LayoutError, ManifestError
-from shardkit.files import read_small
-from shardkit.json_fields import Fields, file_name, hex_digits, integer, string
+from shardkit.files import read_small_file
+from shardkit.json_fields import JsonObject, read_file_name, read_hex, read_integer, read_string
 from shardkit.layout.axis import Unit
 from shardkit.layout.spans import Section
 from shardkit.planning.plan import MAX_TP_SIZE, Placement, Plan
-from shardkit.recipe.recipe import LocalArgument, LocalAttribute, Style
+from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Style
 from shardkit.shards.manifest import (
     FORMAT,
-    MARK,
-    NAME,
+    MANIFEST_NAME,
+    PREFIX_DIGITS,
     Digest,
     Manifest,
     Piece,
     RankFile,
     SourceRecord,
+    list_stored_specs,
+    make_shard_metadata,
     make_split_id,
-    rank_name,
-    shard_metadata,
-    stored_specs,
+    rank_file_name,
 )
-from shardkit.strict_json import JsonError, shown
+from shardkit.strict_json import JsonError, quote
 from shardkit.tensor import DTYPE_BITS, TensorSpec
 
 MAX_BYTES = 1 << 30
@@ -42,10 +42,12 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a shard folder.  Raises ManifestError, naming the folder and the fault."""
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder")
-    path = folder / NAME
+    path = folder / MANIFEST_NAME
     if not path.exists():
-        raise ManifestError(f"{folder}: no {NAME}: not a shard folder, or an unfinished split")
-    data = read_small(path, MAX_BYTES, ManifestError)
+        raise ManifestError(
+            f"{folder}: no {MANIFEST_NAME}: not a shard folder, or an unfinished split"
+        )
+    data = read_small_file(path, MAX_BYTES, ManifestError)
     try:
         return parse_manifest(data)
     except (JsonError, LayoutError) as fault:
@@ -54,11 +56,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(data: bytes) -> Manifest:
     """A manifest from its bytes.  Raises JsonError or LayoutError."""
-    value = strict_json.parse(data)
+    value = strict_json.parse_json(data)
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
-        raise JsonError(f"format {shown(found)}; this shardkit reads format {FORMAT}")
-    manifest = _manifest(Fields(value, "manifest", KEYS + " sha256" * ("sha256" in value)))
+        raise JsonError(f"format {quote(found)}; this shardkit reads format {FORMAT}")
+    manifest = _manifest(JsonObject(value, "manifest", KEYS + " sha256" * ("sha256" in value)))
     _check_files(manifest)
     manifest.plan.check()
     _check_units(manifest.plan)
@@ -70,13 +72,13 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def shard_header(manifest: Manifest, tp_rank: int) -> bytes:
     """The exact first bytes of a rank's file, which follow from the manifest."""
-    metadata = shard_metadata(manifest.split_id, tp_rank, manifest.tp_size)
-    return header_bytes(stored_specs(manifest.plan, tp_rank), metadata)
+    metadata = make_shard_metadata(manifest.split_id, tp_rank, manifest.tp_size)
+    return encode_header(list_stored_specs(manifest.plan, tp_rank), metadata)
 
 
-def _manifest(fields: Fields) -> Manifest:
+def _manifest(fields: JsonObject) -> Manifest:
     source = _source(fields.value("source"))
-    recipe = Fields(fields.value("recipe"), "recipe", "name sha256")
+    recipe = JsonObject(fields.value("recipe"), "recipe", "name sha256")
     copied = fields.table("copied").items()
     return Manifest(
         split_id=fields.hex("split_id"),
@@ -85,16 +87,18 @@ def _manifest(fields: Fields) -> Manifest:
         recipe=recipe.string("name"),
         recipe_sha256=recipe.hex("sha256"),
         ranks=fields.items("ranks", _rank),
-        copied={file_name(name, "copied"): _digest(value, name) for name, value in copied},
+        companion_files={
+            read_file_name(name, "copied"): _digest(value, name) for name, value in copied
+        },
         shardkit=fields.string("shardkit"),
     )
 
 
-def _plan(fields: Fields, order: list[str]) -> Plan:
+def _plan(fields: JsonObject, order: list[str]) -> Plan:
     tensors = fields.table("tensors")
     if sorted(order) != sorted(tensors):
         raise JsonError("the source's files do not hold exactly the tensors listed")
-    local = Fields(fields.value("local"), "local", "attributes arguments")
+    local = JsonObject(fields.value("local"), "local", "attributes arguments")
     return Plan(
         fields.integer("tp_size", MAX_TP_SIZE, 1),
         tuple(_placement(name, tensors[name]) for name in order),
@@ -109,26 +113,28 @@ def _check_files(manifest: Manifest) -> None:
     if len(manifest.ranks) != manifest.tp_size:
         raise JsonError(f"{len(manifest.ranks)} ranks, but tp_size {manifest.tp_size}")
     for tp_rank, rank in enumerate(manifest.ranks):
-        if rank.name != rank_name(tp_rank, manifest.tp_size):
-            raise JsonError(f"rank {tp_rank} has the file {shown(rank.name)}")
+        if rank.name != rank_file_name(tp_rank, manifest.tp_size):
+            raise JsonError(f"rank {tp_rank} has the file {quote(rank.name)}")
     source = manifest.source
     merged = [file.name for file in source.files] + ([source.index.name] if source.index else [])
     if not source.files:
         raise JsonError("source: no files")
-    for others in (merged, [NAME, *(rank.name for rank in manifest.ranks)]):
-        names = Counter([*manifest.copied, *others])
+    for others in (merged, [MANIFEST_NAME, *(rank.name for rank in manifest.ranks)]):
+        names = Counter([*manifest.companion_files, *others])
         if twice := [name for name, times in names.items() if times > 1]:
-            raise JsonError(f"{shown(twice[0])} is the name of two files")
+            raise JsonError(f"{quote(twice[0])} is the name of two files")
 
 
 def _check_units(plan: Plan) -> None:
-    ratios = [name for a in plan.attributes if a.per for name in (a.times, a.per)]
-    for name in (*ratios, *(rule.unit for rule in plan.arguments)):
+    ratios = [name for a in plan.module_attributes if a.per_unit for name in (a.unit, a.per_unit)]
+    for name in (*ratios, *(rule.unit for rule in plan.forward_arguments)):
         if name not in plan.units or plan.units[name].count is None:
-            raise JsonError(f"local: {shown(name)} is no unit with a count")
-    for attribute in plan.attributes:
-        if attribute.times not in plan.units and not (attribute.by_tensor and not attribute.per):
-            raise JsonError(f"local: {shown(attribute.times)} is no unit")
+            raise JsonError(f"local: {quote(name)} is no unit with a count")
+    for attribute in plan.module_attributes:
+        if attribute.unit not in plan.units and not (
+            attribute.by_tensor and not attribute.per_unit
+        ):
+            raise JsonError(f"local: {quote(attribute.unit)} is no unit")
 
 
 def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
@@ -136,7 +142,7 @@ def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
     rank = manifest.ranks[tp_rank]
     at = len(shard_header(manifest, tp_rank))
     offsets = {}
-    for spec in stored_specs(manifest.plan, tp_rank):
+    for spec in list_stored_specs(manifest.plan, tp_rank):
         offsets[spec.name] = at
         at += spec.nbytes
     if offsets != {name: piece.offset for name, piece in rank.pieces.items()}:
@@ -149,18 +155,18 @@ def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
 
 def _check_canonical(manifest: Manifest, data: bytes) -> None:
     plan, source = manifest.plan, manifest.source
-    if make_split_id(plan, source.sample, manifest.recipe_sha256) != manifest.split_id:
+    if make_split_id(plan, source.fingerprint, manifest.recipe_sha256) != manifest.split_id:
         raise JsonError("split_id is not that of this source, recipe and layout")
     if data != manifest.data and data != manifest.unsealed():
         raise JsonError("not in canonical form, or not of its own sha256: damaged, or changed")
 
 
 def _source(value: Any) -> SourceRecord:
-    fields = Fields(value, "source", "id revision model_type sample files index")
+    fields = JsonObject(value, "source", "id revision model_type sample files index")
     files = fields.items("files", _source_file)
     index = None
     if fields.value("index") is not None:
-        entry = Fields(fields.value("index"), "index", "name metadata")
+        entry = JsonObject(fields.value("index"), "index", "name metadata")
         weight_map = {name: file.name for file in files for name in file.tensors}
         index = Index(entry.file_name("name"), weight_map, entry.labels("metadata"))
     return SourceRecord(
@@ -170,23 +176,25 @@ def _source(value: Any) -> SourceRecord:
 
 
 def _source_file(value: Any, where: str) -> SourceFile:
-    fields = Fields(value, where, "name size metadata tensors")
+    fields = JsonObject(value, where, "name size metadata tensors")
     return SourceFile(
         fields.file_name("name"), fields.integer("size"), fields.pairs("metadata"),
-        fields.items("tensors", string),
+        fields.items("tensors", read_string),
     )  # fmt: skip
 
 
 def _placement(name: str, value: Any) -> Placement:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
-        raise JsonError(f"tensor name {shown(name)} is empty, too long or unprintable")
-    fields = Fields(value, name, "dtype shape style dim sections")
-    shape = fields.items("shape", lambda size, where: integer(size, f"{name}: {where}", MAX_DIM))
+        raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
+    fields = JsonObject(value, name, "dtype shape style dim sections")
+    shape = fields.items(
+        "shape", lambda size, where: read_integer(size, f"{name}: {where}", MAX_DIM)
+    )
     if fields.string("dtype") not in DTYPE_BITS or len(shape) > MAX_RANK:
-        raise JsonError(f"{name}: no dtype {shown(fields.value('dtype'))}, or too many dimensions")
+        raise JsonError(f"{name}: no dtype {quote(fields.value('dtype'))}, or too many dimensions")
     style: Style = fields.value("style")
     if style not in get_args(Style):
-        raise JsonError(f"{name}: no style {shown(style)}")
+        raise JsonError(f"{name}: no style {quote(style)}")
     dim = fields.integer("dim", len(shape) - 1, -1)
     parts = fields.items("sections", lambda part, where: _section(part, f"{name}: {where}"))
     spec = TensorSpec(name, fields.string("dtype"), shape)
@@ -195,40 +203,40 @@ def _placement(name: str, value: Any) -> Placement:
         return Placement(spec, style, None, parts)
     if dim == -1 or whole or sum(map(len, parts)) != shape[dim]:
         raise JsonError(f"{name}: its sections are not those of a dimension that is divided")
-    if style == "row" and any(part.whole or part.sharers for part in parts):
+    if style == "row" and any(part.replicated or part.shared_by for part in parts):
         raise JsonError(f"{name}: ranks share a section, and a sum would count it twice")
     return Placement(spec, style, dim, parts)
 
 
 def _section(value: Any, where: str) -> Section:
     beside = isinstance(value, dict) and "beside" in value  # left out where there is nothing
-    fields = Fields(value, where, "repeat units size sharers whole" + " beside" * beside)
+    fields = JsonObject(value, where, "repeat units size sharers whole" + " beside" * beside)
     section = Section(
         fields.integer("units", MAX_DIM, 1), fields.integer("size", MAX_DIM),
         fields.integer("repeat", MAX_DIM, 1), fields.integer("sharers", MAX_DIM),
         fields.boolean("whole"), fields.integer("beside", MAX_DIM, 1) if beside else 0,
     )  # fmt: skip
-    if section.beside and section.sharers < section.units:
-        raise JsonError(f"{where}: {section.sharers} units cannot share {section.units}")
-    if section.repeat * section.units * max(section.each, 1) > MAX_DIM:
+    if section.group_tail and section.shared_by < section.units:
+        raise JsonError(f"{where}: {section.shared_by} units cannot share {section.units}")
+    if section.repeat * section.units * max(section.indices_per_unit, 1) > MAX_DIM:
         raise JsonError(f"{where}: larger than the {MAX_DIM} indices allowed")
     return section
 
 
 def _unit(value: Any, name: str) -> Unit:
-    fields = Fields(value, f"unit {shown(name)}", "count sharers")
+    fields = JsonObject(value, f"unit {quote(name)}", "count sharers")
     return Unit(fields.integer("count", MAX_DIM) or None, fields.integer("sharers", MAX_DIM))
 
 
-def _attribute(value: Any, where: str) -> LocalAttribute:
+def _attribute(value: Any, where: str) -> ModuleAttribute:
     names = "module attribute times per"
-    fields = Fields(value, where, names)
-    return LocalAttribute(*(fields.string(name) for name in names.split()))
+    fields = JsonObject(value, where, names)
+    return ModuleAttribute(*(fields.string(name) for name in names.split()))
 
 
-def _argument(value: Any, where: str) -> LocalArgument:
-    fields = Fields(value, where, "module argument dim unit outer")
-    return LocalArgument(
+def _argument(value: Any, where: str) -> ForwardArgument:
+    fields = JsonObject(value, where, "module argument dim unit outer")
+    return ForwardArgument(
         fields.string("module"), fields.string("argument"), fields.integer("dim", MAX_RANK),
         fields.string("unit"), fields.boolean("outer"),
     )  # fmt: skip
@@ -236,8 +244,8 @@ def _argument(value: Any, where: str) -> LocalArgument:
 
 def _rank(value: Any, where: str) -> RankFile:
     counted = isinstance(value, dict) and "nonfinite" in value  # left out where there are none
-    fields = Fields(value, where, "file size sha256 pieces" + " nonfinite" * counted)
-    pieces = {name: _piece(piece, shown(name)) for name, piece in fields.table("pieces").items()}
+    fields = JsonObject(value, where, "file size sha256 pieces" + " nonfinite" * counted)
+    pieces = {name: _piece(piece, quote(name)) for name, piece in fields.table("pieces").items()}
     digest = Digest(fields.integer("size"), fields.hex("sha256"))
     nonfinite = fields.counts("nonfinite") if counted else {}
     return RankFile(fields.file_name("file"), digest, pieces, nonfinite)
@@ -246,9 +254,9 @@ def _rank(value: Any, where: str) -> RankFile:
 def _piece(value: Any, where: str) -> Piece:
     if not isinstance(value, list) or len(value) != 2:
         raise JsonError(f"{where}: piece is not [offset, mark]")
-    return Piece(integer(value[0], where), hex_digits(value[1], where, MARK))
+    return Piece(read_integer(value[0], where), read_hex(value[1], where, PREFIX_DIGITS))
 
 
 def _digest(value: Any, name: str) -> Digest:
-    fields = Fields(value, name, "size sha256")
+    fields = JsonObject(value, name, "size sha256")
     return Digest(fields.integer("size"), fields.hex("sha256"))

@@ -4,14 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardkit.checkpoint.header import header_of
+from shardkit.checkpoint.header import read_open_header
 from shardkit.errors import ManifestError
-from shardkit.files import open_regular
-from shardkit.layout.spans import Tile, length
+from shardkit.files import open_regular_file
+from shardkit.layout.spans import Tile, num_indices
 from shardkit.planning.plan import Placement
 from shardkit.shards.manifest import Manifest, RankFile
 from shardkit.shards.manifest_json import read_manifest, shard_header
-from shardkit.strict_json import shown
+from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec, byte_view
 
 IOV_MAX = 1024
@@ -65,7 +65,7 @@ class ShardedCheckpoint:
         if placement.spec.name not in self._tiles:
             self._tiles[placement.spec.name] = placement.tiles(size)
         tiles = self._tiles[placement.spec.name]
-        local = [held_row(placement, rank, size) * tensor.inner for rank in range(size)]
+        local = [count_rank_indices(placement, rank, size) * tensor.inner for rank in range(size)]
         runs: list[list[tuple[int, memoryview]]] = [[] for _ in range(size)]
         end = offset + len(view)
         for outer in range(offset // max(tensor.row, 1), -(-end // max(tensor.row, 1))):
@@ -101,9 +101,9 @@ class ShardedCheckpoint:
             at += len(views)
 
 
-def held_row(placement: Placement, tp_rank: int, tp_size: int) -> int:
+def count_rank_indices(placement: Placement, tp_rank: int, tp_size: int) -> int:
     """How many indices of its sharded dimension a rank stores."""
-    return length(placement.spans(tp_rank, tp_size))
+    return num_indices(placement.spans(tp_rank, tp_size))
 
 
 def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
@@ -115,12 +115,12 @@ def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
     path = folder / rank.name
     if not path.exists():
         raise ManifestError(f"{path}: missing; the manifest lists it for rank {tp_rank}")
-    fd = open_regular(path, ManifestError)
+    fd = open_regular_file(path, ManifestError)
     try:
         expected = shard_header(manifest, tp_rank)
         found = os.pread(fd, len(expected), 0)
         if found != expected:
-            at, why = first_difference(found, expected), _foreign(fd, path, manifest, tp_rank)
+            at, why = find_first_difference(found, expected), _foreign(fd, path, manifest, tp_rank)
             raise ManifestError(f"{why}; its header differs at byte {at}")
         _check_size(path, rank, os.fstat(fd).st_size)
     except OSError as failure:
@@ -132,7 +132,7 @@ def open_shard(folder: Path, manifest: Manifest, tp_rank: int) -> int:
     return fd
 
 
-def first_difference(found: bytes, expected: bytes) -> int:
+def find_first_difference(found: bytes, expected: bytes) -> int:
     """Where `found` stops being `expected`: its own length where it is only shorter."""
     pairs = zip(found, expected, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(found))
@@ -147,12 +147,12 @@ def _check_size(path: Path, rank: RankFile, size: int) -> None:
 def _foreign(fd: int, path: Path, manifest: Manifest, tp_rank: int) -> str:
     """What is wrong with a shard whose header is not the manifest's."""
     try:
-        found = header_of(fd, path, ManifestError).metadata
+        found = read_open_header(fd, path, ManifestError).metadata
     except ManifestError as fault:
         return str(fault)
     if found.get("split_id") != manifest.split_id:
-        other = shown(found.get("split_id", "none"))
+        other = quote(found.get("split_id", "none"))
         return f"{path}: of another split: {other}, not {manifest.split_id}"
     if found.get("tp_rank") != str(tp_rank):
-        return f"{path}: is the file of rank {shown(found.get('tp_rank', 'none'))}, renamed"
+        return f"{path}: is the file of rank {quote(found.get('tp_rank', 'none'))}, renamed"
     return f"{path}: its header is not the one this split wrote"

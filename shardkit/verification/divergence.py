@@ -6,8 +6,8 @@ import torch
 
 from shardkit.layout.spans import Span
 from shardkit.planning.plan import Placement
-from shardkit.runtime.conversion import conversions
-from shardkit.runtime.materialize import check_shapes
+from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.shards.manifest import Manifest
 from shardkit.verification.models import Sharded, Tensors, Unsharded
 from shardkit.verification.tolerance import judge
@@ -48,7 +48,9 @@ def blame(
 def placements_by_tensor(manifest: Manifest, unsharded: Unsharded) -> dict[str, Placement]:
     """The placement on disk that each of the model's own tensors is made of."""
     loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
-    return check_shapes(unsharded.model, manifest.placements, conversions(unsharded.model, loaded))
+    return placements_by_parameter(
+        unsharded.model, manifest.placements, find_conversions(unsharded.model, loaded)
+    )
 
 
 def _held(placement: Placement | None, tp_rank: int, tp_size: int) -> Sequence[Span]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
-from shardkit.files import read_small
-from shardkit.shards.integrity import Progress, rank_faults
-from shardkit.shards.manifest import NAME, Manifest
+from shardkit.files import read_small_file
+from shardkit.shards.integrity import Progress, find_rank_faults
+from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
 from shardkit.verification.report import Check
@@ -36,9 +36,11 @@ def check_files(folder: Path, progress: Progress, scope: Scope = EVERYTHING) -> 
     seen, read = scope.looked_at(manifest.tp_size), scope.read(manifest.tp_size)
     faults = [
         *_header_faults(folder, manifest, [rank for rank in seen if rank not in read]),
-        *rank_faults(folder, manifest, read, progress),
+        *find_rank_faults(folder, manifest, read, progress),
         *_companion_faults(folder, manifest),
-        *_stray_faults(folder, {NAME, *manifest.copied, *(r.name for r in manifest.ranks)}),
+        *_stray_faults(
+            folder, {MANIFEST_NAME, *manifest.companion_files, *(r.name for r in manifest.ranks)}
+        ),
     ]
     nbytes = sum(manifest.ranks[rank].digest.size for rank in read)
     numbers = {"bytes": nbytes, "tensors": len(manifest.placements), "read": read, "seen": seen}
@@ -50,7 +52,7 @@ def check_files(folder: Path, progress: Progress, scope: Scope = EVERYTHING) -> 
 
 def _summary(manifest: Manifest, seen: Sequence[int], read: Sequence[int]) -> str:
     """What was proven, and what was not looked at."""
-    others = len(manifest.copied)
+    others = len(manifest.companion_files)
     everything = len(read) == manifest.tp_size
     shards = [f"{len(read)} shards" if everything else _ranks(read)] if read else []
     files = " and ".join([*shards, f"{others} other file{'s' * (others != 1)}"])
@@ -81,9 +83,9 @@ def _header_faults(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> li
 
 def _companion_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = []
-    for name, digest in manifest.copied.items():
+    for name, digest in manifest.companion_files.items():
         try:
-            data = read_small(folder / name, MAX_COMPANION, ManifestError)
+            data = read_small_file(folder / name, MAX_COMPANION, ManifestError)
         except ManifestError as error:
             faults.append(str(error))
             continue

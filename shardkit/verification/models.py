@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.errors import CheckpointError
-from shardkit.runtime.config import source_config
+from shardkit.runtime.config import read_source_config
 from shardkit.runtime.engine.rank_processes import Ranks
-from shardkit.runtime.layers.experts import suit_experts
-from shardkit.runtime.load import model_class
+from shardkit.runtime.layers.experts import choose_expert_kernel
+from shardkit.runtime.load import resolve_model_class
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 
@@ -85,12 +85,12 @@ class Unsharded:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Load it with transformers.  Raises CheckpointError for weights it would make up."""
-        config = source_config(folder)
-        model, info = model_class(config).from_pretrained(
+        config = read_source_config(folder)
+        model, info = resolve_model_class(config).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         self.model: PreTrainedModel = model.eval()
-        suit_experts(self.model)
+        choose_expert_kernel(self.model)
         if dtype == torch.float64:  # a few classes make parameters that stay float32
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.double()

@@ -11,11 +11,11 @@ from pathlib import Path
 from shardkit.checkpoint import Checkpoint
 from shardkit.convert.split import takes
 from shardkit.errors import ManifestError
-from shardkit.output.stream import Job, copy
+from shardkit.output.stream import TensorCopy, copy_tensors
 from shardkit.shards.integrity import Progress
-from shardkit.shards.manifest import Manifest, stored_order
+from shardkit.shards.manifest import Manifest, sort_for_storage
 from shardkit.shards.manifest_json import read_manifest
-from shardkit.shards.reader import first_difference, open_shard
+from shardkit.shards.reader import find_first_difference, open_shard
 from shardkit.tensor import TensorSpec
 from shardkit.verification.files import EVERYTHING
 from shardkit.verification.report import Check
@@ -41,12 +41,12 @@ class CompareSink:
         """Close the file."""
         os.close(self._fd)
 
-    def start(self, spec: TensorSpec) -> None:
+    def begin(self, spec: TensorSpec) -> None:
         """The next bytes are those of the rank's part of a tensor."""
         self._name = spec.name
         self._at[spec.name] = 0
 
-    def feed(self, parts: Sequence[memoryview]) -> None:
+    def write(self, parts: Sequence[memoryview]) -> None:
         """Compare the next bytes with the file's.  Raises ManifestError if it cannot be read."""
         for part in parts:
             at = self._at[self._name]
@@ -59,7 +59,7 @@ class CompareSink:
             self._at[self._name] = at + len(part)
 
     def _fault(self, at: int, found: bytes, expected: bytes) -> str:
-        first = at + first_difference(found, expected)
+        first = at + find_first_difference(found, expected)
         return (
             f"rank {self._tp_rank}: {self._name}: differs from the source at byte {first},"
             f" byte {self._pieces[self._name].offset + first} of {self._path.name}"
@@ -84,7 +84,7 @@ def check_weights(
             for tp_rank in ranks:
                 sinks.append(CompareSink(folder, manifest, tp_rank))
                 opened.callback(sinks[-1].close)
-            copy(source, jobs, sinks, progress)
+            copy_tensors(source, jobs, sinks, progress)
         faults = [fault for sink in sinks for fault in sink.faults.values()]
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -97,14 +97,14 @@ def check_weights(
     )  # fmt: skip
 
 
-def _jobs(manifest: Manifest, ranks: Sequence[int]) -> list[Job]:
+def _jobs(manifest: Manifest, ranks: Sequence[int]) -> list[TensorCopy]:
     """What the split copied to these ranks; the n-th of them is sink n."""
     jobs = []
-    for placement in stored_order(manifest.plan.placements):
+    for placement in sort_for_storage(manifest.plan.placements):
         taken = dict(takes(placement, manifest.tp_size))
         held = tuple((sink, taken[rank]) for sink, rank in enumerate(ranks) if rank in taken)
         if held:
-            jobs.append(Job(placement.spec, placement.dim, held))
+            jobs.append(TensorCopy(placement.spec, placement.dim, held))
     return jobs
 
 

@@ -169,12 +169,12 @@ def change_manifest(data: bytes, rng: Random) -> bytes:
     try:
         table = json.loads(text)
         layout = [1, table["tp_size"], table["source"]["sample"], table["recipe"]["sha256"]]
-        named = strict_json.canonical([*layout, table["tensors"]])
+        named = strict_json.encode_canonical([*layout, table["tensors"]])
         table["split_id"] = hashlib.sha256(named).hexdigest()
         if table.pop("sha256", None) is not None:
-            unsealed = strict_json.canonical(table) + b"\n"
+            unsealed = strict_json.encode_canonical(table) + b"\n"
             table["sha256"] = hashlib.sha256(unsealed).hexdigest()
-        return strict_json.canonical(table) + b"\n"
+        return strict_json.encode_canonical(table) + b"\n"
     except (ValueError, KeyError, TypeError, RecursionError):
         return text
 

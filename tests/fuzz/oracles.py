@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 
 import safetensors
 
-from shardkit.checkpoint.header import Header, header_length, parse_header
-from shardkit.checkpoint.index import index_bytes, parse_index
+from shardkit.checkpoint.header import Header, parse_header, parse_header_length
+from shardkit.checkpoint.index import encode_index, parse_index
 from shardkit.checkpoint.weight_files import parse_config
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.planning.plan import Plan, place
+from shardkit.planning.plan import Plan, place_tensor
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
-from shardkit.recipe.recipe import Recipe, module_pattern
-from shardkit.shards.manifest import to_json
+from shardkit.recipe.recipe import Recipe, compile_module_pattern
+from shardkit.shards.manifest import manifest_to_json
 from shardkit.shards.manifest_json import parse_manifest, shard_header
-from shardkit.strict_json import JsonError, canonical
+from shardkit.strict_json import JsonError, encode_canonical
 from shardkit.tensor import TensorSpec
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def check_header(data: bytes) -> None:
     """Any file that we accept, the safetensors library accepts, and reads identically."""
 
     def read() -> tuple[int, Header]:
-        length = header_length(data[:23], len(data))
+        length = parse_header_length(data[:23], len(data))
         return 8 + length, parse_header(data[8 : 8 + length], len(data))
 
     found = refused(read, JsonError, LayoutError)
@@ -98,7 +98,7 @@ def check_index(data: bytes) -> None:
         assert os.path.basename(name) == name
         assert len(name.splitlines()) == 1
         assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
-    again = index_bytes(index, 0)
+    again = encode_index(index, 0)
     assert parse_index(again, index.name) == index
 
 
@@ -122,13 +122,13 @@ def check_manifest(data: bytes) -> None:
     if manifest is None:
         return
     table = _json_of(data)
-    assert data == canonical(table) + b"\n"
+    assert data == encode_canonical(table) + b"\n"
     table.pop("sha256", None)  # the older ones lack it
-    assert table == json.loads(canonical(to_json(manifest)))
+    assert table == json.loads(encode_canonical(manifest_to_json(manifest)))
     assert parse_manifest(manifest.data) == manifest
-    again = manifest.plan.over(1)
+    again = manifest.plan.with_tp_size(1)
     for tp_rank in range(manifest.tp_size):
-        length = header_length(shard_header(manifest, tp_rank)[:23], 1 << 62)
+        length = parse_header_length(shard_header(manifest, tp_rank)[:23], 1 << 62)
         size = manifest.ranks[tp_rank].digest.size
         header = parse_header(shard_header(manifest, tp_rank)[8:], size)
         assert len(header.raw) == length
@@ -144,12 +144,12 @@ def check_recipe(data: bytes) -> None:
     recipe = refused(lambda: parse_recipe("fuzzed", data), RecipeError)
     if recipe is None:
         return
-    for rule in (*recipe.attributes, *recipe.arguments):
-        module_pattern(rule.module)
+    for rule in (*recipe.module_attributes, *recipe.forward_arguments):
+        compile_module_pattern(rule.module)
     units = refused(lambda: resolve_units(recipe, CONFIG), RecipeError)
     counts = refused(lambda: resolve_counts(recipe, CONFIG), RecipeError)
     for spec in SPECS if units is not None and counts is not None else ():
-        placed = refused(lambda s=spec: place(s, recipe, units, counts), RecipeError)  # type: ignore[misc]
+        placed = refused(lambda s=spec: place_tensor(s, recipe, units, counts), RecipeError)  # type: ignore[misc]
         if placed is not None:
             plan = Plan(2, (placed,), units)
             refused(plan.check, LayoutError)

@@ -12,7 +12,7 @@ from blueprints import llama, tensor_bytes
 from sources import entry, file_bytes
 from test_header import BAD, EIGHT, F32, GOOD
 
-from shardkit.checkpoint.header import MAX_TENSORS, header_bytes
+from shardkit.checkpoint.header import MAX_TENSORS, encode_header
 from shardkit.tensor import TensorSpec
 
 
@@ -31,7 +31,7 @@ def model(**dtypes: str) -> bytes:
     for name, shape in llama().items():
         key = next((key for key in dtypes if name.removesuffix(".weight").endswith(key)), "")
         specs.append(TensorSpec(name, dtypes.get(key, "BF16"), shape))
-    return header_bytes(specs, {"format": "pt"}) + b"".join(map(tensor_bytes, specs))
+    return encode_header(specs, {"format": "pt"}) + b"".join(map(tensor_bytes, specs))
 
 
 def _named(name: str) -> bytes:
@@ -53,7 +53,7 @@ def _changed(old: bytes, new: bytes) -> bytes:
 
 def _nan() -> bytes:
     specs = [TensorSpec(name, "BF16", shape) for name, shape in llama().items()]
-    return header_bytes(specs, {}) + b"\xff" * sum(spec.nbytes for spec in specs)
+    return encode_header(specs, {}) + b"\xff" * sum(spec.nbytes for spec in specs)
 
 
 # JSON that lenient readers take, or that strict ones have choked on.

@@ -12,7 +12,7 @@ from conftest import shared
 from fixture_checkpoints import SMALL_CONFIG, sparse_checkpoint
 
 from shardkit.checkpoint import Checkpoint, open_checkpoint
-from shardkit.checkpoint.config_check import MANY, check_config, layer_lists
+from shardkit.checkpoint.config_check import MANY, check_config, group_layers
 from shardkit.errors import CheckpointError
 from shardkit.tensor import TensorSpec
 
@@ -132,7 +132,7 @@ def test_a_real_model_agrees_and_one_without_a_layer_does_not(fixture: str, tmp_
     folder = sparse_checkpoint(shared(f"fixtures/{fixture}"), tmp_path / "model")
     with open_checkpoint(str(folder)) as checkpoint:
         specs, config = checkpoint.specs(), checkpoint.config
-    lists = layer_lists(spec.name for spec in specs)
+    lists = group_layers(spec.name for spec in specs)
     name = max(lists, key=lambda name: sum(lists[name].values()))
     for at in (0, max(lists[name]) // 2, max(lists[name])):
         left = [spec for spec in specs if not spec.name.startswith(f"{name}.{at}.")]
@@ -148,14 +148,14 @@ def test_every_sample_agrees_and_none_without_a_layer_does(tmp_path: Path) -> No
     for sample in samples():
         folder = make_sample(sample, tmp_path / sample.name)
         with Checkpoint(folder) as checkpoint:
-            specs, config = checkpoint.check().specs(), checkpoint.config
-        lists = layer_lists(spec.name for spec in specs)
+            specs, config = checkpoint.check_config().specs(), checkpoint.config
+        lists = group_layers(spec.name for spec in specs)
         if not lists:
             continue  # an LSTM has weights of its layers, and no modules
         name = max(lists, key=lambda name: sum(lists[name].values()))
         for at in {0, max(lists[name])}:
             left = [spec for spec in specs if not spec.name.startswith(f"{name}.{at}.")]
-            if layer_lists(spec.name for spec in left):
+            if group_layers(spec.name for spec in left):
                 with pytest.raises(CheckpointError):
                     check_config(config, left, sample.name)
                 tried += 1
@@ -192,13 +192,13 @@ def test_a_kernel_that_a_config_names_is_left_out_of_what_a_recipe_is_checked_on
 
 
 def test_what_makes_transformers_run_or_fetch_is_left_out_however_deep() -> None:
-    from shardkit.runtime.config import inert
+    from shardkit.runtime.config import remove_active_fields
 
     config = {
         "auto_map": {"AutoConfig": "a.B"}, "hidden_size": 8, "conv_kernel": [3],
         "text_config": {"_attn_implementation": "org/kernel", "layers": [{"auto_map": 1, "n": 2}]},
         "transformers_weights": "../x", "trust_remote_code": True,
     }  # fmt: skip
-    assert inert(config) == {
+    assert remove_active_fields(config) == {
         "hidden_size": 8, "conv_kernel": [3], "text_config": {"layers": [{"n": 2}]}
     }  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any
 from shardkit.authoring.draft.dependencies import Meeting, Probe, out_dims
 from shardkit.authoring.draft.shrink_config import KINDS, kind_of
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.layout.axis import Unit, parse_axis, sections
-from shardkit.layout.spans import spans
+from shardkit.layout.axis import Unit, parse_axis, resolve_sections
+from shardkit.layout.spans import rank_spans
 
 AXES = ("u", "2 u", "3 u", "4 u", "s", "2 s", "u + s + s", "2 u + s + s", "s (u + 2)", "s (u + 1)",
         "u + 2", "u + 1")  # fmt: skip
@@ -212,8 +212,8 @@ def expected(text: str, length: int, units: Mapping[str, Unit]) -> Any:
         return None
     many = units["u"].count or 0
     try:
-        parts = sections(parse_axis(text), length, units)
-        held = [spans(parts, at, many) for at in range(many)]
+        parts = resolve_sections(parse_axis(text), length, units)
+        held = [rank_spans(parts, at, many) for at in range(many)]
     except (RecipeError, LayoutError):
         return None
     found = torch.zeros((many, length), dtype=torch.bool)

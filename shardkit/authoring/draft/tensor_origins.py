@@ -88,10 +88,10 @@ class Small:
 
         Raises RecipeError where transformers does more than move elements as it loads.
         """
-        from shardkit.runtime.conversion import conversions
+        from shardkit.runtime.conversion import find_conversions
 
         found: list[Stored] = []
-        for conversion in conversions(self.model, self.shapes):
+        for conversion in find_conversions(self.model, self.shapes):
             names = [name for name, _ in conversion.sources]
             found += self._placed(names, conversion)
         order = {name: at for at, name in enumerate(self.shapes)}

@@ -33,7 +33,7 @@ def check_archive(file: BinaryIO, size: int) -> Extents:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             _check_members(members, size)
-            found = _extents(file, members, size)
+            found = _find_extents(file, members, size)
             if (damaged := archive.testzip()) is not None:
                 raise ArchiveError(f"damaged: the checksum of {damaged[:80]!a} is wrong")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error) as fault:
@@ -77,7 +77,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
         raise ArchiveError(f"no data.pkl, or one of more than {MAX_PICKLE} bytes")
 
 
-def _extents(file: BinaryIO, members: list[zipfile.ZipInfo], size: int) -> Extents:
+def _find_extents(file: BinaryIO, members: list[zipfile.ZipInfo], size: int) -> Extents:
     """Where each member's bytes lie, after its own header; no two overlap."""
     found: Extents = {}
     covered = 0

@@ -17,23 +17,23 @@ from pathlib import Path
 
 from shardkit.checkpoint.checkpoint import (
     Checkpoint,
-    companions,
     find_folder,
-    folder_name,
+    name_of_folder,
     open_checkpoint,
+    read_companions,
 )
 from shardkit.checkpoint.hub_cache import check_blob, is_blob
-from shardkit.checkpoint.index import Index, index_bytes
-from shardkit.checkpoint.weight_files import PICKLED, names_in, weight_files
+from shardkit.checkpoint.index import Index, encode_index
+from shardkit.checkpoint.weight_files import PICKLED, find_weight_files, list_names
 from shardkit.errors import CheckpointError, SourceChanged
-from shardkit.files import open_regular, real_file
+from shardkit.files import open_regular_file, resolve_file
 
 SLOWEST = 5_000_000  # bytes in a second
 KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")  # no token of the user's
 
 
 @contextmanager
-def opened(source: str, revision: str | None, allow_pickle: bool) -> Iterator[Checkpoint]:
+def open_source(source: str, revision: str | None, allow_pickle: bool) -> Iterator[Checkpoint]:
     """An open checkpoint, a folder or a Hub id, whatever its weights are, if that is allowed.
 
     Safetensors are read where there are any.  Raises CheckpointError.
@@ -43,34 +43,36 @@ def opened(source: str, revision: str | None, allow_pickle: bool) -> Iterator[Ch
             yield checkpoint
         return
     folder, commit = find_folder(source, revision, pickled=True)
-    index, files = weight_files(folder, names_in(folder), pickled=True)
-    name = folder_name(folder) if not commit else source
+    index, files = find_weight_files(folder, list_names(folder), pickled=True)
+    name = name_of_folder(folder) if not commit else source
     if not files[0].endswith(PICKLED):
-        with Checkpoint(folder, commit, name).check() as checkpoint:
+        with Checkpoint(folder, commit, name).check_config() as checkpoint:
             yield checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as apart:
-        convert(folder, index, files, Path(apart))
-        with Checkpoint(Path(apart), commit, name).check() as checkpoint:
+        convert_checkpoint(folder, index, files, Path(apart))
+        with Checkpoint(Path(apart), commit, name).check_config() as checkpoint:
             yield checkpoint
 
 
-def convert(folder: Path, index: Index | None, files: Sequence[str], apart: Path) -> None:
+def convert_checkpoint(
+    folder: Path, index: Index | None, files: Sequence[str], apart: Path
+) -> None:
     """Write the checkpoint in `folder` as safetensors into `apart`.  Raises CheckpointError."""
-    real = {name: real_file(folder, name, CheckpointError) for name in files}
+    real = {name: resolve_file(folder, name, CheckpointError) for name in files}
     _check_room(real.values(), apart)
-    for name, data in companions(folder):
+    for name, data in read_companions(folder):
         (apart / name).write_bytes(data)
     for name, path in real.items():
-        _convert_file(path, name, apart / safe_name(name))
+        _convert_file(path, name, apart / safetensors_name(name))
     if index is not None:
-        places = {tensor: safe_name(file) for tensor, file in index.weight_map.items()}
-        (apart / safe_name(index.name)).write_bytes(
-            index_bytes(Index(index.name, places, index.metadata), 0)
+        places = {tensor: safetensors_name(file) for tensor, file in index.weight_map.items()}
+        (apart / safetensors_name(index.name)).write_bytes(
+            encode_index(Index(index.name, places, index.metadata), 0)
         )
 
 
-def safe_name(name: str) -> str:
+def safetensors_name(name: str) -> str:
     """What a pickled file, or an index of some, is called as safetensors."""
     stem, dot, rest = name.partition(PICKLED)
     return stem.replace("pytorch_model", "model", 1) + (".safetensors" if dot else "") + rest
@@ -78,14 +80,14 @@ def safe_name(name: str) -> str:
 
 def _convert_file(path: Path, name: str, out: Path) -> None:
     """Convert one file, which must stay as its checksums were found to be."""
-    source = open_regular(path, CheckpointError)
+    source = open_regular_file(path, CheckpointError)
     try:
         target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             before = os.fstat(source)
             if is_blob(path):
                 check_blob(path, name, source, lambda _: None)
-            _run(source, target, path)
+            _run_sandbox(source, target, path)
             now = os.fstat(source)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise SourceChanged(f"{path}: changed while it was read")
@@ -97,7 +99,7 @@ def _convert_file(path: Path, name: str, out: Path) -> None:
         os.close(source)
 
 
-def _run(source: int, target: int, path: Path) -> None:
+def _run_sandbox(source: int, target: int, path: Path) -> None:
     """Run the process that converts one file, and wait for it.  Raises CheckpointError."""
     command = [
         sys.executable,

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from shardkit.checkpoint.header import MAX_TENSORS, check_name, header_bytes
+from shardkit.checkpoint.header import MAX_TENSORS, check_name, encode_header
 from shardkit.checkpoint.pickled.archive import ArchiveError, Extents, check_archive
-from shardkit.strict_json import JsonError, shown
+from shardkit.strict_json import JsonError, quote
 from shardkit.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def main(source: int, out: int) -> None:
 
         if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
             raise ArchiveError(f"torch {torch.__version__} reads pickles unsafely; 2.10 is needed")
-        _limit(size)
+        _limit_resources(size)
         _check_same_records(file, extents)
         file.seek(0)
         value = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    tensors = dict(_tensors(value, torch))
+    tensors = dict(_check_tensors(value, torch))
     _check_total(tensors.values(), size)
     _write(out, tensors)
 
 
-def _limit(size: int) -> None:
+def _limit_resources(size: int) -> None:
     """No more memory than the file's bytes and a copy of its largest tensor, and an end to it."""
     with open("/proc/self/statm", "rb") as statm:
         mapped = int(statm.read().split()[0]) * resource.getpagesize()
@@ -82,22 +82,22 @@ def _check_same_records(file: BinaryIO, extents: Extents) -> None:
         raise ArchiveError("an archive that two readers read differently")
 
 
-def _tensors(value: Any, torch: Any) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _check_tensors(value: Any, torch: Any) -> Iterator[tuple[str, "torch.Tensor"]]:
     """The tensors of a flat table, each one's bytes all its own storage's."""
     if not isinstance(value, dict) or len(value) > MAX_TENSORS:
         raise ArchiveError(f"holds a {type(value).__name__}, not a table of tensors")
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise ArchiveError(f"holds {shown(name)}, a {kind}; only tensors by name are read")
+            raise ArchiveError(f"holds {quote(name)}, a {kind}; only tensors by name are read")
         check_name(name)
         tensor = tensor.detach()
         dtype = str(tensor.dtype).removeprefix("torch.")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or dtype not in DTYPES:
-            raise ArchiveError(f"{shown(name)} is no plain tensor: {dtype}, {tensor.layout}")
+            raise ArchiveError(f"{quote(name)} is no plain tensor: {dtype}, {tensor.layout}")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise ArchiveError(
-                f"{shown(name)} is {tensor.numel() * tensor.itemsize} bytes, but only"
+                f"{quote(name)} is {tensor.numel() * tensor.itemsize} bytes, but only"
                 f" {tensor.untyped_storage().nbytes()} are stored"
             )
         yield name, tensor.resolve_conj().resolve_neg()
@@ -114,7 +114,7 @@ def _write(out: int, tensors: "dict[str, torch.Tensor]") -> None:
         TensorSpec(name, DTYPES[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
         for name, t in tensors.items()
     ]
-    _write_all(out, memoryview(header_bytes(specs, {"format": "pt"})))
+    _write_all(out, memoryview(encode_header(specs, {"format": "pt"})))
     for tensor in tensors.values():
         whole = tensor.contiguous()
         nbytes = whole.numel() * whole.itemsize
@@ -128,7 +128,7 @@ def _write_all(out: int, view: memoryview) -> None:
         view = view[os.write(out, view) :]
 
 
-def _told(fault: BaseException) -> str:
+def _describe_error(fault: BaseException) -> str:
     """An error of whatever library, in one printable line."""
     text = str(fault).partition(UNPICKLER)[2].strip() or str(fault).strip()
     text = (text or type(fault).__name__).splitlines()[0]
@@ -141,8 +141,8 @@ if __name__ == "__main__":
     try:
         main(int(sys.argv[1]), int(sys.argv[2]))
     except (ArchiveError, JsonError) as fault:
-        print(_told(fault))
+        print(_describe_error(fault))
         sys.exit(FAILED)
     except Exception as fault:
-        print(f"cannot be unpickled as weights: {_told(fault)}")
+        print(f"cannot be unpickled as weights: {_describe_error(fault)}")
         sys.exit(FAILED)

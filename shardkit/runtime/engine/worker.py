@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.engine.messages import Message, receive, send
-from shardkit.runtime.load import load_told
+from shardkit.runtime.load import load_with_warnings
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 from shardkit.timeouts import Timeouts
@@ -58,7 +58,7 @@ class Worker:
         name = message.header["dtype"]
         dtype = getattr(torch, name) if name else None
         folder, verify = Path(message.header["folder"]), message.header.get("verify", False)
-        self.model, slow = load_told(folder, self.group, dtype, verify)
+        self.model, slow = load_with_warnings(folder, self.group, dtype, verify)
         return Message({"dtype": str(self.model.dtype).removeprefix("torch."), "slow": slow})
 
     def forward(self, message: Message) -> Message:

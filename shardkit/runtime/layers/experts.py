@@ -8,13 +8,17 @@ from transformers import PreTrainedModel
 GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
 
 
-def suit_experts(model: PreTrainedModel) -> str:
+def choose_expert_kernel(model: PreTrainedModel) -> str:
     """Where stacked experts do not suit torch's grouped matmul, use transformers' plain loop.
 
     The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
     Returns which experts those are, in words; nothing where all suit.
     """
-    unsuited = [(width, str(p.dtype)) for p in stacked_experts(model) for width in _unsuited(p)]
+    unsuited = [
+        (width, str(p.dtype))
+        for p in iter_stacked_experts(model)
+        for width in _find_unsuited_widths(p)
+    ]
     if not unsuited:
         return ""
     model.set_experts_implementation("eager")
@@ -22,21 +26,21 @@ def suit_experts(model: PreTrainedModel) -> str:
     return f"{width} wide in {dtype.removeprefix('torch.')}"
 
 
-def slow_experts(found: Sequence[str]) -> str:
-    """One line that tells a user what `suit_experts` found, on any rank."""
+def expert_kernel_warning(found: Sequence[str]) -> str:
+    """One line that tells a user what `choose_expert_kernel` found, on any rank."""
     return (
         f"experts {' and '.join(found)} do not suit torch's grouped matmul (rows of"
         f" {GROUPED_ALIGNMENT} bytes, no float64): transformers' plain loop runs them, more slowly"
     )
 
 
-def stacked_experts(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+def iter_stacked_experts(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """The weights `[experts, …, …]` of modules whose kernel transformers lets one choose."""
     for module in model.modules():
         if hasattr(module, "has_gate"):  # as transformers marks them
             yield from (p for p in module.parameters(recurse=False) if p.ndim == 3)
 
 
-def _unsuited(experts: torch.Tensor) -> list[int]:
+def _find_unsuited_widths(experts: torch.Tensor) -> list[int]:
     size, wide = experts.element_size(), experts.dtype == torch.float64
     return [width for width in experts.shape[1:] if wide or width * size % GROUPED_ALIGNMENT]

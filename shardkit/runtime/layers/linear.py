@@ -94,13 +94,13 @@ class VocabParallelEmbedding(nn.Embedding):
 def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
     """Turn a linear layer, or a module of bare expert weights, into its row-parallel form."""
     if _is_linear(module):
-        become(module, RowParallelLinear, group=group)
+        convert_class(module, RowParallelLinear, group=group)
     elif is_conv1d(module):
-        become(module, RowParallelConv1D, group=group)
+        convert_class(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
-        become(module, _mixed(RowParallelSubclass, type(module)), group=group)
+        convert_class(module, _mix_class(RowParallelSubclass, type(module)), group=group)
     else:
-        module.register_forward_hook(_summed(group))
+        module.register_forward_hook(_sum_output(group))
 
 
 def make_vocab_parallel(
@@ -109,10 +109,12 @@ def make_vocab_parallel(
     """Turn an embedding or an output layer into its vocab-parallel form."""
     if isinstance(module, nn.Embedding):
         module.padding_idx = None  # only training uses it, and it may be another rank's row
-        cls = _mixed(VocabParallelEmbedding, type(module))
-        become(module, cls, group=group, first_row=first_row, rows=sum(sizes))
+        cls = _mix_class(VocabParallelEmbedding, type(module))
+        convert_class(module, cls, group=group, first_row=first_row, rows=sum(sizes))
     elif isinstance(module, nn.Linear):
-        become(module, _mixed(ParallelLMHead, type(module)), group=group, sizes=tuple(sizes))
+        convert_class(
+            module, _mix_class(ParallelLMHead, type(module)), group=group, sizes=tuple(sizes)
+        )
     elif isinstance(getattr(module, "weight", None), torch.Tensor):
         raise ManifestError(f"{type(module).__name__}: a layer with no vocab-parallel form")
 
@@ -120,7 +122,7 @@ def make_vocab_parallel(
 def make_column_parallel(module: nn.Module) -> None:
     """Name a plain linear layer for what it now is."""
     if _is_linear(module):
-        become(module, ColumnParallelLinear)
+        convert_class(module, ColumnParallelLinear)
 
 
 def fit_widths(module: nn.Module) -> None:
@@ -148,7 +150,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+def _mix_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     """The class that is `cls` with the mixin's forward around its own; made once."""
     if cls in mixin.__mro__:
         return mixin
@@ -160,14 +162,14 @@ def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def become(module: nn.Module, cls: type[nn.Module], **state: object) -> None:
+def convert_class(module: nn.Module, cls: type[nn.Module], **state: object) -> None:
     """Give a module another class and what that class needs, its parameters untouched."""
     module.__class__ = cls
     for name, value in state.items():
         setattr(module, name, value)
 
 
-def _summed(group: TensorParallelGroup) -> Any:
+def _sum_output(group: TensorParallelGroup) -> Any:
     """A forward hook that sums a module's partial output, the first of several, over the ranks."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:

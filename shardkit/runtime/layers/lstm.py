@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.layout.spans import Section, length
+from shardkit.layout.spans import Section, num_indices
 from shardkit.planning.plan import Placement
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers import linear as layers
@@ -99,10 +99,10 @@ def make_parallel_lstm(
         raise ManifestError(
             f"{path}: an LSTM is divided by its hidden units, as '4 UNIT', or whole"
         )
-    sizes = _sizes(placements[names[0]], group.tp_size)
-    layers.become(module, ParallelLSTM, group=group, sizes=sizes)
+    sizes = _count_hidden_units(placements[names[0]], group.tp_size)
+    layers.convert_class(module, ParallelLSTM, group=group, sizes=sizes)
 
 
-def _sizes(placement: Placement, tp_size: int) -> Sequence[int]:
+def _count_hidden_units(placement: Placement, tp_size: int) -> Sequence[int]:
     """How many hidden units each rank holds, of weights with four rows for each."""
-    return tuple(length(placement.spans(rank, tp_size)) // 4 for rank in range(tp_size))
+    return tuple(num_indices(placement.spans(rank, tp_size)) // 4 for rank in range(tp_size))

@@ -50,7 +50,9 @@ def make_sharded_norm(
     held = torch.cat(list(parts)).bincount()
     share = held[parts[group.tp_rank]].double().reciprocal()
     cls = type(f"ShardedRMSNorm[{type(module).__name__}]", (ShardedRMSNorm, type(module)), {})
-    layers.become(module, cls, group=group, share=share, width=len(held), epsilon=float(found[0]))
+    layers.convert_class(
+        module, cls, group=group, share=share, width=len(held), epsilon=float(found[0])
+    )
 
 
 def make_gathered(
@@ -75,7 +77,7 @@ def make_gathered(
         whole = {
             id(value): found.index_select(-1, first.to(found.device))
             for pack in packs
-            for value, found in zip(pack, _gathered(pack, sizes, group), strict=True)
+            for value, found in zip(pack, _gather_tensors(pack, sizes, group), strict=True)
         }
         made = [whole.get(id(value), value) for value in given]
         return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
@@ -87,7 +89,7 @@ def make_gathered(
     module.register_forward_hook(after)
 
 
-def _gathered(
+def _gather_tensors(
     pack: list[torch.Tensor], sizes: Sequence[int], group: TensorParallelGroup
 ) -> list[torch.Tensor]:
     """Tensors of one shape, each with every rank's part in its last dimension; one all-gather."""
