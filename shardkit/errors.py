@@ -9,9 +9,9 @@
     ├── OutputError        5   the output exists, cannot be written, or has no room
     ├── SourceChanged      6   a source file changed while it was read
     └── RanksError         7   ranks disagree, died, or did not answer in time
-        └── RanksLost      7   the latter: it is no fault of what they run
+        └── RanksLost      7   a rank died or fell silent: what it ran may be right
 
-Exit code 2 is click's own, for wrong usage.  The numbers are stable.
+Exit code 2 is click's own, for wrong usage. The numbers are stable.
 """
 
 
@@ -67,3 +67,9 @@ class RanksError(ShardkitError):
 
 class RanksLost(RanksError):
     """A rank died, stalled or never came: what the others were doing is undecided."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an exception's message, printable; its type's name if it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c for c in lines[0][:limit] if c.isprintable())

@@ -1,19 +1,53 @@
-"""Opens files without being led astray: no links out of the folder, no devices, no surprises."""
+"""Opens, reads and writes files: no links out of a folder, no devices, whole reads and writes."""
 
+import errno
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 from shardkit.errors import ShardkitError
+from shardkit.strict_json import JsonError, quote
 
 # What no file name here may hold: separators, control characters, and bytes that are not UTF-8.
-_UNFIT = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MAX_NAME = 255
+_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MAX_FILE_NAME = 255  # bytes, as Linux filesystems allow
+
+Progress = Callable[[int], object]
+"""Called with how many more bytes are done, from any thread."""
+
+ProgressCallback = Callable[[int, int], object]
+"""Called with the bytes done so far, and the bytes in all; by one thread at a time."""
+
+
+class ShortRead(OSError):
+    """A file ended before the bytes that it had."""
+
+
+def ignore_progress(_nbytes: int) -> None:
+    """A Progress for callers that show none."""
+
+
+def track_progress(total: int, callback: ProgressCallback | None) -> Progress:
+    """A Progress that adds up bytes for a callback; several threads may call it."""
+    if callback is None:
+        return ignore_progress
+    lock, done = Lock(), 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            callback(done, total)
+
+    return advance
 
 
 def open_regular_file(path: Path, error: type[ShardkitError]) -> int:
-    """A read-only descriptor of a regular file that is no link.  Raises `error`."""
+    """A read-only descriptor of a regular file that is not a link. Raises `error`."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(path, flags)
@@ -26,7 +60,7 @@ def open_regular_file(path: Path, error: type[ShardkitError]) -> int:
 
 
 def read_small_file(path: Path, limit: int, error: type[ShardkitError]) -> bytes:
-    """The bytes of a file of at most `limit` bytes.  Raises `error`."""
+    """The bytes of a file of at most `limit` bytes. Raises `error`."""
     fd = open_regular_file(path, error)
     with os.fdopen(fd, "rb") as file:
         size = os.fstat(fd).st_size
@@ -38,18 +72,41 @@ def read_small_file(path: Path, limit: int, error: type[ShardkitError]) -> bytes
             raise error(f"{path}: {failure.strerror}") from None
 
 
+def read_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with a file's bytes from `offset` on. Raises OSError, ShortRead if it ends."""
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise ShortRead(errno.EIO, f"became shorter than byte {offset + len(view)}")
+        view, offset = view[count:], offset + count
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data` where the file stands. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def is_plain_name(name: str) -> bool:
     """Whether `name` is one path component that can be printed on one line."""
-    fits = 0 < len(name.encode(errors="replace")) <= MAX_NAME
-    return fits and name not in (".", "..") and not _UNFIT.search(name)
+    fits = 0 < len(name.encode(errors="replace")) <= MAX_FILE_NAME
+    return fits and name not in (".", "..") and not _FORBIDDEN.search(name)
+
+
+def read_file_name(value: Any, where: str) -> str:
+    """The plain name of a file in the same folder, from JSON. Raises JsonError."""
+    if not isinstance(value, str) or not is_plain_name(value):
+        raise JsonError(f"{where}: {quote(value)} is not the name of a file in this folder")
+    return value
 
 
 def resolve_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
-    """The file `name` of `folder`, a link followed only where it cannot leave what was named.
+    """The file `name` of `folder`; a link is followed only if it stays inside what was named.
 
-    A Hub cache keeps `snapshots/<revision>/name` as a link into `blobs/` beside it; that, and links
-    inside the folder, are followed once.  Raises `error` for any other link, or a name that is no
-    base name.
+    A Hub cache keeps `snapshots/<revision>/name` as a link into `blobs/` beside it. Such a link,
+    and one inside the folder, is followed once. Raises `error` for any other, or if `name` is not
+    a base name.
     """
     if not is_plain_name(name):
         raise error(f"{folder}: {name[:80]!a} is not a file name in this folder")

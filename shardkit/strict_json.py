@@ -3,12 +3,17 @@
 import json
 import math
 import re
-from typing import Any, NoReturn
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD]")
 _MAYBE_MINUS_ZERO = re.compile(rb"-0(?![0-9.eE])")
 MAX_VALUES = 2_000_000  # commas and brackets; in longer text, one in eight bytes
 MAX_WIDE = 32 << 20  # one character outside ASCII makes Python hold all of them in up to four bytes
+MAX_INT = 1 << 62
+HEX_DIGITS = set("0123456789abcdef")
+T = TypeVar("T")
 
 
 class JsonError(ValueError):
@@ -16,7 +21,7 @@ class JsonError(ValueError):
 
 
 def parse_json(data: bytes, max_values: int | None = None) -> Any:
-    """Parse UTF-8 JSON.  Raises JsonError for anything `json` would wave through or choke on.
+    """Parse UTF-8 JSON. Raises JsonError for anything `json` would wave through or choke on.
 
     Text of more than `max_values` commas and brackets is refused before a value is made of it: an
     empty list is two bytes of text and a hundred of memory.
@@ -58,9 +63,15 @@ def quote(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def escape_line(text: str, limit: int = 1000) -> str:
-    """Text that quotes a file, as an error may print it: what cannot be printed is escaped."""
-    text = text if len(text) <= limit else text[:limit] + "…"
+def escape_line(text: str, limit: int | None = None) -> str:
+    """Text that quotes a file, on one line: what cannot be printed is escaped.
+
+    Example:
+        >>> escape_line("a\\nb")
+        'a\\\\nb'
+    """
+    if limit is not None and len(text) > limit:
+        text = text[:limit] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -75,15 +86,14 @@ def _check_size(data: bytes, max_values: int) -> None:
 def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JsonError(f"duplicate key {quote(twice)}")
+        counts = Counter(key for key, _ in pairs)
+        raise JsonError(f"duplicate key {quote(next(k for k in counts if counts[k] > 1))}")
     return table
 
 
 def _parse_integer(text: str) -> int:
     if text == "-0":
-        raise JsonError("-0 is no integer")  # a float to the safetensors library
+        raise JsonError("-0 is not an integer")  # a float to the safetensors library
     return int(text)
 
 
@@ -99,7 +109,120 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _HOOKS: dict[str, Any] = {
-    "object_pairs_hook": _check_unique, "parse_constant": _refuse_constant, "parse_float": _parse_finite,
-}  # fmt: skip
+    "object_pairs_hook": _check_unique,
+    "parse_constant": _refuse_constant,
+    "parse_float": _parse_finite,
+}
 _DECODER = json.JSONDecoder(**_HOOKS)
 _CAREFUL = json.JSONDecoder(**_HOOKS, parse_int=_parse_integer)
+
+
+class JsonObject:
+    """A JSON object with exactly the keys expected, each read as what it has to be.
+
+    Args:
+        value: What should be an object.
+        where: What errors call it.
+        keys: The keys it must have, separated by spaces.
+
+    Raises:
+        JsonError: If it is not an object, lacks a key, or has one that is not expected.
+    """
+
+    def __init__(self, value: Any, where: str, keys: str) -> None:
+        self.where = where
+        self._table = read_table(value, where)
+        if self._table.keys() != set(keys.split()):
+            actual = ", ".join(sorted(self._table)) or "nothing"
+            raise JsonError(f"{where}: has the keys {quote(actual)}, not {keys}")
+
+    def value(self, key: str) -> Any:
+        """The field, whatever it is."""
+        return self._table[key]
+
+    def name(self, key: str) -> str:
+        """What errors call a field."""
+        return f"{self.where}: {key}"
+
+    def read(self, key: str, reader: Callable[[Any, str], T]) -> T:
+        """The field as `reader(value, where)` reads it."""
+        return reader(self._table[key], self.name(key))
+
+    def string(self, key: str) -> str:
+        """A string."""
+        return self.read(key, read_string)
+
+    def boolean(self, key: str) -> bool:
+        """True or false; a number is neither."""
+        return _require_type(bool, self._table[key], self.name(key), "true or false")
+
+    def integer(self, key: str, limit: int = MAX_INT, least: int = 0) -> int:
+        """An integer of `least` to `limit`."""
+        return read_integer(self._table[key], self.name(key), limit, least)
+
+    def hex(self, key: str, digits: int = 64) -> str:
+        """A digest, or its first hex digits."""
+        return read_hex(self._table[key], self.name(key), digits)
+
+    def table(self, key: str) -> dict[str, Any]:
+        """A table, its values unread."""
+        return self.read(key, read_table)
+
+    def labels(self, key: str) -> dict[str, str | int]:
+        """A table of strings and counts."""
+        return {
+            k: v if isinstance(v, str) else read_integer(v, f"{self.name(key)}: {quote(k)}")
+            for k, v in self.table(key).items()
+        }
+
+    def counts(self, key: str) -> dict[str, int]:
+        """A table of integers from 1 on."""
+        where = self.name(key)
+        return {
+            k: read_integer(v, f"{where}: {quote(k)}", least=1) for k, v in self.table(key).items()
+        }
+
+    def pairs(self, key: str) -> dict[str, str]:
+        """A list of pairs of strings, in its own order."""
+        return dict(self.items(key, _read_pair))
+
+    def items(self, key: str, reader: Callable[[Any, str], T]) -> tuple[T, ...]:
+        """A list, each item read by `reader(value, where)`."""
+        values = _require_type(list, self._table[key], self.name(key), "a list")
+        return tuple(reader(value, f"{key} {at}") for at, value in enumerate(values))
+
+
+def read_table(value: Any, where: str) -> dict[str, Any]:
+    """A JSON object. Raises JsonError."""
+    return _require_type(dict, value, where, "a table")
+
+
+def read_string(value: Any, where: str) -> str:
+    """A string. Raises JsonError."""
+    return _require_type(str, value, where, "a string")
+
+
+def read_integer(value: Any, where: str, limit: int = MAX_INT, least: int = 0) -> int:
+    """An integer of `least` to `limit`. Raises JsonError."""
+    if type(value) is not int or not least <= value <= limit:
+        raise JsonError(f"{where}: is {quote(value)}, not an integer of {least} to {limit}")
+    return value
+
+
+def read_hex(value: Any, where: str, digits: int) -> str:
+    """That many hexadecimal digits in lower case. Raises JsonError."""
+    if not isinstance(value, str) or len(value) != digits or not set(value) <= HEX_DIGITS:
+        raise JsonError(f"{where}: is {quote(value)}, not {digits} hex digits")
+    return value
+
+
+def _read_pair(value: Any, where: str) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise JsonError(f"{where}: is {quote(value)}, not a pair")
+    return read_string(value[0], where), read_string(value[1], where)
+
+
+def _require_type(kind: type[T], value: Any, where: str, words: str) -> T:
+    if not isinstance(value, kind):
+        raise JsonError(f"{where}: is {quote(value)}, not {words}")
+    return value

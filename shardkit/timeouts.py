@@ -8,10 +8,10 @@ from shardkit.errors import RanksError
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds after which a rank that does not come is given up.  Raises RanksError unless > 0.
+    """Seconds after which a rank that does not come is given up. Raises RanksError unless > 0.
 
-    `join`: for every rank to arrive.  `load`: for every rank to have loaded its shard.
-    `collective`: for one collective, and for a rank to be heard of at all.  `request`: for an
+    `join`: for every rank to arrive. `load`: for every rank to have loaded its shard.
+    `collective`: for one collective, and for a rank to be heard of at all. `request`: for an
     answer of ranks that one process controls, or for the next token of it.
     """
 

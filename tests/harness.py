@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.convert.split import split_checkpoint
-from shardkit.planning.plan import make_plan
+from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe

@@ -6,9 +6,14 @@ from blueprints import tensor_bytes
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
-from shardkit.convert.split import merge_shards, no_progress, reshard_shards, split_checkpoint
+from shardkit.convert.shard_writer import (
+    merge_shards,
+    no_progress,
+    reshard_shards,
+    split_checkpoint,
+)
 from shardkit.output.stream import Progress
-from shardkit.planning.plan import Placement, make_plan
+from shardkit.planning.placement import Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.manifest import Manifest

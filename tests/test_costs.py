@@ -12,7 +12,7 @@ from shardkit.planning.costs import (
     find_compute_dtype,
     generates_text,
 )
-from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.placement import Plan, make_plan
 from shardkit.planning.summary import (
     collapse_names,
     count_replicated_bytes,

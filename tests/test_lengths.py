@@ -13,7 +13,7 @@ from damage import Split, quiet
 from splitting import merge_folder, split_folder
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.load import open_rank_shard
+from shardkit.runtime.loader import open_rank_shard
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard

@@ -13,7 +13,7 @@ from splitting import merge_folder, reshard_folder, split_folder
 from shardkit.checkpoint.checkpoint import SAMPLE
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
-from shardkit.runtime.load import open_rank_shard
+from shardkit.runtime.loader import open_rank_shard
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.verification import check_files

@@ -6,7 +6,7 @@ import pytest
 from blueprints import FAMILIES, Shapes, llama, llama_config, specs_of
 
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.planning.plan import Placement, Plan, make_plan
+from shardkit.planning.placement import Placement, Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.tensor import TensorSpec
 

@@ -18,7 +18,7 @@ from splitting import merge_folder, reshard_folder, shard_bytes, split_folder
 
 from shardkit.checkpoint.header import read_header
 from shardkit.output import stream
-from shardkit.planning.plan import Placement, Plan, make_plan
+from shardkit.planning.placement import Placement, Plan, make_plan
 from shardkit.planning.summary import count_stored_bytes, group_by_layout
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.load import choose_dtype
+from shardkit.runtime.loader import choose_dtype
 from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec

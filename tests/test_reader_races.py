@@ -13,9 +13,9 @@ from blueprints import llama, llama_config, specs_of, write_source
 from splitting import split_folder
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import split_checkpoint
+from shardkit.convert.shard_writer import split_checkpoint
 from shardkit.errors import ManifestError, VerifyError
-from shardkit.planning.plan import make_plan
+from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.shards.integrity import check_ranks
 from shardkit.shards.reader import ShardedCheckpoint

@@ -11,7 +11,7 @@ from harness import cut
 from safetensors.torch import load_file, save_file
 from splitting import split_folder
 
-from shardkit.convert.split import merge_shards
+from shardkit.convert.shard_writer import merge_shards
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification.models import LocalRanks

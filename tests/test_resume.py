@@ -14,11 +14,11 @@ from blueprints import contents, llama, llama_config, specs_of, write_source
 from splitting import merge_folder, reshard_folder, split_folder
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import split_checkpoint
+from shardkit.convert.shard_writer import split_checkpoint
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.output import writer as file_sink
 from shardkit.output.destination import Destination
-from shardkit.output.journal import (
+from shardkit.output.resume import (
     Journal,
     JournalContents,
     JournalEntry,
@@ -26,7 +26,7 @@ from shardkit.output.journal import (
     parse_journal,
 )
 from shardkit.output.publish import JOURNAL
-from shardkit.planning.plan import make_plan
+from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.shards.manifest import rank_file_name
 from shardkit.strict_json import JsonError, encode_canonical

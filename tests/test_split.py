@@ -32,7 +32,7 @@ from splitting import (
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import encode_header, read_header
-from shardkit.convert.split import split_checkpoint
+from shardkit.convert.shard_writer import split_checkpoint
 from shardkit.errors import (
     LayoutError,
     ManifestError,
@@ -43,7 +43,7 @@ from shardkit.errors import (
 )
 from shardkit.layout.axis import Term
 from shardkit.output import stream
-from shardkit.planning.plan import make_plan
+from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.shards import integrity

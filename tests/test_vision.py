@@ -14,7 +14,7 @@ from shardkit.authoring.masked_sum import load
 from shardkit.authoring.proof import prove
 from shardkit.errors import RecipeError
 from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
-from shardkit.planning.plan import Plan, make_plan
+from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.verification.dummy_inputs import make_inputs

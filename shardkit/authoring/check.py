@@ -15,8 +15,8 @@ from shardkit.authoring.samples import Sample, make_sample, samples, save_random
 from shardkit.errors import CheckpointError, RecipeError
 from shardkit.recipe.counts import matches_config
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.config import build_config
-from shardkit.runtime.load import resolve_model_class
+from shardkit.runtime.config import read_model_config
+from shardkit.runtime.loader import resolve_model_class
 
 BEAMS = 3
 MAX_PARAMETERS = 200_000_000  # of a model that is made up to check a recipe: seconds, not minutes
@@ -62,7 +62,7 @@ def make_like(config: Path, folder: Path) -> Path:
 
     Raises RecipeError if it is large, and CheckpointError for a config that no model can have.
     """
-    found = build_config(config)
+    found = read_model_config(config)
     try:
         cls = resolve_model_class(found)
         with torch.device("meta"):

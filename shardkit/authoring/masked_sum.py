@@ -23,19 +23,19 @@ from transformers import PreTrainedModel
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
-from shardkit.planning.plan import Placement, Plan, make_plan
+from shardkit.layout.style import Style
+from shardkit.planning.mesh import Mesh
+from shardkit.planning.placement import Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.layers.experts import choose_expert_kernel
-from shardkit.runtime.load import resolve_model_class
+from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import uncached
 from shardkit.verification.dummy_inputs import make_inputs
 
 WEIGHTS = "model.safetensors"
-SUMMED = ("row", "vocab")
-GIVEN = ("norm", "gather")
 Outputs = dict[str, list[torch.Tensor]]
 Hook = Callable[[torch.nn.Module, object, Any], Any]
 
@@ -46,8 +46,8 @@ def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[st
     `source` is a small checkpoint of one file.  Raises VerifyError for a weight that nothing runs.
     """
     model, plan = load(source), plan_of(source, recipe, tp_size)
-    layers = owners(model, plan, SUMMED)
-    given = [*owners(model, plan, GIVEN), *recurrent(model)]
+    layers = owners(model, plan, lambda style: style.is_summed)
+    given = [*owners(model, plan, lambda style: style.needs_full_width)]
     inputs = make_inputs(model)
     truth = record(model, inputs, [*layers, *given])
     if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
@@ -79,26 +79,21 @@ def plan_of(source: Path, recipe: Recipe, tp_size: int) -> Plan:
 
 def placed_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
     """Each of the model's parameters, tied ones by all their names, and its placement on disk."""
-    stored = {p.spec.name: p for p in plan.placements if p.style != "ignore"}
+    stored = {p.spec.name: p for p in plan.placements if p.style.is_loaded}
     made = placements_by_parameter(model, stored, find_conversions(model, stored))
     by_tensor = {id(model.get_parameter_or_buffer(name)): p for name, p in made.items()}
     named = model.named_parameters(remove_duplicate=False)
     return {name: by_tensor[id(tensor)] for name, tensor in named if id(tensor) in by_tensor}
 
 
-def owners(model: PreTrainedModel, plan: Plan, styles: Iterable[str]) -> dict[str, str]:
+def owners(model: PreTrainedModel, plan: Plan, wanted: Callable[[Style], bool]) -> dict[str, str]:
     """The modules that own a weight of one of these styles, and its name on disk."""
     return {
         name.rpartition(".")[0]: placement.spec.name
         for name, placement in placed_parameters(model, plan).items()
-        if placement.style in styles
-        and (len(placement.spec.shape) > 1 or placement.style not in SUMMED)
+        if wanted(placement.style)
+        and (len(placement.spec.shape) > 1 or not placement.style.is_summed)
     }
-
-
-def recurrent(model: PreTrainedModel) -> list[str]:
-    """The modules that gather what all ranks put out at every step."""
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.LSTM)]
 
 
 def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
@@ -116,11 +111,11 @@ def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
 def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int) -> torch.Tensor:
     """The tensor, zero outside the rank's spans; a row-parallel bias is rank 0's alone."""
     if placement.dim is None:
-        return tensor * 0 if placement.style in ("row", "once") and tp_rank else tensor
+        return tensor * 0 if placement.style.is_added_once and tp_rank else tensor
     shape = [1] * tensor.ndim
     shape[placement.dim] = -1
     kept = torch.zeros(tensor.shape[placement.dim], dtype=torch.bool)
-    for start, stop in placement.spans(tp_rank, tp_size):
+    for start, stop in placement.spans(Mesh(tp_size).rank(tp_rank)):
         kept[start:stop] = True
     return tensor * kept.view(shape)
 

@@ -10,15 +10,24 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
 from shardkit.layout.axis import Term
+from shardkit.layout.style import (
+    ADD_ONCE,
+    COLUMN,
+    GATHER,
+    NORM,
+    RECURRENT,
+    REPLICATE,
+    ROW,
+)
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
 ANY = "any_even_division"
 HALVES = (Term((2,), ANY),)  # each rank takes a part of either half: right for a fused pair alone
 PLAIN = (Term((), ANY),)
 STYLES = {  # of a rule that should reduce, gather or add once: what is forgotten, and what is left
-    "norm": ("norm not reduced", "column"),
-    "once": ("bias added by every rank", "replicate"),
-    "gather": ("input not gathered", "column"),
+    NORM: ("norm not reduced", COLUMN),
+    ADD_ONCE: ("bias added by every rank", REPLICATE),
+    GATHER: ("input not gathered", COLUMN),
 }
 
 
@@ -43,7 +52,7 @@ def mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mu
     """
     used = [rule for rule in recipe.rules if rule.pattern in rules]
     biased = [
-        r for r in used if r.style == "row" and any(t.endswith("bias") for t in rules[r.pattern])
+        r for r in used if r.style is ROW and any(t.endswith("bias") for t in rules[r.pattern])
     ]
     kinds = [
         (_with(recipe, r, STYLES[r.style][0], style=STYLES[r.style][1])
@@ -75,7 +84,7 @@ def _attributes(recipe: Recipe) -> Iterator[Mutant]:
 def _doubled(recipe: Recipe, rule: Rule) -> Mutant:
     """The rule for the weight alone, and the bias replicated like any small tensor."""
     weight = replace(rule, pattern=f"{rule.pattern}.weight")
-    bias = Rule(f"{rule.pattern}.bias", "replicate")
+    bias = Rule(f"{rule.pattern}.bias", REPLICATE)
     others = (other for other in recipe.rules if other != rule)
     wrong = replace(recipe, rules=(*others, weight, bias))
     return Mutant("bias added by every rank", rule.pattern, wrong)
@@ -87,7 +96,7 @@ def _without(recipe: Recipe, rule: Rule) -> Mutant:
 
 
 def _cut(rule: Rule) -> bool:
-    return rule.style in ("column", "row")
+    return rule.style in (COLUMN, ROW, RECURRENT)
 
 
 def _swapped(rule: Rule) -> tuple[Term, ...]:

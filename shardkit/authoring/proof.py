@@ -8,10 +8,10 @@ from pathlib import Path
 
 from shardkit.authoring.masked_sum import WEIGHTS, misses
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import merge_shards, split_checkpoint
+from shardkit.convert import merge_shards, split_checkpoint
 from shardkit.errors import ShardkitError
-from shardkit.planning.plan import Plan, make_plan
-from shardkit.planning.summary import count_loaded_bytes, count_total_bytes, group_by_layout
+from shardkit.planning.placement import Plan, make_plan
+from shardkit.planning.summary import summarize_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest import Manifest
@@ -94,8 +94,8 @@ class _Trial:
 
     @property
     def share(self) -> float:
-        loaded = count_loaded_bytes(group_by_layout(self.plan), self.plan.tp_size)
-        return max(loaded) / max(count_total_bytes(self.plan), 1)
+        summary = summarize_plan(self.plan)
+        return max(summary.loaded_bytes) / max(summary.total_bytes, 1)
 
     def complete(self) -> Check:
         """Every tensor has one rule, and every rank a part of what is divided."""

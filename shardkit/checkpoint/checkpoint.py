@@ -9,21 +9,24 @@ from pathlib import Path
 
 from shardkit import strict_json
 from shardkit.checkpoint import header
+from shardkit.checkpoint.config import read_config
 from shardkit.checkpoint.config_check import check_config
 from shardkit.checkpoint.hub_cache import check_blob, check_bytes, is_blob
-from shardkit.checkpoint.weight_files import (
-    find_weight_files,
-    is_companion,
-    list_names,
-    read_config,
-)
+from shardkit.checkpoint.weight_files import find_weight_files, is_companion, list_names
 from shardkit.errors import CheckpointError, SourceChanged
-from shardkit.files import open_regular_file, read_small_file, resolve_file
+from shardkit.files import (
+    Progress,
+    ShortRead,
+    open_regular_file,
+    read_exactly,
+    read_small_file,
+    resolve_file,
+)
 from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec
 
 MAX_COMPANION = 256 << 20
-SAMPLE = 4096
+FINGERPRINT_BYTES = 4096  # of each end of a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Checkpoint:
     """An open checkpoint folder: an open resource, to be closed or used in a `with`."""
 
     def __init__(self, folder: Path, revision: str = "", name: str = "") -> None:
-        """Open the folder and check every header.  Raises CheckpointError."""
+        """Open the folder and check every header. Raises CheckpointError."""
         self.folder = folder
         self.revision = revision
         self.name = name or name_of_folder(folder)
@@ -78,7 +81,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """The config's `model_type`.  Raises CheckpointError where it has none."""
+        """The config's `model_type`. Raises CheckpointError if it has none."""
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or not model_type:
             raise CheckpointError(f"{self.folder}/config.json: no model_type")
@@ -97,7 +100,7 @@ class Checkpoint:
         )
 
     def check_config(self) -> "Checkpoint":
-        """Return itself; raise CheckpointError where the config and the tensors do not agree."""
+        """Return itself; raise CheckpointError if the config and the tensors do not agree."""
         try:
             check_config(self.config, self.specs(), self.folder)
         except BaseException:
@@ -110,37 +113,34 @@ class Checkpoint:
         return [place.spec for place in self._places.values()]
 
     def read_into(self, name: str, offset: int, view: memoryview) -> None:
-        """Fill `view` with the tensor's bytes from `offset` on.  Raises SourceChanged."""
+        """Fill `view` with the tensor's bytes from `offset` on. Raises SourceChanged."""
         place = self._places[name]
-        at = place.start + offset
-        while view:
-            path = self.folder / self.files[place.file].name
-            try:
-                count = os.preadv(self._fds[place.file], [view], at)
-            except OSError as failure:
-                raise CheckpointError(f"{path}: cannot be read: {failure.strerror}") from None
-            if count == 0:
-                raise SourceChanged(f"{path}: became shorter while it was read")
-            view, at = view[count:], at + count
+        path = self.folder / self.files[place.file].name
+        try:
+            read_exactly(self._fds[place.file], view, place.start + offset)
+        except ShortRead:
+            raise SourceChanged(f"{path}: became shorter while it was read") from None
+        except OSError as failure:
+            raise CheckpointError(f"{path}: cannot be read: {failure.strerror}") from None
 
     @property
     def download_bytes(self) -> int:
         """The bytes that `check_download` reads: of weights files in a Hub cache."""
         return sum(os.fstat(fd).st_size for _, _, fd in self._blobs())
 
-    def check_download(self, progress: Callable[[int], object]) -> None:
-        """Hash what lies in a Hub cache; raise CheckpointError where it is not the Hub's file."""
+    def check_download(self, progress: Progress) -> None:
+        """Hash what lies in a Hub cache; raise CheckpointError if it is not the Hub's file."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             checks = [pool.submit(check_blob, *blob, progress) for blob in self._blobs()]
         for check in checks:
             check.result()
 
     def _blobs(self) -> list[tuple[Path, str, int]]:
-        found = [
+        files = [
             (resolve_file(self.folder, name, CheckpointError), str(self.folder / name), fd)
             for name, fd in zip(self._names, self._fds, strict=True)
         ]
-        return [blob for blob in found if is_blob(blob[0])]
+        return [file for file in files if is_blob(file[0])]
 
     def check_unchanged(self) -> None:
         """Raise SourceChanged if a file was written to since it was opened."""
@@ -162,7 +162,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for spec in self.specs():
             digest.update(strict_json.encode_canonical([spec.name, spec.dtype, list(spec.shape)]))
-            size = min(SAMPLE, spec.nbytes)
+            size = min(FINGERPRINT_BYTES, spec.nbytes)
             for offset in sorted({0, spec.nbytes - size}):
                 data = bytearray(size)
                 self.read_into(spec.name, offset, memoryview(data))
@@ -172,6 +172,10 @@ class Checkpoint:
     def companions(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each small file a model needs beside its weights; never code."""
         return read_companions(self.folder)
+
+    def count_companion_bytes(self) -> int:
+        """The bytes of those files. None is read."""
+        return sum(path.stat().st_size for _, path in list_companions(self.folder))
 
     def _add(self, name: str) -> SourceFile:
         path = resolve_file(self.folder, name, CheckpointError)
@@ -208,13 +212,13 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """Open a folder, or a Hub id through huggingface_hub's cache.  Raises CheckpointError."""
+    """Open a folder, or a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     folder, commit = find_folder(source, revision)
     return Checkpoint(folder, commit, source if commit else "").check_config()
 
 
 def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:
-    """The folder a source is in, and of a Hub id the commit.  Raises CheckpointError.
+    """The folder a source is in, and of a Hub id the commit. Raises CheckpointError.
 
     With `pickled`, a repository of nothing but pickled weights is one too.
     """
@@ -231,19 +235,24 @@ def find_folder(source: str, revision: str | None, pickled: bool = False) -> tup
 
 
 def name_of_folder(folder: Path) -> str:
-    """A folder's own name, as text, though its bytes may be none: the manifest is text."""
+    """A folder's own name, as text, even if its bytes are not: the manifest is text."""
     return os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
 
 
 def read_companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each small file a model needs beside its weights; never code."""
+    for name, path in list_companions(folder):
+        data = read_small_file(path, MAX_COMPANION, CheckpointError)
+        if is_blob(path):
+            check_bytes(path, str(folder / name), data)
+        yield name, data
+
+
+def list_companions(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and place of each of those files; a Hub cache keeps them elsewhere."""
     for name in list_names(folder):
         if is_companion(name) and (folder / name).is_file():
-            real = resolve_file(folder, name, CheckpointError)
-            data = read_small_file(real, MAX_COMPANION, CheckpointError)
-            if is_blob(real):
-                check_bytes(real, str(folder / name), data)
-            yield name, data
+            yield name, resolve_file(folder, name, CheckpointError)
 
 
 def _ask_path(question: Callable[[], bool]) -> bool:

@@ -1,7 +1,7 @@
 """The safetensors header, read strictly.
 
 The format: 8 bytes of little-endian length, that many bytes of JSON, then the data
-(https://github.com/huggingface/safetensors#format).  What is refused here includes everything the
+(https://github.com/huggingface/safetensors#format). What is refused here includes everything the
 safetensors library refuses, and duplicate names, which it accepts.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from shardkit import strict_json
+from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular_file
 from shardkit.strict_json import JsonError, quote
-from shardkit.tensor import DTYPE_BITS, TensorSpec
+from shardkit.tensor import TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_TENSORS = 250_000  # in one file: what can be checked in 256 MB; models have up to 210 000
@@ -27,7 +28,7 @@ MAX_VALUES = 12 * MAX_TENSORS  # an entry is 8 commas and brackets, and one more
 MAX_NAME = 65_536
 MAX_RANK = 64
 MAX_DIM = 1 << 48
-METADATA = "__metadata__"  # the one key of a header that is no tensor
+METADATA = "__metadata__"  # the one key of a header that is not a tensor
 LFS_POINTER = b"version https://git-lfs"
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 
@@ -51,7 +52,7 @@ class Header:
 
 
 def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
-    """Read and check a safetensors file's header.  Raises `error`, naming file and fault."""
+    """Read and check a safetensors file's header. Raises `error`, naming file and fault."""
     fd = open_regular_file(path, error)
     try:
         return read_open_header(fd, path, error)
@@ -60,7 +61,7 @@ def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Hea
 
 
 def read_open_header(fd: int, path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
-    """Read and check the header of an open file; `path` is for messages.  Raises `error`."""
+    """Read and check the header of an open file; `path` is for messages. Raises `error`."""
     size = os.fstat(fd).st_size
     try:
         length = parse_header_length(os.pread(fd, len(LFS_POINTER), 0), size)
@@ -72,7 +73,7 @@ def read_open_header(fd: int, path: Path, error: type[ShardkitError] = Checkpoin
 
 
 def parse_header_length(start: bytes, size: int) -> int:
-    """The bytes of header that a file's first bytes announce.  Raises JsonError."""
+    """The bytes of header that a file's first bytes announce. Raises JsonError."""
     if start.startswith(LFS_POINTER):
         raise JsonError("a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     if size < 8:
@@ -80,11 +81,11 @@ def parse_header_length(start: bytes, size: int) -> int:
     length: int = struct.unpack("<Q", start[:8])[0]
     if length > MAX_HEADER:
         raise JsonError(
-            f"header of {length} bytes, more than the {MAX_HEADER} allowed: no safetensors file"
+            f"header of {length} bytes, more than the {MAX_HEADER} allowed: not a safetensors file"
         )
     if length > size - 8:
         raise JsonError(
-            f"header of {length} bytes in a file of {size}: truncated, or no safetensors file"
+            f"header of {length} bytes in a file of {size}: truncated, or not a safetensors file"
         )
     return length
 
@@ -103,16 +104,16 @@ def _no_collection() -> Iterator[None]:
 
 @_no_collection()
 def parse_header(raw: bytes, file_size: int) -> Header:
-    """The header's tensors, their bytes proven to cover the file exactly.  Raises JsonError."""
+    """The header's tensors, their bytes proven to cover the file exactly. Raises JsonError."""
     if not raw.startswith(b"{"):
         raise JsonError("header does not start with '{'")
     _check_count(raw.count(b'"data_offsets"'))  # before anything is made of them
     table = strict_json.parse_json(raw, MAX_VALUES)
     if not isinstance(table, dict):
-        raise JsonError("header is no object")
+        raise JsonError("header is not an object")
     metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise JsonError("__metadata__ is no table of strings")
+        raise JsonError("__metadata__ is not a table of strings")
     _check_count(len(table))
     base = 8 + len(raw)
     entries = sorted(
@@ -165,15 +166,15 @@ def _parse_entry(name: str, value: Any, base: int) -> Entry:
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise JsonError(f"tensor {quote(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise JsonError(f"tensor {quote(name)}: unknown dtype {quote(dtype)}")
     if not _are_sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
-        raise JsonError(f"tensor {quote(name)}: shape is no list of sizes")
+        raise JsonError(f"tensor {quote(name)}: shape is not a list of sizes")
     if not _are_sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise JsonError(f"tensor {quote(name)}: data_offsets are no range")
+        raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
     start, stop = offsets
     spec = TensorSpec(name, dtype, tuple(shape))
-    if math.prod(filter(None, shape)) * DTYPE_BITS[dtype] >= 1 << 64:
+    if math.prod(filter(None, shape)) * DTYPES[dtype].bits >= 1 << 64:
         raise JsonError(f"tensor {quote(name)}: shape is too large, zeros left aside")
     if (needed := spec.nbytes) != stop - start:
         raise JsonError(f"tensor {quote(name)}: {stop - start} bytes, but its shape needs {needed}")

@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shardkit.checkpoint.weight_files import COMPANIONS, find_weight_files, list_names, read_config
+from shardkit.checkpoint.config import read_config
+from shardkit.checkpoint.weight_files import COMPANIONS, find_weight_files, list_names
 from shardkit.errors import CheckpointError
 from shardkit.strict_json import quote
 
@@ -29,7 +30,7 @@ def download_snapshot(
     """The local snapshot folder of a Hub id and its commit hash.
 
     The small files come first: they say which weights are wanted, and whether the repository is a
-    checkpoint at all, before gigabytes are fetched.  Raises CheckpointError.
+    checkpoint at all, before gigabytes are fetched. Raises CheckpointError.
     """
     if revision == "":
         raise CheckpointError(f"{quote(repo_id)}: an empty revision; name one, or leave it out")

@@ -3,18 +3,18 @@
 huggingface_hub compares a download's size, not its bytes, and a file that is cached with nothing.
 It keeps each as `blobs/<etag>`, and the Hub's ETag is the sha256 of a file in LFS or Xet storage
 and the git blob id of any other (huggingface.co/docs/huggingface_hub/guides/manage-cache); some
-mirrors give the plain sha1.  So the name alone tells whether a file is the Hub's, offline too.
+mirrors give the plain sha1. So the name alone tells whether a file is the Hub's, offline too.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from shardkit.errors import CheckpointError
+from shardkit.files import Progress, read_exactly
 
-BLOCK = 2 << 20
+READ_BYTES = 2 << 20
 _NAMES = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 
 
@@ -23,33 +23,31 @@ def is_blob(path: Path) -> bool:
     return path.parent.name == "blobs" and _NAMES.fullmatch(path.name) is not None
 
 
-def check_blob(path: Path, name: str, fd: int, progress: Callable[[int], object]) -> None:
+def check_blob(path: Path, name: str, fd: int, progress: Progress) -> None:
     """Hash the open file `name` of a snapshot, whose bytes lie in the blob `path`.
 
-    Raises CheckpointError where it is not what its name says.
+    Raises CheckpointError if it is not what its name says.
     """
     size = os.fstat(fd).st_size
     hashes = _start_hashes(path, size)
-    buffer, at = memoryview(bytearray(min(BLOCK, size))), 0
-    while at < size:
+    buffer = memoryview(bytearray(min(READ_BYTES, size)))
+    for at in range(0, size, READ_BYTES):
+        view = buffer[: size - at]
         try:
-            count = os.preadv(fd, [buffer[: size - at]], at)
+            read_exactly(fd, view, at)
         except OSError as failure:
             raise CheckpointError(f"{path}: cannot be read: {failure.strerror}") from None
-        if count == 0:
-            break
-        for found in hashes:
-            found.update(buffer[:count])
-        at += count
-        progress(count)
+        for digest in hashes:
+            digest.update(view)
+        progress(len(view))
     _compare_digest(path, name, hashes)
 
 
 def check_bytes(path: Path, name: str, data: bytes) -> None:
     """The same, of a small file that has been read."""
     hashes = _start_hashes(path, len(data))
-    for found in hashes:
-        found.update(data)
+    for digest in hashes:
+        digest.update(data)
     _compare_digest(path, name, hashes)
 
 
@@ -61,7 +59,7 @@ def _start_hashes(path: Path, size: int) -> "list[hashlib._Hash]":
 
 
 def _compare_digest(path: Path, name: str, hashes: "list[hashlib._Hash]") -> None:
-    if path.name not in (found.hexdigest() for found in hashes):
+    if path.name not in (digest.hexdigest() for digest in hashes):
         raise CheckpointError(
             f"{name}: not the Hub's file: its bytes have the {hashes[0].name}"
             f" {hashes[0].hexdigest()}; remove {path} and run the same command again"

@@ -43,7 +43,7 @@ def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
 
 
 def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
-    """An index from its bytes.  Raises JsonError."""
+    """An index from its bytes. Raises JsonError."""
     try:
         table = strict_json.parse_json(data, MAX_VALUES)
     except JsonError as fault:

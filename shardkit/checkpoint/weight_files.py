@@ -5,49 +5,27 @@ A Hub repository is judged by the same rules from its list of names, before its 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from shardkit import strict_json
 from shardkit.checkpoint.index import SUFFIX, WEIGHTS, Index, read_index
 from shardkit.errors import CheckpointError
-from shardkit.files import is_plain_name, read_small_file, resolve_file
+from shardkit.files import is_plain_name
 
 SINGLE = "model.safetensors"
 PICKLED = ".bin"
 PICKLED_SINGLE, PICKLED_INDEX = f"pytorch_model{PICKLED}", f"{PICKLED}.index.json"
 PICKLES = (PICKLED, ".pt", ".pth", ".ckpt")
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-MANIFEST = "manifest.json"
+MANIFEST_NAME = "manifest.json"  # shard folders have their own, so none is a companion
 _WAY_OUT = " convert them to safetensors first, or read them apart with --allow-pickle"
-MAX_CONFIG = 4 << 20  # the longest known name 21 000 labels twice, in 2 MB
 
 
 def list_names(folder: Path) -> list[str]:
-    """The names in a folder, sorted.  Raises CheckpointError."""
+    """The names in a folder, sorted. Raises CheckpointError."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError as failure:
         raise CheckpointError(f"{folder}: {failure.strerror}") from None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.  Raises CheckpointError."""
-    path = resolve_file(folder, "config.json", CheckpointError)
-    if not path.exists():
-        raise CheckpointError(f"{folder}: no config.json; name the folder of a Hugging Face model")
-    data = read_small_file(path, MAX_CONFIG, CheckpointError)
-    try:
-        return parse_config(data)
-    except strict_json.JsonError as fault:
-        raise CheckpointError(f"{folder}/config.json: {fault}") from None
-
-
-def parse_config(data: bytes) -> dict[str, Any]:
-    """A config from its bytes.  Raises JsonError."""
-    config = strict_json.parse_json(data)
-    if not isinstance(config, dict):
-        raise strict_json.JsonError("is no JSON object")
-    return config
 
 
 def is_companion(name: str) -> bool:
@@ -55,7 +33,7 @@ def is_companion(name: str) -> bool:
     return (
         name.endswith(COMPANIONS)
         and not name.endswith(".index.json")
-        and name != MANIFEST  # a shard folder has its own
+        and name != MANIFEST_NAME
         and is_plain_name(name)
     )
 
@@ -63,14 +41,14 @@ def is_companion(name: str) -> bool:
 def find_weight_files(
     folder: Path, names: Sequence[str], pickled: bool = False
 ) -> tuple[Index | None, list[str]]:
-    """The index, if there is one, and the weights files.  Raises CheckpointError if in doubt.
+    """The index, if there is one, and the weights files. Raises CheckpointError if in doubt.
 
-    `names` are what the folder holds, or will hold; only an index is read.  With `pickled`, pickled
+    `names` are what the folder holds, or will hold; only an index is read. With `pickled`, pickled
     files are named where there are no others.
     """
     indices = _prefer_hugging_face_files(name for name in names if name.endswith(SUFFIX))
     weights = _prefer_hugging_face_files(name for name in names if name.endswith(WEIGHTS))
-    if MANIFEST in names and any(name.startswith("rank-") for name in weights):
+    if MANIFEST_NAME in names and any(name.startswith("rank-") for name in weights):
         raise CheckpointError(
             f"{folder}: a shard folder, no checkpoint; use `shardkit merge` or `shardkit reshard`"
         )

@@ -1,4 +1,4 @@
-"""The `shardkit` command.  Subcommands are imported when they are invoked: help loads no torch."""
+"""The `shardkit` command. Subcommands are imported when they are invoked: help loads no torch."""
 
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from shardkit import __version__
-from shardkit.cli.output import escape_text
 from shardkit.errors import ShardkitError
+from shardkit.strict_json import escape_line
 
 INTERRUPTED = 130
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """Where a subcommand is, as `module:attribute`, and the line of help the group shows."""
 
     target: str
@@ -20,15 +20,21 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "split": Entry("shardkit.cli.split:split", "Cut a checkpoint into one file per rank."),
-    "verify": Entry("shardkit.cli.verify:verify", "Prove shards right, or say what is wrong."),
-    "merge": Entry("shardkit.cli.merge:merge", "Write the unsharded checkpoint again."),
-    "reshard": Entry("shardkit.cli.reshard:reshard", "Cut shards for another number of ranks."),
-    "plan": Entry("shardkit.cli.plan:plan", "Show what a split would hold and cost."),
-    "inspect": Entry("shardkit.cli.inspect:inspect", "Say what a folder holds."),
-    "generate": Entry("shardkit.cli.generate:generate", "Generate text from shards."),
-    "recipes": Entry("shardkit.cli.recipes:recipes", "List, show, check and draft recipes."),
-    "demo": Entry("shardkit.cli.demo:demo", "Split, verify and run two small models here."),
+    "split": CommandEntry("shardkit.cli.split:split", "Split a checkpoint into one file per rank."),
+    "verify": CommandEntry(
+        "shardkit.cli.verify:verify", "Verify a shard folder and report what is wrong."
+    ),
+    "merge": CommandEntry("shardkit.cli.merge:merge", "Write the unsharded checkpoint again."),
+    "reshard": CommandEntry(
+        "shardkit.cli.reshard:reshard", "Split shards for another number of ranks."
+    ),
+    "plan": CommandEntry("shardkit.cli.plan:plan", "Show what each rank would hold and cost."),
+    "inspect": CommandEntry(
+        "shardkit.cli.inspect:inspect", "Describe a shard folder or a checkpoint."
+    ),
+    "generate": CommandEntry("shardkit.cli.generate:generate", "Generate text from shards."),
+    "recipes": CommandEntry("shardkit.cli.recipes:recipes", "List, show, check and draft recipes."),
+    "demo": CommandEntry("shardkit.cli.demo:demo", "Split, verify and run two small models."),
 }
 
 
@@ -40,7 +46,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; None for a name there is none of."""
+        """Import a command; None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
@@ -58,28 +64,28 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except ShardkitError as error:
-            end(ctx, str(error), error.exit_code)
+            exit_with_error(ctx, str(error), error.exit_code)
         except KeyboardInterrupt:
-            end(ctx, "interrupted", INTERRUPTED)
+            exit_with_error(ctx, "interrupted", INTERRUPTED)
         except OSError as error:
             if error.filename is None:
                 raise
-            end(ctx, f"{error.filename}: {error.strerror}", ShardkitError.exit_code)
+            exit_with_error(ctx, f"{error.filename}: {error.strerror}", ShardkitError.exit_code)
 
 
-def end(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
-    """Say what went wrong in one line on stderr, and exit."""
-    click.echo(f"Error: {escape_text(message)}", err=True)
+def exit_with_error(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+    """Print what went wrong in one line on stderr, and exit."""
+    click.echo(f"Error: {escape_line(message)}", err=True)
     ctx.exit(exit_code)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="shardkit")
 def main() -> None:
-    """Cut a Hugging Face checkpoint into tensor-parallel shards, prove them right, and run them.
+    """Split Hugging Face checkpoints into tensor-parallel shards, verify them, and run them.
 
-    Results go to stdout, progress and errors to stderr.  Exit codes: 0 done, 1 the checkpoint
-    cannot be divided so, 2 wrong usage, 3 damaged input, 4 verification failed, 5 the output
+    Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 the checkpoint
+    cannot be split that way, 2 wrong usage, 3 damaged input, 4 verification failed, 5 the output
     cannot be written, 6 the source changed meanwhile, 7 ranks failed, 130 interrupted,
     143 terminated.
 

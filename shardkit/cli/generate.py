@@ -5,15 +5,16 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import FOLDER, JSON
-from shardkit.cli.output import print_json, print_line
-from shardkit.cli.run_options import (
+from shardkit.cli.options import (
     DEVICE,
     DTYPE,
+    FOLDER,
+    JSON,
     TIMEOUT,
     end_on_sigterm,
     quiet_transformers,
 )
+from shardkit.cli.output import print_json, print_line
 from shardkit.errors import ManifestError
 from shardkit.timeouts import Timeouts
 
@@ -27,7 +28,7 @@ from shardkit.timeouts import Timeouts
     default=64,
     show_default=True,
     metavar="N",
-    help="The most tokens to generate.",
+    help="Maximum number of tokens to generate.",
 )
 @click.option(
     "--temperature",
@@ -35,10 +36,10 @@ from shardkit.timeouts import Timeouts
     default=0.0,
     show_default=True,
     metavar="T",
-    help="Sample at this temperature; 0 takes the likeliest token.",
+    help="Sampling temperature; 0 is greedy decoding.",
 )
-@click.option("--seed", type=int, metavar="N", help="Sample the same tokens each time.")
-@click.option("--verify", is_flag=True, help="Hash the very bytes that are loaded; refuse damage.")
+@click.option("--seed", type=int, metavar="N", help="Random seed for sampling.")
+@click.option("--verify", is_flag=True, help="Check each shard's SHA-256 while loading it.")
 @DTYPE
 @DEVICE
 @TIMEOUT
@@ -57,9 +58,9 @@ def generate(
 ) -> None:
     """Generate text from shards.
 
-    SHARDS is a shard folder; as many ranks are started here as it was split for.  PROMPT is text,
-    or token ids such as "1 403 407" where the folder has no tokenizer.  What is generated goes to
-    stdout as it comes.
+    SHARDS is a shard folder; one process per rank is started on this machine. PROMPT is text, or
+    token ids such as "1 403 407" if the folder has no tokenizer. Tokens are printed as they are
+    generated.
 
     \b
     Example:
@@ -75,23 +76,29 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
-    asked = prompt if has_tokenizer(shards) else token_ids(prompt)
-    wanted = getattr(torch, dtype) if dtype else None
-    started = runtime.launch(shards, device=device, dtype=wanted, timeouts=timeouts, verify=verify)
-    with started as engine:
+    tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
+    torch_dtype = getattr(torch, dtype) if dtype else None
+    engine = runtime.launch(
+        shards, device=device, dtype=torch_dtype, timeouts=timeouts, verify=verify
+    )
+    with engine:
         if as_json:
-            ids = engine.generate(asked, seed, **options)[0].tolist()
-            text = engine.tokenizer.decode(ids, skip_special_tokens=True) if asked is prompt else ""
+            ids = engine.generate(tokens, seed, **options)[0].tolist()
+            text = (
+                engine.tokenizer.decode(ids, skip_special_tokens=True) if tokens is prompt else ""
+            )
             print_json({"ids": ids, "text": text})
             return
-        for part in engine.stream(asked, seed, **options):
+        for part in engine.stream(tokens, seed, **options):
             click.echo(part if isinstance(part, str) else f"{part} ", nl=False)
     print_line()
 
 
-def token_ids(prompt: str) -> list[int]:
-    """Token ids written with spaces or commas between.  Raises ManifestError for anything else."""
+def parse_token_ids(prompt: str) -> list[int]:
+    """Token ids written with spaces or commas between. Raises ManifestError for anything else."""
     words = prompt.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
-        raise ManifestError(f"the folder has no tokenizer, and {prompt!r} is no list of token ids")
+        raise ManifestError(
+            f"the folder has no tokenizer, and {prompt!r} is not a list of token ids"
+        )
     return [int(word) for word in words]

@@ -12,22 +12,21 @@ from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.output import format_bytes, format_count, print_json, print_line
 from shardkit.errors import CheckpointError, LayoutError, ManifestError, RecipeError
 from shardkit.files import read_small_file
-from shardkit.output.nonfinite import describe_nonfinite
-from shardkit.planning.plan import make_plan
-from shardkit.planning.summary import count_total_bytes, find_blocking_tensor
-from shardkit.recipe.catalog import find_recipe
-from shardkit.shards.manifest import MANIFEST_NAME, Manifest, compute_signing_digest
-from shardkit.shards.manifest_json import MAX_BYTES, read_manifest
+from shardkit.output import describe_nonfinite
+from shardkit.planning import find_blocking_tensor, make_plan
+from shardkit.recipe import find_recipe
+from shardkit.shards import MANIFEST_NAME, Manifest, compute_signing_digest, read_manifest
+from shardkit.shards.manifest_json import MAX_BYTES
 
 
 @click.command()
 @click.argument("path", type=FOLDER)
 @JSON
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what a folder holds.
+    """Describe a shard folder or a checkpoint.
 
-    PATH is a shard folder, of which the manifest is read, or a checkpoint folder, of which the
-    headers are.  No weights are read: `shardkit verify` is what checks them.
+    PATH is a shard folder, whose manifest is read, or a checkpoint folder, whose headers are. No
+    weights are read; use `shardkit verify` to check them.
 
     \b
     Example:
@@ -38,14 +37,14 @@ def inspect(path: Path, as_json: bool) -> None:
         raise CheckpointError(f"{path}: no such folder")
     if (path / MANIFEST_NAME).exists():
         manifest = read_manifest(path)
-        print_json(_shards_json(path, manifest)) if as_json else _say_shards(path, manifest)
+        print_json(_shards_to_json(path, manifest)) if as_json else _print_shards(path, manifest)
         return
     with Checkpoint(path) as checkpoint:
-        found = _checkpoint_json(checkpoint)
-    print_json(found) if as_json else _say_checkpoint(found)
+        summary = _checkpoint_to_json(checkpoint)
+    print_json(summary) if as_json else _print_checkpoint(summary)
 
 
-def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _shards_to_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
     source = manifest.source
     return {
         "kind": "shards",
@@ -60,7 +59,7 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
             "model_type": source.model_type,
             "files": len(source.files),
             "tensors": len(manifest.placements),
-            "bytes": count_total_bytes(manifest.plan),
+            "bytes": sum(p.spec.nbytes for p in manifest.plan.placements),
         },
         "nonfinite": manifest.nonfinite,
         "ranks": [
@@ -69,33 +68,34 @@ def _shards_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
                 "file": rank.name,
                 "size": rank.digest.size,
                 "sha256": rank.digest.sha256,
-                "state": _state(folder / rank.name, rank.digest.size),
+                "state": _check_size(folder / rank.name, rank.digest.size),
             }
             for tp_rank, rank in enumerate(manifest.ranks)
         ],
-        "copied": sorted(manifest.companion_files),
+        "companion_files": sorted(manifest.companion_files),
     }
 
 
-def _say_shards(folder: Path, manifest: Manifest) -> None:
-    found = _shards_json(folder, manifest)
-    source, recipe = found["source"], found["recipe"]
+def _print_shards(folder: Path, manifest: Manifest) -> None:
+    summary = _shards_to_json(folder, manifest)
+    source, recipe = summary["source"], summary["recipe"]
     revision = f" at {source['revision']}" if source["revision"] else ""
-    print_line(
-        f"{folder}: shards for {format_count(manifest.tp_size, 'rank')}, by shardkit {found['shardkit']}"
-    )
-    print_line(f"Split id  {found['split_id']}")
+    ranks = format_count(manifest.tp_size, "rank")
+    print_line(f"{folder}: shards for {ranks}, by shardkit {summary['shardkit']}")
+    print_line(f"Split id  {summary['split_id']}")
     print_line(
         f"Source    {source['id']}{revision}: {source['model_type']},"
         f" {format_count(source['tensors'], 'tensor')}, {format_bytes(source['bytes'])}"
         f" in {format_count(source['files'], 'file')}"
     )
     print_line(f"Recipe    {recipe['name']}, sha256 {recipe['sha256']}")
-    print_line(f"Signed as {found['signing_sha256']} (the sha256 that OpenSSF model signing signs)")
+    print_line(
+        f"Signed as {summary['signing_sha256']} (the sha256 that OpenSSF model signing signs)"
+    )
     if manifest.nonfinite:
         print_line(f"Values    {describe_nonfinite(manifest.nonfinite)}")
-    print_line(f"Copied    {', '.join(found['copied']) or 'nothing'}")
-    for rank in found["ranks"]:
+    print_line(f"Copied    {', '.join(summary['companion_files']) or 'nothing'}")
+    for rank in summary["ranks"]:
         state = "" if rank["state"] == "present" else f"  {rank['state'].upper()}"
         print_line(f"  {rank['file']}  {rank['size']:>15,} bytes  sha256 {rank['sha256']}{state}")
 
@@ -106,13 +106,13 @@ def _signing_sha256(folder: Path, manifest: Manifest) -> str:
     return compute_signing_digest(manifest, sha256(data).hexdigest())
 
 
-def _state(path: Path, expected: int) -> str:
+def _check_size(path: Path, expected: int) -> str:
     if not path.is_file():
         return "missing"
     return "present" if path.stat().st_size == expected else "wrong size"
 
 
-def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for spec in checkpoint.specs():
         dtypes[spec.dtype] += spec.nbytes
@@ -124,12 +124,12 @@ def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.specs()),
         "bytes": sum(dtypes.values()),
         "bytes_by_dtype": dict(dtypes.most_common()),
-        **_serving(checkpoint),
+        **_find_possible_sizes(checkpoint),
     }
 
 
-def _serving(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The recipe that serves a checkpoint and the sizes it divides over, or why none does."""
+def _find_possible_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe for a checkpoint and the sizes it divides over, or why there is none."""
     name = None
     try:
         recipe = find_recipe(checkpoint.config)
@@ -142,17 +142,21 @@ def _serving(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"recipe": name, "possible_tp": possible, "reason": None}
 
 
-def _say_checkpoint(found: dict[str, Any]) -> None:
+def _print_checkpoint(summary: dict[str, Any]) -> None:
+    tensors = format_count(summary["tensors"], "tensor")
+    files = format_count(summary["files"], "file")
     print_line(
-        f"{found['source']}: {found['model_type']}, {format_count(found['tensors'], 'tensor')},"
-        f" {format_bytes(found['bytes'])} in {format_count(found['files'], 'file')}"
+        f"{summary['source']}: {summary['model_type']}, {tensors},"
+        f" {format_bytes(summary['bytes'])} in {files}"
     )
-    dtypes = ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in found["bytes_by_dtype"].items())
+    dtypes = ", ".join(
+        f"{dtype} {format_bytes(n)}" for dtype, n in summary["bytes_by_dtype"].items()
+    )
     print_line(f"Weights   {dtypes}")
-    if found["possible_tp"] is None:
-        print_line(f"Recipe    {found['recipe'] or 'none'}: {found['reason']}")
+    if summary["possible_tp"] is None:
+        print_line(f"Recipe    {summary['recipe'] or 'none'}: {summary['reason']}")
         return
-    possible = found["possible_tp"]
+    possible = summary["possible_tp"]
     why = f"; {possible['blocked_by']} divides no further" if possible["blocked_by"] else ""
-    print_line(f"Recipe    {found['recipe']}")
+    print_line(f"Recipe    {summary['recipe']}")
     print_line(f"Possible  tp_size 1 to {possible['largest']}{why}")

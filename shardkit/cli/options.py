@@ -1,86 +1,121 @@
-"""Options that several commands share, and the opening of what they name."""
+"""Options that several commands share, the progress bar, and how a command ends on SIGTERM."""
 
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
-from typing import Any, TypeVar
+from typing import NoReturn
 
 import click
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.checkpoint.pickled.convert import open_source as open_checkpoint_source
-from shardkit.errors import CheckpointError
-from shardkit.shards.manifest import MANIFEST_NAME
+from shardkit.errors import RanksError
+from shardkit.files import ProgressCallback
+from shardkit.timeouts import Timeouts
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-Option = Callable[[Decorated], Decorated]
+TERMINATED = 128 + signal.SIGTERM
 
 FOLDER = click.Path(path_type=Path)
 TP = click.option(
-    "--tp", "tp_size", type=click.IntRange(min=1), required=True, metavar="N",
-    help="The number of ranks to divide the model over.",
-)  # fmt: skip
+    "--tp",
+    "tp_size",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="N",
+    help="Number of tensor-parallel ranks.",
+)
 RECIPE = click.option(
-    "--recipe", metavar="NAME|FILE.toml",
-    help="Use this recipe instead of the one that serves the config's model_type.",
-)  # fmt: skip
+    "--recipe",
+    metavar="NAME|FILE.toml",
+    help="Recipe to use instead of the one for the config's model_type.",
+)
 REVISION = click.option(
-    "--revision", metavar="REV",
-    help="Read this branch, tag or commit of a Hub repository.",
-)  # fmt: skip
+    "--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."
+)
 FORCE = click.option(
-    "--force", is_flag=True,
-    help="Replace the output that is there, in one step, if it is one that shardkit wrote.",
-)  # fmt: skip
+    "--force",
+    is_flag=True,
+    help="Replace an existing output in one step, if shardkit wrote it.",
+)
 RESUME = click.option(
-    "--resume", is_flag=True,
-    help="Go on with what a stopped run has left, and keep it if this one is stopped.",
-)  # fmt: skip
+    "--resume",
+    is_flag=True,
+    help="Resume an interrupted run; keep the partial output if interrupted again.",
+)
 ALLOW_PICKLE = click.option(
-    "--allow-pickle", is_flag=True,
-    help="Read pickled .bin weights where there are no others: converted by a process apart, which"
-    " takes as much room in TMPDIR as they have.",
-)  # fmt: skip
+    "--allow-pickle",
+    is_flag=True,
+    help="If there are only pickled .bin weights, convert them to safetensors in a sandboxed"
+    " subprocess first; needs their size free in TMPDIR.",
+)
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="Run in this dtype instead of the checkpoint's own.",
+)
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device to run on (default: cuda if available, else cpu).",
+)
+
+
+def read_timeouts(
+    _context: click.Context, _option: click.Parameter, values: Sequence[str]
+) -> Timeouts:
+    """The timeouts of `SECONDS` and `NAME=SECONDS`. Raises click.BadParameter."""
+    seconds_by_name = asdict(Timeouts())
+    for text in values:
+        name, equals, seconds = text.rpartition("=")
+        name = name if equals else "collective"
+        if name not in seconds_by_name:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(seconds_by_name)}")
+        try:
+            seconds_by_name[name] = float(seconds)
+        except ValueError:
+            raise click.BadParameter(f"{seconds!r} is not a number of seconds") from None
+    try:
+        return Timeouts(**seconds_by_name)
+    except RanksError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+TIMEOUT = click.option(
+    "--timeout",
+    "timeouts",
+    multiple=True,
+    metavar="[NAME=]SECONDS",
+    callback=read_timeouts,
+    help="Seconds without a heartbeat before a rank is considered lost (default 30)."
+    " Or NAME=SECONDS: join=60, load=600, request=600.",
 )
 
 
 @contextmanager
-def open_source(
-    source: str, revision: str | None, allow_pickle: bool = False
-) -> Iterator[Checkpoint]:
-    """Open an unsharded checkpoint, a folder or a Hub id.  Raises CheckpointError."""
-    if (Path(source) / MANIFEST_NAME).exists():
-        raise CheckpointError(
-            f"{source}: is a shard folder already; use `shardkit reshard` or `shardkit merge`"
-        )
-    with open_checkpoint_source(source, revision, allow_pickle) as checkpoint:
-        yield checkpoint
-
-
-@contextmanager
-def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr if that is a terminal; the threads of a copy may all advance it."""
+def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+    """A bar of bytes on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield None
         return
     from tqdm import tqdm  # costs more than many a plan, and nobody would see it
 
-    lock = Lock()
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(desc=title, unit="B", unit_scale=True, leave=False) as bar:
 
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-        yield advance
+        yield show
 
 
 @contextmanager
-def status() -> Iterator[Callable[[str], None]]:
+def status_line() -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what is being done and for how long, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
@@ -89,3 +124,20 @@ def status() -> Iterator[Callable[[str], None]]:
 
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as line:
         yield line.set_description_str
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does: the ranks first, then with exit code 143."""
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def quiet_transformers() -> None:
+    """Keep the libraries' bars and hints off the terminal, unless the user asks for them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of hosts that have no name
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

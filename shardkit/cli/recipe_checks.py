@@ -8,7 +8,7 @@ from typing import Any
 
 from shardkit.authoring.check import Trial, caught, make_models, try_recipe
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.cli.options import status
+from shardkit.cli.options import status_line
 from shardkit.cli.output import format_count, print_line
 from shardkit.recipe.recipe import Recipe
 
@@ -20,7 +20,7 @@ def run_checks(
     with (
         tempfile.TemporaryDirectory(prefix="shardkit-") as folder,
         RankPool() as pool,
-        status() as tell,
+        status_line() as tell,
     ):
         tell("making small models")
         models = make_models(recipe, config, Path(folder))

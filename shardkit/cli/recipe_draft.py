@@ -10,14 +10,15 @@ import click
 
 from shardkit.authoring.draft.draft import Draft, make_draft
 from shardkit.authoring.draft.proofs import outcomes_json
-from shardkit.cli.options import status
-from shardkit.cli.output import escape_text, format_count
+from shardkit.cli.options import status_line
+from shardkit.cli.output import format_count
 from shardkit.errors import OutputError
+from shardkit.strict_json import escape_line
 
 
 def run_draft(model: str, out: Path | None) -> dict[str, Any]:
-    """Make a draft and write its file, as JSON values.  Raises OutputError before any work."""
-    with _new_file(out) as write, status() as say:
+    """Make a draft and write its file, as JSON values. Raises OutputError before any work."""
+    with _new_file(out) as write, status_line() as say:
         made = make_draft(model, say)
         write(made.text)
     return draft_json(made, out)
@@ -43,12 +44,12 @@ def say_draft(made: dict[str, Any]) -> None:
     if made["out"] is None:
         click.echo(made["recipe"], nl=False)
     else:
-        click.echo(f"Wrote {escape_text(made['out'])}: a draft to read before it is used")
+        click.echo(f"Wrote {escape_line(made['out'])}: a draft to read before it is used")
     for pattern, reason in made["whole"].items():
-        click.echo(escape_text(f"whole on every rank: {pattern}: {reason}"), err=True)
+        click.echo(escape_line(f"whole on every rank: {pattern}: {reason}"), err=True)
     if unmatched := made["unmatched_tensors"]:
         told = f"{format_count(len(unmatched), 'tensor')} of the checkpoint have no rule yet: "
-        click.echo(escape_text(told + ", ".join(unmatched[:5])), err=True)
+        click.echo(escape_line(told + ", ".join(unmatched[:5])), err=True)
 
 
 @contextmanager

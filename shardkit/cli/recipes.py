@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import FOLDER, JSON
+from shardkit.cli.options import FOLDER, JSON, quiet_transformers
 from shardkit.cli.output import format_count, print_json, print_line
-from shardkit.cli.run_options import quiet_transformers
 from shardkit.errors import RecipeError, VerifyError
 from shardkit.recipe.catalog import find_recipe_folder, list_recipe_files
 from shardkit.recipe.parse import load_recipe
@@ -78,9 +77,9 @@ def check(
 ) -> None:
     """Prove a recipe on small random models.
 
-    Every tensor has one rule.  Ranks that keep only their own part, the rest zero, sum to the whole
-    model, run by transformers alone.  A merge is bit for bit the source.  And over real ranks,
-    outputs, cached decoding and beam search are the unsharded model's.  Exits with 4 if not.
+    Every tensor has one rule. Ranks that keep only their own part, the rest zero, sum to the whole
+    model, run by transformers alone. A merge is bit for bit the source. And over real ranks,
+    outputs, cached decoding and beam search are the unsharded model's. Exits with 4 if not.
 
     \b
     Example:
@@ -110,10 +109,10 @@ def draft(model: str, out: Path | None, as_json: bool) -> None:
     """Write a first recipe for a model type that has none.
 
     A small random model of the config in FOLDER, or of MODEL_TYPE's default config, is made and
-    looked into by derivatives: which parts of which tensors meet.  What is found is proven as
+    looked into by derivatives: which parts of which tensors meet. What is found is proven as
     `recipes check` does, and only what passes is kept; the rest is named under [whole], with what
-    stood in the way.  Bundled recipes are not looked at.  A draft serves only who names it with
-    --recipe.  Exits with 4 if the draft is not proven over every number of ranks tried.
+    stood in the way. Bundled recipes are not looked at. A draft serves only who names it with
+    --recipe. Exits with 4 if the draft is not proven over every number of ranks tried.
 
     \b
     Example:

@@ -8,17 +8,21 @@ from pathlib import Path
 import click
 
 from shardkit.checkpoint.pickled.convert import open_source
-from shardkit.cli.options import ALLOW_PICKLE, FOLDER, JSON, REVISION, progress_bar
-from shardkit.cli.output import print_json, print_line
-from shardkit.cli.run_options import (
+from shardkit.cli.options import (
+    ALLOW_PICKLE,
     DEVICE,
     DTYPE,
+    FOLDER,
+    JSON,
+    REVISION,
     TIMEOUT,
     end_on_sigterm,
+    progress_bar,
     quiet_transformers,
 )
+from shardkit.cli.output import print_json, print_line
 from shardkit.errors import LayoutError, ManifestError, VerifyError
-from shardkit.planning.summary import count_total_bytes
+from shardkit.files import track_progress
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import Timeouts
 from shardkit.verification.levels import Level, Request
@@ -30,7 +34,7 @@ from shardkit.verification.scope import Scope
 def part(
     _ctx: click.Context, _parameter: click.Parameter, value: str | None
 ) -> tuple[int, int] | None:
-    """`1/4` as numbers.  Raises click.BadParameter."""
+    """`1/4` as numbers. Raises click.BadParameter."""
     if value is None:
         return None
     found, _, parts = value.partition("/")
@@ -45,7 +49,7 @@ def part(
 @click.option(
     "--level",
     type=click.Choice(["files", "weights", "numerics"]),
-    help="How deep to look; each level includes those before.  By default as deep as can be.",
+    help="How deep to look; each level includes those before. By default as deep as can be.",
 )
 @click.option("--quick", is_flag=True, help="Read no shard data: sizes, headers, the small files.")
 @click.option(
@@ -87,7 +91,7 @@ def verify(
     within its own rounding error; where they do not, the first module that diverges is named.
 
     Without the source, files alone can be shown: that the weights are those that the split wrote,
-    by sha256.  Ranks are started here, unless torchrun has started them.  Exits with 4 if a level
+    by sha256. Ranks are started here, unless torchrun has started them. Exits with 4 if a level
     fails.
 
     \b
@@ -103,8 +107,8 @@ def verify(
     end_on_sigterm()
     with readable(source, revision, allow_pickle) as found:
         request = Request(shards, *found, deep, dtype, device, scope, timeouts)
-        with progress_bar(_bytes_to_read(request), "verify") as advance:
-            report = run(request, advance)
+        with progress_bar("verify") as callback:
+            report = run(request, track_progress(_bytes_to_read(request), callback))
     if report is None:
         return
     if as_json:
@@ -128,7 +132,7 @@ def readable(
 
 
 def depth(scope: Scope, level: Level | None) -> Level:
-    """How deep to look: as deep as the scope allows, unless said.  Raises click.UsageError."""
+    """How deep to look: as deep as the scope allows, unless said. Raises click.UsageError."""
     if scope.subset and (scope.quick or scope.rank is not None):
         raise click.UsageError("--subset says whose data is read: leave out --quick and --rank")
     deepest: Level = "files" if scope.quick else "numerics" if scope.whole else "weights"
@@ -155,5 +159,7 @@ def _bytes_to_read(request: Request) -> int:
     total = sum(manifest.ranks[rank].digest.size for rank in read)
     if request.source is None or request.level == "files":
         return total
-    downloaded = 0 if Path(request.source).is_dir() else count_total_bytes(manifest.plan)
+    downloaded = (
+        0 if Path(request.source).is_dir() else sum(p.spec.nbytes for p in manifest.plan.placements)
+    )
     return total * 2 + downloaded

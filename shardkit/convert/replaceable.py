@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from shardkit.errors import ManifestError, OutputError
-from shardkit.output.destination import Destination
-from shardkit.shards.manifest import MANIFEST_NAME, Manifest
-from shardkit.shards.manifest_json import read_manifest
+from shardkit.output import Destination
+from shardkit.shards import MANIFEST_NAME, Manifest, read_manifest
 from shardkit.strict_json import quote
 
 CONFIG = "config.json"
@@ -48,7 +47,7 @@ def check_merged(folder: Path, names: Collection[str]) -> None:
     """
     if not (folder / CONFIG).exists():
         raise OutputError(
-            f"{folder}: no {CONFIG}, so no checkpoint that --force would replace; remove it"
+            f"{folder}: no {CONFIG}, so not a checkpoint that --force may replace; remove it"
         )
     _check_only(folder, names)
 
@@ -58,7 +57,7 @@ def _check_only(folder: Path, names: Collection[str]) -> None:
     for name in sorted(os.listdir(folder)):
         plain = stat.S_ISREG((folder / name).lstat().st_mode)
         if not plain or name not in names:
-            what = "is in it" if plain else "in it is no plain file"
+            what = "is in it" if plain else "in it is not a plain file"
             raise OutputError(
                 f"{folder}: {quote(name)} {what}, and shardkit did not write that there;"
                 " move it away, and --force replaces the rest"

@@ -1,7 +1,7 @@
 """The notation for a (possibly fused) axis, and how it is resolved into sections.
 
 An axis is sections joined by `+`; a section is a product of axes, outermost first, one of which is
-the unit that is divided over the ranks.  What is left over is the unit's own size:
+the unit that is divided over the ranks. What is left over is the unit's own size:
 
     "heads"                          [heads, …]             llama q_proj
     "3 heads"                        [3, heads, …]          gpt2 c_attn: Q, K, V as blocks
@@ -13,7 +13,7 @@ the unit that is divided over the ranks.  What is left over is the unit's own si
     "experts ffn"                    [experts, ffn, …]      dbrx: experts stacked in one axis
 
 Unit counts come from the config; sizes from the tensor's own length, so no recipe states a head
-dimension unless sections differ in it.  Text is parsed, never evaluated.
+dimension unless sections differ in it. Text is parsed, never evaluated.
 """
 
 import math
@@ -36,7 +36,12 @@ Factors = tuple[int | str, ...]  # numbers, and the names of counts
 class Term:
     """One section of an axis as written: blocks (`outer`) of `unit`s, each of `inner` pieces.
 
-    With `group_tail`, each unit follows the `shared_by`s that share it, as that many pieces of its own.
+    Attributes:
+        outer: The factors before the unit.
+        unit: The unit that is divided; None if every rank holds the whole section.
+        inner: The factors after the unit.
+        shared_by: The unit whose members lie in groups before each of this unit's.
+        group_tail: How many pieces of its own follow each group; 0 if there are no groups.
     """
 
     outer: Factors
@@ -53,9 +58,11 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What must stay whole: how many there are, and by how many others each set is shared.
+    """What must stay whole, counted.
 
-    `count` None means as many as the axis is long: any even division will do.
+    Attributes:
+        count: How many there are; None for as many as the axis is long: any partition will do.
+        shared_by: How many units of another kind share them; 0 if none do.
     """
 
     count: int | None
@@ -75,11 +82,24 @@ class _SizedTerm:
     def pieces(self) -> int:
         return self.outer * self.count * self.inner
 
+    def __str__(self) -> str:
+        factors = [n for n in (self.outer, self.count, self.inner) if n != 1] or [1]
+        return "*".join(map(str, factors))
+
 
 def parse_axis(text: str, counts: Collection[str] = ()) -> tuple[Term, ...]:
-    """The terms of an axis notation; `counts` are the names that are factors, not units.
+    """The terms of an axis notation.
 
-    Raises RecipeError with the word that is wrong.
+    Args:
+        text: The notation, `"heads + kv_heads + kv_heads"`.
+        counts: The names that are factors and not units.
+
+    Raises:
+        RecipeError: With the word that is wrong.
+
+    Example:
+        >>> parse_axis("3 heads")
+        (Term(outer=(3,), unit='heads', inner=(), shared_by='', group_tail=0),)
     """
     return tuple(_parse_term(section, text, counts) for section in PLUS.split(text))
 
@@ -92,25 +112,24 @@ def resolve_sections(
 ) -> tuple[Section, ...]:
     """The sections of an axis of `axis_length` indices.
 
-    Raises RecipeError where the length is no multiple of what the terms count.
+    Raises RecipeError if the length is not a multiple of what the terms count.
     """
     sized = [_size_term(term, terms, axis_length, units, counts or {}) for term in terms]
-    written = sum(s.pieces for s in sized)
-    if written == 0 or axis_length % written:
-        parts = " + ".join(map(_describe, sized))
-        raise RecipeError(f"axis of {axis_length} is no multiple of {parts} = {written}")
-    size = axis_length // written
-    return tuple(_make_section(s, size, units) for s in sized)
+    pieces = sum(s.pieces for s in sized)
+    if pieces == 0 or axis_length % pieces:
+        parts = " + ".join(map(str, sized))
+        raise RecipeError(f"axis of {axis_length} is not a multiple of {parts} = {pieces}")
+    return tuple(_make_section(s, axis_length // pieces, units) for s in sized)
 
 
 def _make_section(sized: _SizedTerm, size: int, units: Mapping[str, Unit]) -> Section:
     term = sized.term
     if term.unit is None:
         return Section(sized.pieces, size, replicated=True)
-    sharers = units[term.unit].shared_by
+    shared_by = units[term.unit].shared_by
     if term.group_tail:
-        return Section(sized.count, size, 1, sharers, group_tail=term.group_tail)
-    return Section(sized.count, sized.inner * size, sized.outer, sharers)
+        return Section(sized.count, size, 1, shared_by, group_tail=term.group_tail)
+    return Section(sized.count, sized.inner * size, sized.outer, shared_by)
 
 
 def _size_term(
@@ -123,47 +142,46 @@ def _size_term(
     outer, inner = _multiply(term.outer, counts), _multiply(term.inner, counts)
     if term.unit is None:
         return _SizedTerm(term, outer, 1, 1)
-    count, sharers = units[term.unit].count, units[term.unit].shared_by
+    count, shared_by = units[term.unit].count, units[term.unit].shared_by
     if count is None:
         if any(other.unit != term.unit for other in terms):
             raise RecipeError(f"unit {term.unit!r} has no count, so it cannot stand beside another")
         each = sum(_multiply(t.outer, counts) * _multiply(t.inner, counts) for t in terms)
         count = axis_length // each
-    return _SizedTerm(
-        term, outer, count, sharers // count + term.group_tail if term.group_tail else inner
-    )
+    if term.group_tail:
+        inner = shared_by // count + term.group_tail
+    return _SizedTerm(term, outer, count, inner)
 
 
 def _multiply(factors: Factors, counts: Mapping[str, int]) -> int:
     if absent := [f for f in factors if isinstance(f, str) and f not in counts]:
-        raise RecipeError(f"count {absent[0]!r}: config.json does not tell it")
+        raise RecipeError(f"count {absent[0]!r}: config.json does not have it")
     return math.prod(counts[f] if isinstance(f, str) else f for f in factors)
 
 
 def _parse_term(section: str, text: str, counts: Collection[str]) -> Term:
-    if found := GROUPED.fullmatch(section):
-        unit, sharer, beside = found.groups()
-        if not 1 <= int(beside) <= MAX_FACTOR or {unit, sharer} & set(counts):
-            raise RecipeError(f"axis {text!r}: {section.strip()!r} is not UNIT (SHARER + NUMBER)")
-        return Term((), unit, (), sharer, int(beside))
+    if match := GROUPED.fullmatch(section):
+        return _parse_grouped_term(match, text, counts)
     words = section.split()
-    named = [i for i, word in enumerate(words) if NAME.fullmatch(word) and word not in counts]
+    names = [i for i, word in enumerate(words) if NAME.fullmatch(word) and word not in counts]
     wrong = [w for w in words if not NAME.fullmatch(w) and not _is_factor(w)]
     if wrong or not words:
-        raise RecipeError(f"axis {text!r}: {' '.join(wrong) or 'empty section'!r} is no unit")
-    if len(named) > 1:
-        raise RecipeError(f"axis {text!r}: a section divides one unit, not {len(named)}")
+        raise RecipeError(f"axis {text!r}: {' '.join(wrong) or 'empty section'!r} is not a unit")
+    if len(names) > 1:
+        raise RecipeError(f"axis {text!r}: a section divides one unit, not {len(names)}")
     factors = tuple(word if NAME.fullmatch(word) else int(word) for word in words)
-    if not named:
+    if not names:
         return Term(factors, None)
-    at = named[0]
+    at = names[0]
     return Term(factors[:at], words[at], factors[at + 1 :])
+
+
+def _parse_grouped_term(match: re.Match[str], text: str, counts: Collection[str]) -> Term:
+    unit, shared_by, tail = match.groups()
+    if not 1 <= int(tail) <= MAX_FACTOR or {unit, shared_by} & set(counts):
+        raise RecipeError(f"axis {text!r}: {match[0].strip()!r} is not UNIT (OTHER + NUMBER)")
+    return Term((), unit, (), shared_by, int(tail))
 
 
 def _is_factor(word: str) -> bool:
     return word.isascii() and word.isdigit() and len(word) < 8 and 1 <= int(word) <= MAX_FACTOR
-
-
-def _describe(sized: _SizedTerm) -> str:
-    factors = [n for n in (sized.outer, sized.count, sized.inner) if n != 1] or [1]
-    return "*".join(map(str, factors))

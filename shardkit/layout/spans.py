@@ -1,21 +1,22 @@
 """Where a rank's part of an axis lies: integers only.
 
-A shard is a list of spans of one axis.  An axis is read as sections, one after another, and each
+A shard is a list of spans of one axis. An axis is read as sections, one after another, and each
 section as an array `[repeat, units, size]` whose middle dimension is divided over the ranks:
 
     llama q_proj         [q0 q1 … q31]                    Section(units=32, size=128)
     gpt2 c_attn          [Q | K | V]                      Section(units=12, size=64, repeat=3)
     gpt_neox qkv         [q0 k0 v0 | q1 k1 v1 | …]        Section(units=32, size=3 * 128)
     phi3 qkv             [Q | K | V], fewer K and V       three sections
-    llama k_proj         [k0 … k7], shared by 32 heads    Section(units=8, size=128, sharers=32)
-    falcon qkv           [q0 q1 k0 v0 | q2 q3 k1 v1 | …]  Section(2, 64, sharers=4, beside=2)
+    llama k_proj         [k0 … k7], for 32 query heads    Section(units=8, size=128, shared_by=32)
+    falcon qkv           [q0 q1 k0 v0 | q2 q3 k1 v1 | …]  Section(2, 64, shared_by=4, group_tail=2)
 
-Units are dealt out evenly, the first ranks holding one more where they do not divide: 9 heads over
-2 ranks are 5 + 4.  Units that others share (kv heads, shared by query heads) follow their sharers:
+Units are partitioned as `torch.tensor_split` does: the first ranks get one more if they do not
+divide, so 9 heads over 2 ranks are 5 + 4. Units that other units share (kv heads, shared by query
+heads) follow them, in one of three modes; vLLM and SGLang know the first two:
 
     split       each rank holds its own units              8 kv heads of 32 over 4: 2 each
-    replicate   ranks hold the units their sharers use     2 kv heads of 8 over 4: k0 k0 k1 k1
-    expand      one copy per local sharer, where ranks     2 kv heads of 14 over 4: k0 k0 k0 k0,
+    replicate   ranks hold the units their heads use       2 kv heads of 8 over 4: k0 k0 k1 k1
+    expand      one copy per local query head, if ranks    2 kv heads of 14 over 4: k0 k0 k0 k0,
                 would hold unequal ratios otherwise        k0 k0 k0 k1, k1 k1 k1, k1 k1 k1
 """
 
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple
 from shardkit.errors import LayoutError
 
 KvHeadMode = Literal["split", "replicate", "expand"]
-MAX_SPANS = 4096  # of one axis on one rank: far above any real layout, and soon counted
+MAX_SPANS = 4096  # of one axis on one rank: far above any real layout, and quick to count
 
 
 class Span(NamedTuple):
@@ -50,10 +51,16 @@ class Tile(NamedTuple):
 class Section:
     """A stretch of an axis read as `[repeat, units, size]`; the units are divided over the ranks.
 
-    `shared_by` is the number of units of another kind that share these (query heads sharing kv
-    heads); 0 where nothing does.  `replicated` keeps the section on every rank.  With `group_tail`, the
-    axis is `[repeat, units, sharers/units + beside, size]`: each unit's sharers, then as many
-    indices of its own, which go wherever one of the sharers does.
+    Attributes:
+        units: How many units there are in each repeat.
+        size: The indices of one unit.
+        repeat: How many times the units follow one another: 3 for Q, K and V as blocks.
+        shared_by: The number of units of another kind that share these (query heads sharing kv
+            heads); 0 if none do.
+        replicated: Whether every rank holds the whole section.
+        group_tail: If not 0, the axis is `[repeat, units, shared_by / units + group_tail, size]`:
+            each unit's group of sharing units, then this many indices of its own, which go with
+            every unit of the group.
     """
 
     units: int
@@ -64,20 +71,39 @@ class Section:
     group_tail: int = 0
 
     @property
+    def group_size(self) -> int:
+        """How many units of the other kind share one of these."""
+        return self.shared_by // self.units
+
+    @property
     def indices_per_unit(self) -> int:
-        """How many indices one unit takes."""
-        return (
-            self.shared_by // self.units + self.group_tail if self.group_tail else 1
-        ) * self.size
+        """How many indices one unit takes, its group included if that lies in the same axis."""
+        return (self.group_size + self.group_tail) * self.size if self.group_tail else self.size
+
+    @property
+    def max_spans(self) -> int:
+        """The most spans that one rank can hold of it."""
+        spans_per_unit = 2 if self.group_tail else 1
+        return self.repeat * max(self.shared_by * spans_per_unit, 1)
+
+    @property
+    def max_tp_size(self) -> int:
+        """The most ranks that each still hold a unit of it."""
+        return self.shared_by or self.units
 
     def __len__(self) -> int:
         return self.repeat * self.units * self.indices_per_unit
 
 
 def partition(units: int, tp_rank: int, tp_size: int) -> range:
-    """The units `tp_rank` holds when they are dealt out evenly, the first ranks one more.
+    """The units that `tp_rank` holds, distributed as `torch.tensor_split` does.
 
-    Raises LayoutError where a rank would be left without a unit.
+    Raises:
+        LayoutError: If a rank would be left without a unit.
+
+    Example:
+        >>> [len(partition(9, tp_rank, 2)) for tp_rank in range(2)]
+        [5, 4]
     """
     if units < tp_size:
         raise LayoutError(
@@ -89,88 +115,92 @@ def partition(units: int, tp_rank: int, tp_size: int) -> range:
 
 
 @lru_cache
-def kv_head_mode(units: int, sharers: int, tp_size: int) -> KvHeadMode:
-    """How `units` follow the units that share them over `tp_size` ranks.
+def kv_head_mode(kv_heads: int, heads: int, tp_size: int) -> KvHeadMode:
+    """How units follow the units that share them over `tp_size` ranks.
 
-    Raises LayoutError where the sharers are no multiple of the units, or fewer than the ranks.
+    Args:
+        kv_heads: The units that are shared.
+        heads: The units that share them.
+        tp_size: The number of ranks.
+
+    Raises:
+        LayoutError: If `heads` is not a multiple of `kv_heads`, or less than the ranks.
     """
-    if sharers % units:
-        raise LayoutError(f"{sharers} units cannot share {units}: not a multiple")
-    if units % tp_size == 0:
+    if heads % kv_heads:
+        raise LayoutError(f"{heads} units cannot share {kv_heads}: not a multiple")
+    if kv_heads % tp_size == 0:
         return "split"
-    ratio = sharers // units
-    own = (partition(sharers, tp_rank, tp_size) for tp_rank in range(tp_size))
-    return "replicate" if all(len(_heads_per_unit(o, ratio)) == 1 for o in own) else "expand"
+    group_size = heads // kv_heads
+    for tp_rank in range(tp_size):
+        if len(_heads_per_kv_head(partition(heads, tp_rank, tp_size), group_size)) > 1:
+            return "expand"
+    return "replicate"
 
 
 def held_units(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]:
-    """The units of a section that `tp_rank` holds, in order; repeated where it holds copies."""
+    """The units of a section that `tp_rank` holds, in order; repeated if it holds copies."""
     if section.replicated:
         return (Span(0, section.units),)
     if not section.shared_by:
-        own = partition(section.units, tp_rank, tp_size)
-        return (Span(own.start, own.stop),)
-    mode, ratio = (
-        kv_head_mode(section.units, section.shared_by, tp_size),
-        section.shared_by // section.units,
-    )
-    own = partition(section.shared_by, tp_rank, tp_size)
-    if mode == "expand":
-        return coalesce(Span(sharer // ratio, sharer // ratio + 1) for sharer in own)
-    return (Span(own[0] // ratio, own[-1] // ratio + 1),)
+        units = partition(section.units, tp_rank, tp_size)
+        return (Span(units.start, units.stop),)
+    group_size = section.group_size
+    heads = partition(section.shared_by, tp_rank, tp_size)
+    if kv_head_mode(section.units, section.shared_by, tp_size) == "expand":
+        return coalesce(Span(head // group_size, head // group_size + 1) for head in heads)
+    return (Span(heads[0] // group_size, heads[-1] // group_size + 1),)
 
 
 def rank_spans(sections: Sequence[Section], tp_rank: int, tp_size: int) -> tuple[Span, ...]:
-    """The spans of the axis that `tp_rank` holds, in the order it stores them.
+    """The spans of the axis that `tp_rank` holds, in the order in which it stores them.
 
-    Raises LayoutError where a rank would be left without a unit, or hold too many spans.
+    Raises:
+        LayoutError: If a rank would be left without a unit, or hold more than MAX_SPANS spans.
+
+    Example:
+        >>> rank_spans([Section(units=4, size=2, repeat=2)], tp_rank=1, tp_size=2)
+        (Span(start=4, stop=8), Span(start=12, stop=16))
     """
-    if (
-        most := sum(s.repeat * max(s.shared_by << bool(s.group_tail), 1) for s in sections)
-    ) > MAX_SPANS:
+    if (most := sum(section.max_spans for section in sections)) > MAX_SPANS:
         raise LayoutError(f"an axis of {most} stretches, more than the {MAX_SPANS} allowed")
-    found: list[Span] = []
+    spans: list[Span] = []
     offset = 0
     for section in sections:
-        parts = _grouped_spans(section, tp_rank, tp_size) if section.group_tail else None
-        units = parts or [
-            Span(first * section.size, last * section.size)
-            for first, last in held_units(section, tp_rank, tp_size)
-        ]
+        local = _block_spans(section, tp_rank, tp_size)
         for block in range(section.repeat):
             base = offset + block * section.units * section.indices_per_unit
-            found += (Span(base + first, base + last) for first, last in units)
+            spans += (Span(base + start, base + stop) for start, stop in local)
         offset += len(section)
-    return coalesce(found)
+    return coalesce(spans)
 
 
-def coalesce(parts: Iterable[Span]) -> tuple[Span, ...]:
-    """The same indices in the same order, neighbours joined and empty spans dropped."""
+def coalesce(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same indices in the same order, neighbors merged and empty spans dropped."""
     result: list[Span] = []
-    for part in parts:
-        if part.start == part.stop:
+    for span in spans:
+        if span.start == span.stop:
             continue
-        if result and result[-1].stop == part.start:
-            result[-1] = Span(result[-1].start, part.stop)
+        if result and result[-1].stop == span.start:
+            result[-1] = Span(result[-1].start, span.stop)
         else:
-            result.append(part)
+            result.append(span)
     return tuple(result)
 
 
-def num_indices(parts: Iterable[Span]) -> int:
+def num_indices(spans: Iterable[Span]) -> int:
     """How many indices the spans hold."""
-    return sum(stop - start for start, stop in parts)
+    return sum(stop - start for start, stop in spans)
 
 
 def cover_axis(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Tile, ...]:
     """The axis in order, each stretch from the first rank that holds it.
 
-    Raises LayoutError where an index is held by no rank.
+    Raises LayoutError if an index is held by no rank.
     """
     pieces: list[Tile] = []
-    for tp_rank, parts in enumerate(by_rank):
+    for tp_rank, spans in enumerate(by_rank):
         local = 0
-        for start, stop in parts:
+        for start, stop in spans:
             pieces.append(Tile(start, stop, tp_rank, local))
             local += stop - start
     covered, tiles = 0, []
@@ -178,46 +208,56 @@ def cover_axis(by_rank: Sequence[Sequence[Span]], axis_length: int) -> tuple[Til
         if piece.start > covered:
             break
         if piece.stop > covered:
-            tiles.append(
-                Tile(covered, piece.stop, piece.tp_rank, piece.local + covered - piece.start)
-            )
+            local = piece.local + covered - piece.start
+            tiles.append(Tile(covered, piece.stop, piece.tp_rank, local))
             covered = piece.stop
     if covered != axis_length:
         raise LayoutError(f"the ranks hold indices up to {covered} of an axis of {axis_length}")
     return tuple(tiles)
 
 
+def _block_spans(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
+    """A rank's spans of one repeat of a section."""
+    if section.group_tail:
+        return _grouped_spans(section, tp_rank, tp_size)
+    return [
+        Span(start * section.size, stop * section.size)
+        for start, stop in held_units(section, tp_rank, tp_size)
+    ]
+
+
 def _grouped_spans(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
-    """A rank's spans of one block of a section whose units lie beside their sharers.
+    """As `_block_spans`, of a section whose units lie in one axis with the units that share them.
 
-    Where units are expanded, each local sharer comes with a copy of its own.
+    If units are expanded, each local head comes with a copy of its own.
     """
-    ratio, size = section.shared_by // section.units, section.size
-    own = partition(section.shared_by, tp_rank, tp_size)
+    size, group_size = section.size, section.group_size
+    heads = partition(section.shared_by, tp_rank, tp_size)
     expand = kv_head_mode(section.units, section.shared_by, tp_size) == "expand"
-    sets = [range(s, s + 1) for s in own] if expand else _split_by_unit(own, ratio)
-    found = []
-    for sharers in sets:
-        unit = sharers.start // ratio
-        start, end = unit * section.indices_per_unit, (unit + 1) * section.indices_per_unit
-        first = start + (sharers.start - unit * ratio) * size
-        found += [
-            Span(first, first + len(sharers) * size),
-            Span(end - section.group_tail * size, end),
-        ]
-    return found
+    runs = [range(h, h + 1) for h in heads] if expand else _split_by_unit(heads, group_size)
+    spans = []
+    for run in runs:
+        unit = run.start // group_size
+        start = unit * section.indices_per_unit
+        stop = start + section.indices_per_unit
+        first = start + (run.start - unit * group_size) * size
+        spans.append(Span(first, first + len(run) * size))
+        spans.append(Span(stop - section.group_tail * size, stop))
+    return spans
 
 
-def _split_by_unit(own: range, ratio: int) -> list[range]:
-    """A rank's sharers, those of one unit together."""
-    units = range(own.start // ratio, (own.stop - 1) // ratio + 1)
-    return [range(max(own.start, u * ratio), min(own.stop, (u + 1) * ratio)) for u in units]
+def _split_by_unit(heads: range, group_size: int) -> list[range]:
+    """A rank's heads, those of one kv head together."""
+    units = range(heads.start // group_size, (heads.stop - 1) // group_size + 1)
+    return [
+        range(max(heads.start, unit * group_size), min(heads.stop, (unit + 1) * group_size))
+        for unit in units
+    ]
 
 
-def _heads_per_unit(own: range, ratio: int) -> set[int]:
-    """By how many of a rank's sharers each unit is used: one number where all are used alike."""
-    first, last = own[0] // ratio, own[-1] // ratio
-    if first == last:
-        return {len(own)}
-    ends = {(first + 1) * ratio - own.start, own.stop - last * ratio}
-    return ends | {ratio} if last - first > 1 else ends
+def _heads_per_kv_head(heads: range, group_size: int) -> set[int]:
+    """How many of a rank's heads use each kv head: one number if all are used alike.
+
+    Only a rank's first and last kv head can be used by less than a whole group.
+    """
+    return {len(run) for run in _split_by_unit(heads, group_size)}

@@ -1,1 +1,36 @@
-"""TODO."""
+"""How any folder is written: each byte once, hashed on the way, and whole or absent."""
+
+from shardkit.output.destination import Destination, as_output_error
+from shardkit.output.nonfinite import count_nonfinite, describe_nonfinite
+from shardkit.output.publish import StagingFolder, publish_folder
+from shardkit.output.resume import (
+    Files,
+    OutputFile,
+    RunIdentity,
+    count_file_bytes,
+    identify_run,
+    open_writers,
+    remaining_copies,
+)
+from shardkit.output.stream import TensorCopy, TensorWriter, copy_tensors
+from shardkit.output.writer import FileWriter
+
+__all__ = [
+    "Destination",
+    "FileWriter",
+    "Files",
+    "OutputFile",
+    "RunIdentity",
+    "StagingFolder",
+    "TensorCopy",
+    "TensorWriter",
+    "as_output_error",
+    "copy_tensors",
+    "count_file_bytes",
+    "count_nonfinite",
+    "describe_nonfinite",
+    "identify_run",
+    "open_writers",
+    "publish_folder",
+    "remaining_copies",
+]

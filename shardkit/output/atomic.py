@@ -1,4 +1,7 @@
-"""Steps that a folder of files takes as a whole: renamed, exchanged, synced, removed."""
+"""Renames, exchanges, syncs and removes a folder of files as a whole.
+
+rename(2) and renameat2(2) are atomic; names are on disk once their folder is synced, fsync(2).
+"""
 
 import contextlib
 import ctypes
@@ -12,9 +15,9 @@ NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def rename_no_replace(old: Path, new: Path) -> None:
-    """Rename, failing if `new` has appeared meanwhile.  Raises OSError.
+    """Rename, failing if `new` has appeared meanwhile. Raises OSError.
 
-    Where the filesystem has no renameat2 (NFS), rename replaces at most an empty folder.
+    If the filesystem has no renameat2 (NFS), rename replaces at most an empty folder.
     """
     try:
         _renameat2(old, new, RENAME_NOREPLACE)
@@ -25,12 +28,12 @@ def rename_no_replace(old: Path, new: Path) -> None:
 
 
 def exchange_folders(one: Path, two: Path) -> None:
-    """Let each have the other's name, in one step.  Raises OSError."""
+    """Atomically swap two folders, renameat2(2) with RENAME_EXCHANGE. Raises OSError."""
     _renameat2(one, two, RENAME_EXCHANGE)
 
 
 def can_exchange(folder: Path) -> bool:
-    """Whether the folder's filesystem can exchange two names, tried inside it.  Raises OSError."""
+    """Whether the folder's filesystem can exchange two names, tried inside it. Raises OSError."""
     names = folder / "one", folder / "two"
     for name in names:
         name.write_bytes(b"")
@@ -47,7 +50,7 @@ def can_exchange(folder: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the folder's names on disk.  Raises OSError."""
+    """fsync the folder, so that its names are on disk. Raises OSError."""
     fd = open_folder(folder)
     try:
         os.fsync(fd)
@@ -56,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of files.  What another run removes meanwhile is no error; raises OSError."""
+    """Remove a folder of files. What another run removes meanwhile is no error; raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         fd = open_folder(folder)
         try:
@@ -69,14 +72,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove a folder of files, trying once more where that fails: whatever can go, goes."""
+    """Remove a folder of files, trying once more if that fails."""
     for _ in range(2):
         with contextlib.suppress(OSError):
             remove_folder(folder)
 
 
 def open_folder(folder: Path) -> int:
-    """A descriptor of a folder that is no link.  Raises OSError."""
+    """A descriptor of a folder that is not a link. Raises OSError."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 

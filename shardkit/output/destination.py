@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shardkit.errors import OutputError
 
-BLOCK = 512  # what st_blocks counts, in bytes
+STAT_BLOCK = 512  # bytes that st_blocks counts in, stat(2)
 SLACK = 1.01  # room for what is small: companion files, the manifest, the filesystem's own
 
 
@@ -25,10 +25,13 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An output to be.
+    """A destination that may not exist yet.
 
-    `check_replaceable` raises OutputError for a folder there that may not be replaced; None: none may.
-    `resume`: go on with what a stopped run has left, and keep it if this one is stopped.
+    Attributes:
+        out: Where the output goes.
+        check_replaceable: Raises OutputError if a folder that is there may not be replaced; None
+            if none may.
+        resume: Resume an interrupted run; keep the partial output if interrupted again.
     """
 
     out: Path
@@ -37,7 +40,7 @@ class Destination:
 
     @property
     def path(self) -> Path:
-        """The output's own name, where `out` may be a dot."""
+        """The output's own name, even if `out` is a dot."""
         return self.out.absolute()
 
     @property
@@ -46,9 +49,9 @@ class Destination:
         return self.path.parent
 
     def check(self) -> bool:
-        """Whether a folder is there to be replaced.  Raises OutputError.
+        """Whether a folder is there to be replaced.
 
-        That is, for one that may not be replaced, or where none can be made.
+        Raises OutputError if one is there that may not be, or if none can be made.
         """
         with as_output_error(self.out):
             there = os.path.lexists(self.out)
@@ -66,7 +69,9 @@ class Destination:
                 f"{self.out}: exists, and is replaced only with --force; name another, or remove it"
             )
         if self.out.is_symlink() or not self.out.is_dir():
-            raise OutputError(f"{self.out}: is no folder, so --force leaves it; name another")
+            raise OutputError(
+                f"{self.out}: is not a folder, so --force does not replace it; name another"
+            )
         if self.path.name in ("", ".."):
             raise OutputError(f"{self.out}: cannot be replaced by this name; name the folder")
         self.check_replaceable(self.out)
@@ -74,7 +79,7 @@ class Destination:
     def check_space(self, nbytes: int) -> None:
         """Raise OutputError unless there is room for `nbytes` and 1 % more.
 
-        What stopped runs have left counts as room: it is gone on with, or removed.
+        What interrupted runs left counts as room: it is resumed, or removed.
         """
         with as_output_error(self.out):
             usage = os.statvfs(self.parent)
@@ -101,5 +106,5 @@ class Destination:
 def _count_stage_bytes(stage: Path) -> int:
     """The bytes on disk of a stage's files; none once another run has removed it."""
     with contextlib.suppress(FileNotFoundError):
-        return sum(path.lstat().st_blocks * BLOCK for path in stage.iterdir())
+        return sum(path.lstat().st_blocks * STAT_BLOCK for path in stage.iterdir())
     return 0

@@ -1,19 +1,60 @@
-"""Opens the files of an output: new ones, or those that a stopped run has left."""
+"""How far the files of an unfinished output have come, so that an interrupted run can be resumed.
+
+`journal.jsonl` in the staging folder: a line that says what the run writes, from which source; then
+a line for every stretch of a file that is safe on disk. A line is appended after the file is
+synced, and is then synced itself. It is read as if it were hostile, and what it says is proven by
+the file's own bytes before it counts.
+"""
 
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from threading import Lock
+from typing import Any
 
-from shardkit import strict_json
+from shardkit.errors import OutputError
+from shardkit.files import Progress, ignore_progress, read_file_name, read_small_file, write_all
 from shardkit.output.destination import as_output_error
-from shardkit.output.journal import Journal, JournalEntry, RunIdentity
 from shardkit.output.publish import JOURNAL, StagingFolder
-from shardkit.output.stream import Progress, TensorCopy
+from shardkit.output.stream import TensorCopy
 from shardkit.output.writer import FileWriter
+from shardkit.strict_json import JsonError, JsonObject, encode_canonical, parse_json, quote
 from shardkit.tensor import TensorSpec
+
+FORMAT = 1
+MAX_BYTES = 64 << 20
+MAX_TENSORS = 1_000_000
+_WAY_OUT = "leave --resume out, and it is removed and all is written anew"
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What a run writes and from what, all sha256: the split, the source's state, the headers."""
+
+    split_id: str
+    source: str
+    files: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A file whose first `tensors` tensors are on disk, and its digest up to their end."""
+
+    file: str
+    tensors: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContents:
+    """A journal as it was read: its run, its entries in order, and the bytes of its whole lines."""
+
+    run: RunIdentity | None
+    entries: tuple[JournalEntry, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,49 +73,112 @@ class OutputFile:
 Files = Mapping[str, OutputFile]
 
 
+class Journal:
+    """The journal of an output being written. It has no file until it has something to say."""
+
+    def __init__(self, stage: StagingFolder, run: RunIdentity) -> None:
+        """`stage` may have a journal already, to be read first."""
+        self._stage = stage
+        self._run = run
+        self._lock = Lock()
+        self._fd: int | None = None
+
+    def read_entries(self) -> dict[str, JournalEntry]:
+        """The last entry of each file, to resume from.
+
+        Raises OutputError if the journal is another run's, or damaged.
+        """
+        path = self._stage.folder / JOURNAL
+        if not path.exists():
+            return {}
+        try:
+            contents = parse_journal(read_small_file(path, MAX_BYTES, OutputError))
+        except JsonError as fault:
+            raise OutputError(f"{path}: {fault}; {_WAY_OUT}") from None
+        if contents.run is None:
+            self._stage.clear()
+            return {}
+        if contents.run != self._run:
+            raise OutputError(
+                f"{path}: {_describe_difference(contents.run, self._run)}; {_WAY_OUT}"
+            )
+        with as_output_error(path):
+            self._fd = self._stage.reopen(JOURNAL)
+            os.ftruncate(self._fd, contents.nbytes)
+            os.lseek(self._fd, 0, os.SEEK_END)
+        return {entry.file: entry for entry in contents.entries}
+
+    def append(self, entry: JournalEntry) -> None:
+        """Record what is safe on disk. Raises OSError or OutputError."""
+        with self._lock:
+            lines = _encode_line(asdict(entry))
+            if self._fd is None:
+                self._fd = self._stage.create(JOURNAL, 0)
+                lines = _encode_line({"format": FORMAT, **asdict(self._run)}) + lines
+            write_all(self._fd, lines)
+            os.fsync(self._fd)
+
+
+def parse_journal(data: bytes) -> JournalContents:
+    """A journal from its bytes; a last line that is incomplete is left out. Raises JsonError."""
+    *lines, _ = data.split(b"\n")
+    run, entries, nbytes = None, [], 0
+    for at, line in enumerate(lines):
+        try:
+            if at == 0:
+                run = _parse_run(parse_json(line))
+            else:
+                entries.append(_parse_entry(parse_json(line), f"line {at + 1}"))
+        except JsonError:
+            if at < len(lines) - 1:
+                raise
+            break
+        nbytes += len(line) + 1
+    return JournalContents(run, tuple(entries), nbytes)
+
+
 def count_file_bytes(files: Files) -> int:
     """The bytes of all the files."""
     return sum(file.size for file in files.values())
 
 
 def identify_run(split_id: str, source: str, files: Files) -> RunIdentity:
-    """What tells a run from every other whose files must not be gone on with."""
+    """What distinguishes a run from every other whose files it must not resume."""
     headers = [[name, file.size, sha256(file.header).hexdigest()] for name, file in files.items()]
-    return RunIdentity(split_id, source, sha256(strict_json.encode_canonical(headers)).hexdigest())
+    return RunIdentity(split_id, source, sha256(encode_canonical(headers)).hexdigest())
 
 
 def open_writers(
     stage: StagingFolder, run: RunIdentity, files: Files, progress: Progress
 ) -> list[FileWriter]:
-    """A sink for each file, room for all of it reserved, behind what is written already.
+    """A writer for each file, its whole size reserved, positioned behind what is on disk already.
 
-    Whatever else the stage holds is removed.  Raises OutputError.
+    Whatever else the staging folder holds is removed. Raises OutputError.
     """
     journal = Journal(stage, run)
     entries = {name: entry for name, entry in journal.read_entries().items() if name in files}
     stage.clear({JOURNAL, *entries})
     with as_output_error(stage.folder):
-        sinks = _reopen_writers(stage, journal, files, entries, progress)
-        stage.clear({JOURNAL, *sinks})
-        new = [name for name in files if name not in sinks]
+        writers = _reopen_writers(stage, journal, files, entries, progress)
+        stage.clear({JOURNAL, *writers})
+        new = [name for name in files if name not in writers]
         for name in new:
-            sinks[name] = _make_writer(
-                stage.create(name, files[name].size), journal, name, files[name]
-            )
+            fd = stage.create(name, files[name].size)
+            writers[name] = _make_writer(fd, journal, name, files[name])
         for name in new:
-            sinks[name].write([memoryview(files[name].header)])
-    return [sinks[name] for name in files]
+            writers[name].write([memoryview(files[name].header)])
+    return [writers[name] for name in files]
 
 
 def remaining_copies(
-    jobs: Iterable[TensorCopy], sinks: Sequence[FileWriter]
+    copies: Iterable[TensorCopy], writers: Sequence[FileWriter]
 ) -> Iterator[TensorCopy]:
-    """The jobs without what is behind the sinks already."""
-    done = [set(sink.names) for sink in sinks]
-    for job in jobs:
-        takes = tuple(take for take in job.destinations if job.spec.name not in done[take[0]])
-        if takes:
-            yield replace(job, destinations=takes)
+    """The copies without what the writers have on disk already."""
+    done = [set(writer.names) for writer in writers]
+    for copy in copies:
+        destinations = tuple(d for d in copy.destinations if copy.spec.name not in done[d[0]])
+        if destinations:
+            yield replace(copy, destinations=destinations)
 
 
 def _reopen_writers(
@@ -86,37 +190,62 @@ def _reopen_writers(
 ) -> dict[str, FileWriter]:
     """The files whose first tensors are, by their bytes, those of the journal."""
 
-    def is_written(name: str) -> bool:
-        return _is_unchanged(sinks[name], files[name], entries[name], progress)
+    def is_unchanged(name: str) -> bool:
+        return _is_unchanged(writers[name], files[name], entries[name], progress)
 
-    sinks = {
+    writers = {
         name: _make_writer(stage.reopen(name), journal, name, files[name])
         for name in entries
         if (stage.folder / name).exists()
     }
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        proven = list(pool.map(is_written, sinks))
-    return {name: sink for (name, sink), ok in zip(sinks.items(), proven, strict=True) if ok}
+        verdicts = list(pool.map(is_unchanged, writers))
+    return {name: w for (name, w), ok in zip(writers.items(), verdicts, strict=True) if ok}
 
 
 def _make_writer(fd: int, journal: Journal, name: str, file: OutputFile) -> FileWriter:
-    def note(tensors: int, digest: str) -> None:
+    def record(tensors: int, digest: str) -> None:
         journal.append(JournalEntry(name, tensors, digest))
 
-    return FileWriter(fd, file.size, note)
+    return FileWriter(fd, file.size, record)
 
 
 def _is_unchanged(
-    sink: FileWriter, file: OutputFile, entry: JournalEntry, progress: Progress
+    writer: FileWriter, file: OutputFile, entry: JournalEntry, progress: Progress
 ) -> bool:
-    """Bring a sink to where its file was left; whether the bytes are those that were written."""
-    found = os.fstat(sink.fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+    """Bring a writer to where its file was left; whether the bytes are those that were written."""
+    state = os.fstat(writer.fd)
+    if not stat.S_ISREG(state.st_mode) or state.st_size != file.size:
         return False
-    if os.pread(sink.fd, len(file.header), 0) != file.header:
+    if os.pread(writer.fd, len(file.header), 0) != file.header:
         return False
-    sink.rehash(len(file.header), lambda _: None)
+    writer.rehash(len(file.header), ignore_progress)
     for spec in file.tensors[: entry.tensors]:
-        sink.begin(spec)
-        sink.rehash(spec.nbytes, progress)
-    return sink.sha256 == entry.sha256
+        writer.begin(spec)
+        writer.rehash(spec.nbytes, progress)
+    return writer.sha256 == entry.sha256
+
+
+def _describe_difference(actual: RunIdentity, wanted: RunIdentity) -> str:
+    if actual.split_id != wanted.split_id:
+        return f"of another split: {actual.split_id}, not {wanted.split_id}"
+    if actual.source != wanted.source:
+        return "the source was written to since"
+    return "of other files, or another shardkit's"
+
+
+def _encode_line(value: dict[str, Any]) -> bytes:
+    return encode_canonical(value) + b"\n"
+
+
+def _parse_run(value: Any) -> RunIdentity:
+    fields = JsonObject(value, "line 1", "format split_id source files")
+    if fields.integer("format") != FORMAT:
+        raise JsonError(f"format {quote(fields.value('format'))}; this shardkit reads {FORMAT}")
+    return RunIdentity(fields.hex("split_id"), fields.hex("source"), fields.hex("files"))
+
+
+def _parse_entry(value: Any, where: str) -> JournalEntry:
+    fields = JsonObject(value, where, "file tensors sha256")
+    tensors = fields.integer("tensors", MAX_TENSORS)
+    return JournalEntry(fields.read("file", read_file_name), tensors, fields.hex("sha256"))

@@ -1,7 +1,7 @@
 """Streams tensors from a source into files: each source byte read once, each output byte written
 once, digests taken on the way, in constant memory.
 
-A tensor's bytes are `[outer, axis, inner]` around its sharded dimension.  Blocks of them pass
+A tensor's bytes are `[outer, axis, inner]` around its sharded dimension. Blocks of them pass
 through a few reused buffers; reading runs ahead while threads hash and write, because hashlib,
 zlib and the system calls all release the interpreter lock.
 """
@@ -14,12 +14,12 @@ from itertools import pairwise, zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
-from shardkit.layout.spans import Span, num_indices
+from shardkit.files import Progress
+from shardkit.layout import Span, num_indices
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
-BLOCK = 2 << 20  # bytes per buffer: what is hashed is still in a core's cache when written
-SLOTS = 8  # buffers: read ahead while others are hashed and written
-Progress = Callable[[int], object]
+BUFFER_BYTES = 2 << 20  # per buffer: what is hashed is still in a core's cache when written
+NUM_BUFFERS = 8  # read ahead while others are hashed and written
 
 
 class TensorWriter(Protocol):
@@ -34,7 +34,7 @@ class TensorWriter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorCopy:
-    """One tensor to copy: the spans of `dim` that each sink takes, by the sink's number."""
+    """One tensor to copy: the spans of `dim` that go to each writer, by its number."""
 
     spec: TensorSpec
     dim: int | None
@@ -42,15 +42,15 @@ class TensorCopy:
 
 
 @dataclass(slots=True)
-class _Slot:
+class _Buffer:
     """Reused buffers, and the work that must end before they are reused.
 
-    `data` holds a block as it was read; `staged` the parts of one that are many and small, packed,
+    `data` holds a block as it was read; `packed` the parts of one that are many and small,
     of which `used` bytes are taken.
     """
 
     data: bytearray
-    staged: bytearray = field(default_factory=bytearray)
+    packed: bytearray = field(default_factory=bytearray)
     used: int = 0
     busy: list[Future[None]] = field(default_factory=list)
 
@@ -62,117 +62,120 @@ class _Slot:
         self.used = 0
 
     def room(self, size: int) -> memoryview:
-        """A part of `staged` to pack `size` bytes into, made anew only where it is short."""
-        if self.used + size > len(self.staged):
-            self.staged, self.used = bytearray(max(size, len(self.data))), 0
+        """A part of `packed` to pack `size` bytes into, made anew only where it is short."""
+        if self.used + size > len(self.packed):
+            self.packed, self.used = bytearray(max(size, len(self.data))), 0
         self.used += size
-        return memoryview(self.staged)[self.used - size : self.used]
+        return memoryview(self.packed)[self.used - size : self.used]
 
 
 def copy_tensors(
-    source: Source, jobs: Sequence[TensorCopy], sinks: Sequence[TensorWriter], progress: Progress
+    source: Source,
+    copies: Sequence[TensorCopy],
+    writers: Sequence[TensorWriter],
+    progress: Progress,
 ) -> None:
-    """Run the jobs in order.  Raises what the source or a sink raises."""
+    """Run the copies in order. Raises what the source or a writer raises."""
     with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
-        _Copier(source, sinks, pool, progress).run(jobs)
+        _Copier(source, writers, pool, progress).run(copies)
 
 
 class _Copier:
-    """One run of `copy_tensors`: the buffers, and the last task of each consumer, which run in order."""
+    """One run of `copy_tensors`: the buffers, and each writer's last task, which run in order."""
 
     def __init__(
         self,
         source: Source,
-        sinks: Sequence[TensorWriter],
+        writers: Sequence[TensorWriter],
         pool: ThreadPoolExecutor,
         progress: Progress,
     ) -> None:
         self._source = source
-        self._sinks = sinks
+        self._writers = writers
         self._pool = pool
         self._progress = progress
-        self._slots = [_Slot(bytearray(BLOCK)) for _ in range(SLOTS)]
+        self._buffers = [_Buffer(bytearray(BUFFER_BYTES)) for _ in range(NUM_BUFFERS)]
         self._last: dict[int, Future[None]] = {}
         self._turn = 0
 
-    def run(self, jobs: Sequence[TensorCopy]) -> None:
-        for job in jobs:
-            self._run(job)
-        for slot in self._slots:
-            slot.wait()
+    def run(self, copies: Sequence[TensorCopy]) -> None:
+        for copy in copies:
+            self._run(copy)
+        for buffer in self._buffers:
+            buffer.wait()
         for future in self._last.values():
             future.result()
 
-    def _run(self, job: TensorCopy) -> None:
-        view = byte_view(job.spec, job.dim)
-        for sink, _ in job.destinations:
-            self._submit(sink, self._sinks[sink].begin, job.spec)
+    def _run(self, copy: TensorCopy) -> None:
+        view = byte_view(copy.spec, copy.dim)
+        for writer, _ in copy.destinations:
+            self._submit(writer, self._writers[writer].begin, copy.spec)
         if (
             view.outer > 1
-            and view.row <= BLOCK
-            and all(_is_ascending(s) for _, s in job.destinations)
+            and view.row <= BUFFER_BYTES
+            and all(_is_ascending(s) for _, s in copy.destinations)
         ):
-            self._by_rows(job, view)
+            self._by_rows(copy, view)
         else:
-            self._by_runs(job, view)
+            self._by_runs(copy, view)
 
-    def _by_rows(self, job: TensorCopy, view: ByteView) -> None:
-        """Small rows of which every sink takes a part: read whole, many at a time."""
+    def _by_rows(self, copy: TensorCopy, view: ByteView) -> None:
+        """Small rows of which every writer gets a part: read whole, many at a time."""
         if not view.row:
             return
-        step = BLOCK - BLOCK % view.row
+        step = BUFFER_BYTES - BUFFER_BYTES % view.row
         total = view.outer * view.row
         for start in range(0, total, step):
-            slot, data = self._read(job, start, min(start + step, total))
-            for sink, spans in job.destinations:
-                room = slot.room(len(data) // view.row * num_indices(spans) * view.inner)
-                work = self._submit(sink, self._feed_rows, sink, view, spans, data, room)
-                slot.busy.append(work)
+            buffer, data = self._read(copy, start, min(start + step, total))
+            for writer, spans in copy.destinations:
+                room = buffer.room(len(data) // view.row * num_indices(spans) * view.inner)
+                work = self._submit(writer, self._feed_rows, writer, view, spans, data, room)
+                buffer.busy.append(work)
                 self._progress(len(room))
 
-    def _by_runs(self, job: TensorCopy, view: ByteView) -> None:
-        """Long runs, each sink's in its own order, and the sinks in turn, so that all are busy.
+    def _by_runs(self, copy: TensorCopy, view: ByteView) -> None:
+        """Long runs, each writer's in its own order, and the writers in turn, so that all are busy.
 
-        A range that several sinks take, as a replicated tensor's, is read once.
+        A range that several writers get, as a replicated tensor's, is read once.
         """
-        runs = [iter_chunks(view, spans) for _, spans in job.destinations]
+        runs = [iter_chunks(view, spans) for _, spans in copy.destinations]
         for turn in zip_longest(*runs):
-            last, slot, data = None, self._slots[0], memoryview(b"")
-            for (sink, _), chunk in zip(job.destinations, turn, strict=True):
+            last, buffer, data = None, self._buffers[0], memoryview(b"")
+            for (writer, _), chunk in zip(copy.destinations, turn, strict=True):
                 if chunk is None:
                     continue
                 if chunk != last:
-                    slot, data = self._read(job, *chunk)
+                    buffer, data = self._read(copy, *chunk)
                     last = chunk
-                self._feed(sink, slot, [data])
+                self._feed(writer, buffer, [data])
 
-    def _read(self, job: TensorCopy, start: int, stop: int) -> tuple[_Slot, memoryview]:
-        slot = self._next()
-        data = memoryview(slot.data)[: stop - start]
-        self._source.read_into(job.spec.name, start, data)
-        return slot, data
+    def _read(self, copy: TensorCopy, start: int, stop: int) -> tuple[_Buffer, memoryview]:
+        buffer = self._next()
+        data = memoryview(buffer.data)[: stop - start]
+        self._source.read_into(copy.spec.name, start, data)
+        return buffer, data
 
-    def _next(self) -> _Slot:
-        self._turn = (self._turn + 1) % len(self._slots)
-        slot = self._slots[self._turn]
-        slot.wait()
-        return slot
+    def _next(self) -> _Buffer:
+        self._turn = (self._turn + 1) % len(self._buffers)
+        buffer = self._buffers[self._turn]
+        buffer.wait()
+        return buffer
 
-    def _feed(self, sink: int, slot: _Slot, parts: Sequence[memoryview]) -> None:
-        slot.busy.append(self._submit(sink, self._sinks[sink].write, parts))
+    def _feed(self, writer: int, buffer: _Buffer, parts: Sequence[memoryview]) -> None:
+        buffer.busy.append(self._submit(writer, self._writers[writer].write, parts))
         self._progress(sum(map(len, parts)))
 
     def _feed_rows(
-        self, sink: int, view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview
+        self, writer: int, view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview
     ) -> None:
         pack_rows(view, spans, data, room)
-        self._sinks[sink].write([room])
+        self._writers[writer].write([room])
 
-    def _submit(self, sink: int, task: Callable[..., None], *args: object) -> Future[None]:
-        """Run a task in a thread, after the sink's task before it."""
-        before = self._last.get(sink)
+    def _submit(self, writer: int, task: Callable[..., None], *args: object) -> Future[None]:
+        """Run a task in a thread, after the writer's task before it."""
+        before = self._last.get(writer)
         future = self._pool.submit(_run_in_turn, before, task, *args)
-        self._last[sink] = future
+        self._last[writer] = future
         return future
 
 
@@ -189,8 +192,8 @@ def iter_chunks(view: ByteView, spans: Sequence[Span]) -> Iterator[tuple[int, in
         for span in spans:
             first = outer * view.row + span.start * view.inner
             last = outer * view.row + span.stop * view.inner
-            for start in range(first, last, BLOCK):
-                yield start, min(start + BLOCK, last)
+            for start in range(first, last, BUFFER_BYTES):
+                yield start, min(start + BUFFER_BYTES, last)
 
 
 def pack_rows(view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview) -> None:

@@ -1,18 +1,19 @@
 """An output file as the streaming copy fills it: hashed on the way, noted as it is safe."""
 
 import ctypes
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 
+from shardkit.files import Progress, read_exactly
 from shardkit.output.nonfinite import count_nonfinite
-from shardkit.output.stream import Progress
 from shardkit.tensor import TensorSpec
 
-BLOCK = 2 << 20  # bytes reread at once
+REREAD_BYTES = 2 << 20  # reread at once
 WRITE_BACK_BYTES = 4 << 20  # bytes written to a file before the kernel is told to start on them
-JOURNAL_INTERVAL = 1 << 30  # bytes written to a file before a stopped run may go on after them
+JOURNAL_INTERVAL = (
+    1 << 30
+)  # bytes written to a file between two entries of the journal, from which a run can resume
 SYNC_FILE_RANGE_WRITE = 2
 
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -21,23 +22,25 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 class FileWriter:
     """An output file, written once from its start and hashed on the way.
 
-    `prefix_digests` holds, for each tensor, where it starts and the digest of the file up to its end: one
-    pass gives the file's sha256, and where in the file damage begins.  `nonfinite` holds how many
-    values are NaN or infinite, of each tensor that has any.
+    Args:
+        fd: An open, empty file, or one that is to be rehashed first.
+        total: The bytes it will have, a header first.
+        record: Called with how many tensors are safe on disk, and the digest of the file up to
+            there: between tensors, after every JOURNAL_INTERVAL bytes, and at the end of a file
+            of as many.
+
+    Attributes:
+        size: The bytes written so far.
+        nonfinite: How many values are NaN or infinite, of each tensor that has any.
     """
 
-    def __init__(self, fd: int, total: int, note: Callable[[int, str], object]) -> None:
-        """An open file that will have `total` bytes, the first of them its header.
-
-        `note` is told how many tensors are safe on disk, and the digest of the file up to there:
-        between tensors, after every EVERY bytes, and at the end of a file of as many.
-        """
+    def __init__(self, fd: int, total: int, record: Callable[[int, str], object]) -> None:
         self.fd = fd
         self.size = 0
         self.nonfinite: dict[str, int] = {}
         self._total = total
-        self._note = note
-        self._noted = 0
+        self._record = record
+        self._recorded = 0
         self._flushed = 0
         self._sha256 = hashlib.sha256()
         self._starts: list[tuple[str, int]] = []
@@ -56,22 +59,22 @@ class FileWriter:
 
     @property
     def prefix_digests(self) -> dict[str, tuple[int, str]]:
-        """Each tensor's first byte, and the sha256 of the file up to its end; once all is fed."""
+        """Each tensor's first byte, and the sha256 of the file up to its end; once all written."""
         ends = [*self._ends, self.sha256][1:]
         return {name: (at, end) for (name, at), end in zip(self._starts, ends, strict=True)}
 
     def begin(self, spec: TensorSpec) -> None:
-        """The next bytes are those of the file's part of a tensor.  Raises OSError."""
-        if self.size - self._noted >= JOURNAL_INTERVAL:
+        """The next bytes are those of the file's part of a tensor. Raises OSError."""
+        if self.size - self._recorded >= JOURNAL_INTERVAL:
             self._secure()
         self._ends.append(self.sha256)
         self._starts.append((spec.name, self.size))
         self._spec = spec
 
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Hash and write the next bytes.  Raises OSError."""
+        """Hash and write the next bytes. Raises OSError."""
         for view in parts:
-            self._take(view)
+            self._digest(view)
             while view:
                 count = os.pwrite(self.fd, view, self.size)
                 self.size += count
@@ -79,22 +82,22 @@ class FileWriter:
         if self.size - self._flushed >= WRITE_BACK_BYTES:
             start_write_back(self.fd, self._flushed, self.size - self._flushed)
             self._flushed = self.size
-        if self._noted < self.size == self._total and self._total >= JOURNAL_INTERVAL:
+        if self._recorded < self.size == self._total and self._total >= JOURNAL_INTERVAL:
             self._secure()
 
     def rehash(self, count: int, progress: Progress) -> None:
-        """Hash the next bytes, which the file has already.  Raises OSError."""
-        buffer = memoryview(bytearray(min(BLOCK, count)))
+        """Hash the next bytes, which the file has already. Raises OSError."""
+        buffer = memoryview(bytearray(min(REREAD_BYTES, count)))
         stop = self.size + count
         while self.size < stop:
             part = buffer[: stop - self.size]
             read_exactly(self.fd, part, self.size)
-            self._take(part)
+            self._digest(part)
             self.size += len(part)
             progress(len(part))
-        self._noted = self._flushed = self.size
+        self._recorded = self._flushed = self.size
 
-    def _take(self, view: memoryview) -> None:
+    def _digest(self, view: memoryview) -> None:
         """Hash the next bytes, whole values of a tensor unless they are the header, and count."""
         self._sha256.update(view)
         if self._spec and (count := count_nonfinite(view, self._spec.dtype)):
@@ -102,17 +105,8 @@ class FileWriter:
 
     def _secure(self) -> None:
         os.fdatasync(self.fd)
-        self._note(len(self._starts), self.sha256)
-        self._noted = self.size
-
-
-def read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    """Fill `view` with a file's bytes from `offset` on.  Raises OSError."""
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise OSError(errno.EIO, "became shorter while it was read")
-        view, offset = view[count:], offset + count
+        self._record(len(self._starts), self.sha256)
+        self._recorded = self.size
 
 
 def start_write_back(fd: int, offset: int, count: int) -> None:

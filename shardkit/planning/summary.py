@@ -1,11 +1,13 @@
-"""A plan's tensors in groups of one layout, and their bytes.  Arithmetic only; nothing is read."""
+"""A plan's tensors grouped by layout, and their bytes. Arithmetic only; nothing is read."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from shardkit.layout.spans import Section, kv_head_mode
-from shardkit.planning.plan import Placement, Plan
+from shardkit.layout import Section, kv_head_mode
+from shardkit.planning.mesh import Mesh
+from shardkit.planning.placement import Placement, Plan
 from shardkit.tensor import TensorSpec
 
 NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
@@ -16,30 +18,34 @@ MAX_RUNS = 6
 class TensorGroup:
     """Tensors of one layout whose names differ by numbers only.
 
-    `example` is the first of them; `shards` is what each rank stores of one.
+    Attributes:
+        pattern: Their names as one: `layers.{0..79}.mlp.up_proj.weight`.
+        count: How many they are.
+        example: The placement of the first.
+        shards: What each rank stores of one of them.
+        treatment: What becomes of each: `split`, `replicated`, or something between.
     """
 
     pattern: str
     count: int
     example: Placement
     shards: tuple[TensorSpec | None, ...]
+    treatment: str
 
     @property
     def rank_bytes(self) -> tuple[int, ...]:
         """What each rank stores of all of them, in bytes."""
         return tuple(self.count * (shard.nbytes if shard else 0) for shard in self.shards)
 
-    @property
-    def treatment(self) -> str:
-        """What becomes of each of them: split, replicated, or in between."""
-        return describe_treatment(self.example, len(self.shards))
-
 
 @dataclass(frozen=True, slots=True)
 class Imbalance:
     """How far the largest rank is above the mean, in bytes that are loaded.
 
-    `cause` is the group that adds most to it; None where every rank loads as much.
+    Attributes:
+        ratio: The largest rank's bytes over the mean.
+        largest: That rank.
+        cause: The group that adds most to it; None if every rank loads as much.
     """
 
     ratio: float
@@ -47,37 +53,78 @@ class Imbalance:
     cause: TensorGroup | None
 
 
-def group_by_layout(plan: Plan) -> tuple[TensorGroup, ...]:
-    """The plan's tensors, those of one layout together, in the order they first appear."""
-    alike: dict[object, list[Placement]] = {}
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan's groups, in the order in which they first appear, and sums over them."""
+
+    plan: Plan
+    groups: tuple[TensorGroup, ...]
+
+    @cached_property
+    def stored_bytes(self) -> tuple[int, ...]:
+        """The tensor bytes in each rank's file."""
+        return _add_rows((group.rank_bytes for group in self.groups), self.plan.mesh.world_size)
+
+    @cached_property
+    def loaded_bytes(self) -> tuple[int, ...]:
+        """The weights in each rank's memory, as stored; what only a merge needs is not loaded."""
+        loaded = (g.rank_bytes for g in self.groups if g.example.style.is_loaded)
+        return _add_rows(loaded, self.plan.mesh.world_size)
+
+    @property
+    def total_bytes(self) -> int:
+        """The tensor bytes of the unsharded checkpoint."""
+        return sum(group.count * group.example.spec.nbytes for group in self.groups)
+
+    @property
+    def replicated_bytes(self) -> int:
+        """The bytes that are stored more than once, each further copy counted."""
+        return sum(self.stored_bytes) - self.total_bytes
+
+    @property
+    def imbalance(self) -> Imbalance:
+        """The largest rank against the mean, and the group that adds most to the difference."""
+        loaded = self.loaded_bytes
+        largest = loaded.index(max(loaded))
+        if min(loaded) == max(loaded):
+            return Imbalance(1.0, largest, None)
+
+        def excess(group: TensorGroup) -> int:
+            nbytes = group.rank_bytes if group.example.style.is_loaded else (0,) * len(loaded)
+            return nbytes[largest] * len(nbytes) - sum(nbytes)
+
+        ratio = loaded[largest] * len(loaded) / sum(loaded)
+        return Imbalance(ratio, largest, max(self.groups, key=excess))
+
+
+def summarize_plan(plan: Plan) -> PlanSummary:
+    """Group a plan's tensors by layout."""
+    by_layout: dict[object, list[Placement]] = {}
     for p in plan.placements:
         key = (NUMBER.sub("#", p.spec.name), p.spec.dtype, p.spec.shape, p.style, p.dim, p.sections)
-        alike.setdefault(key, []).append(p)
-    ranks = range(plan.tp_size)
-    return tuple(
-        TensorGroup(
-            collapse_names([p.spec.name for p in same]),
-            len(same),
-            same[0],
-            tuple(same[0].shard_spec(tp_rank, plan.tp_size) for tp_rank in ranks),
-        )
-        for same in alike.values()
-    )
+        by_layout.setdefault(key, []).append(p)
+    return PlanSummary(plan, tuple(_make_group(same, plan.mesh) for same in by_layout.values()))
+
+
+def _make_group(same: Sequence[Placement], mesh: Mesh) -> TensorGroup:
+    shards = tuple(same[0].shard_spec(rank) for rank in mesh.ranks())
+    pattern = collapse_names([p.spec.name for p in same])
+    return TensorGroup(pattern, len(same), same[0], shards, describe_treatment(same[0], mesh))
 
 
 def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
     columns = zip(*(map(int, NUMBER.findall(name)) for name in names), strict=True)
-    shown = (_format_ranges(set(column)) for column in columns)
-    return NUMBER.sub(lambda _: next(shown), names[0])
+    ranges = (_format_ranges(set(column)) for column in columns)
+    return NUMBER.sub(lambda _: next(ranges), names[0])
 
 
-def describe_treatment(placement: Placement, tp_size: int) -> str:
-    """What becomes of a tensor over `tp_size` ranks, in a word or two."""
+def describe_treatment(placement: Placement, mesh: Mesh) -> str:
+    """What becomes of a tensor over a mesh, in a word or two."""
     if placement.dim is None:
-        return "rank 0 only" if placement.style == "ignore" else "replicated"
+        return "replicated" if placement.style.is_loaded else "rank 0 only"
     modes = {
-        kv_head_mode(s.units, s.shared_by, tp_size)
+        kv_head_mode(s.units, s.shared_by, mesh.tp_size)
         for s in placement.sections
         if s.shared_by and not s.replicated
     }
@@ -90,70 +137,33 @@ def describe_treatment(placement: Placement, tp_size: int) -> str:
     return "split"
 
 
-def count_stored_bytes(parts: Iterable[TensorGroup], tp_size: int) -> tuple[int, ...]:
-    """The tensor bytes in each rank's file."""
-    return _add_rows((group.rank_bytes for group in parts), tp_size)
-
-
-def count_loaded_bytes(parts: Iterable[TensorGroup], tp_size: int) -> tuple[int, ...]:
-    """The weights in each rank's memory, as stored: what is kept for a merge only is not loaded."""
-    held = (group.rank_bytes for group in parts if group.example.style != "ignore")
-    return _add_rows(held, tp_size)
-
-
-def count_total_bytes(plan: Plan) -> int:
-    """The tensor bytes of the unsharded checkpoint."""
-    return sum(placement.spec.nbytes for placement in plan.placements)
-
-
-def count_replicated_bytes(plan: Plan, parts: Iterable[TensorGroup]) -> int:
-    """The bytes that are stored more than once, each further copy counted."""
-    return sum(count_stored_bytes(parts, plan.tp_size)) - count_total_bytes(plan)
-
-
-def measure_imbalance(plan: Plan, parts: Sequence[TensorGroup]) -> Imbalance:
-    """The largest rank against the mean, and the group that adds most to the difference."""
-    loaded = count_loaded_bytes(parts, plan.tp_size)
-    largest = loaded.index(max(loaded))
-    if min(loaded) == max(loaded):
-        return Imbalance(1.0, largest, None)
-
-    def excess(group: TensorGroup) -> int:
-        held = group.rank_bytes
-        return held[largest] * len(held) - sum(held) if group.example.style != "ignore" else 0
-
-    return Imbalance(loaded[largest] * len(loaded) / sum(loaded), largest, max(parts, key=excess))
-
-
 def describe_units(plan: Plan, placement: Placement) -> str:
     """What a tensor is divided by, in the recipe's words: `9 heads`, `3 kv_heads shared by 9`."""
-    return " + ".join(
-        _unit_name(plan, placement, s) for s in placement.sections if not s.replicated
-    )
+    divided = [section for section in placement.sections if not section.replicated]
+    return " + ".join(_describe_section(plan, placement, section) for section in divided)
 
 
 def find_blocking_tensor(plan: Plan) -> str | None:
     """The tensor that allows no more than `plan.max_tp_size` ranks; None if nothing is divided."""
     for placement in plan.placements:
-        counts = [s.shared_by or s.units for s in placement.sections if not s.replicated]
-        if counts and min(counts) == plan.max_tp_size:
+        limits = [s.max_tp_size for s in placement.sections if not s.replicated]
+        if limits and min(limits) == plan.max_tp_size:
             return placement.spec.name
     return None
 
 
-def _unit_name(plan: Plan, placement: Placement, section: Section) -> str:
-    counted = (section.units, section.shared_by)
-    exact = [name for name, unit in plan.units.items() if (unit.count, unit.shared_by) == counted]
+def _describe_section(plan: Plan, placement: Placement, section: Section) -> str:
+    counts = (section.units, section.shared_by)
+    exact = [name for name, unit in plan.units.items() if (unit.count, unit.shared_by) == counts]
     any_count = [name for name, unit in plan.units.items() if not unit.count and name != "vocab"]
-    names = ["vocab"] if placement.style == "vocab" else exact or any_count
+    names = ["vocab"] if placement.style.axis == "vocab" else exact or any_count
     name = names[0] if len(names) == 1 else "units"
-    return f"{section.units} {name}" + (
-        f" shared by {section.shared_by}" if section.shared_by else ""
-    )
+    others = f" shared by {section.shared_by}" if section.shared_by else ""
+    return f"{section.units} {name}{others}"
 
 
 def _format_ranges(numbers: set[int]) -> str:
-    """`7`, `{0..79}`, `{0..2,5}`, or where there are many gaps `{0..78: 40}`."""
+    """`7`, `{0..79}`, `{0..2,5}`, or if there are many gaps `{0..78: 40}`."""
     if len(numbers) == 1:
         return str(numbers.pop())
     runs: list[list[int]] = []

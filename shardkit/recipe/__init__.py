@@ -1,1 +1,31 @@
-"""TODO."""
+"""Which tensors of a model family are sharded how, as data."""
+
+from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
+from shardkit.recipe.parse import load_recipe, parse_recipe
+from shardkit.recipe.recipe import (
+    ForwardArgument,
+    ModuleAttribute,
+    Recipe,
+    Rule,
+    UnitRule,
+    compile_module_pattern,
+    compile_tensor_pattern,
+)
+
+__all__ = [
+    "ForwardArgument",
+    "ModuleAttribute",
+    "Recipe",
+    "Rule",
+    "UnitRule",
+    "compile_module_pattern",
+    "compile_tensor_pattern",
+    "find_recipe",
+    "list_recipe_files",
+    "load_recipe",
+    "matches_config",
+    "parse_recipe",
+    "resolve_counts",
+    "resolve_units",
+]

@@ -1,6 +1,6 @@
 """Counts from a checkpoint's config.json, without building a model.
 
-A count is a bounded positive integer of the JSON.  Where the JSON leaves a field out, the default
+A count is a bounded positive integer of the JSON. Where the JSON leaves a field out, the default
 is the model family's config class's own (Mistral's 8 kv heads, say), and only then is transformers
 imported.
 """
@@ -23,7 +23,7 @@ def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
 
 
 def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
-    """The recipe's units with the config's counts.  Raises RecipeError naming the field."""
+    """The recipe's units with the config's counts. Raises RecipeError naming the field."""
     counts = {name: resolve_unit_count(name, recipe, config) for name in recipe.units}
     units = {}
     for name, rule in recipe.units.items():
@@ -35,7 +35,7 @@ def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
 
 
 def resolve_counts(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, int]:
-    """The recipe's counts that are factors of an axis.  Raises RecipeError naming the field.
+    """The recipe's counts that are factors of an axis. Raises RecipeError naming the field.
 
     One that the config lacks is left out: a recipe may serve configs that have no such axis.
     """

@@ -7,19 +7,19 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from shardkit.errors import RecipeError
 from shardkit.files import read_small_file
-from shardkit.layout.axis import NAME, Term, parse_axis
-from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Rule, Style, UnitRule
+from shardkit.layout import STYLES, Style, Term, parse_axis
+from shardkit.layout.axis import NAME
+from shardkit.layout.style import REPLICATE
+from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Rule, UnitRule
 from shardkit.strict_json import escape_line
 
-UNDIVIDED: tuple[Style, ...] = ("replicate", "ignore", "once")
-DIVIDED: tuple[Style, ...] = ("column", "row", "norm", "gather")
 KEYS = {
-    "model_types", "when", "notes", "base_model_prefix", "in_out", "units", "counts", "whole",
-    "local", "arguments", *get_args(Style),
+    "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
+    "replicated", "module_attributes", "forward_arguments", *STYLES,
 }  # fmt: skip
 PATTERN = re.compile(r"(?:[^{}\s]|\{[^{}*\s]+\})+")
 FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
@@ -30,7 +30,7 @@ MAX_DIM = 8  # of a forward argument
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read one recipe file.  Raises RecipeError that names the file and the key."""
+    """Read one recipe file. Raises RecipeError that names the file and the key."""
     try:
         data = read_small_file(Path(os.path.realpath(path)), MAX_BYTES, RecipeError)
     except RecipeError as error:
@@ -42,11 +42,11 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(name: str, data: bytes) -> Recipe:
-    """A recipe from its file's bytes.  Raises RecipeError that names the key."""
+    """A recipe from its file's bytes. Raises RecipeError that names the key."""
     try:
         return _parse_table(name, hashlib.sha256(data).hexdigest(), tomllib.loads(data.decode()))
     except (RecipeError, ValueError, RecursionError) as error:
-        raise RecipeError(escape_line(str(error))) from None
+        raise RecipeError(escape_line(str(error), 1000)) from None
 
 
 def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
@@ -65,8 +65,8 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         units=units,
         counts=counts,
         when=_parse_conditions(_read_table(table, "when"), model_types),
-        module_attributes=tuple(_parse_attributes(_read_table(table, "local"), units)),
-        forward_arguments=tuple(_parse_arguments(_read_table(table, "arguments"), units)),
+        module_attributes=tuple(_parse_attributes(_read_table(table, "module_attributes"), units)),
+        forward_arguments=tuple(_parse_arguments(_read_table(table, "forward_arguments"), units)),
         base_model_prefix=_read_string(table.get("base_model_prefix", ""), "base_model_prefix"),
         notes=_read_string(table.get("notes", ""), "notes"),
     )
@@ -78,31 +78,38 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
 def _parse_rules(
     table: dict[str, Any], units: dict[str, UnitRule], counts: dict[str, UnitRule]
 ) -> Iterator[Rule]:
-    for style in UNDIVIDED:
-        yield from (Rule(_check_pattern(style, p), style) for p in _read_strings(table, style))
-    for pattern, reason in _read_table(table, "whole").items():
-        why = _read_string(reason, f"whole.{pattern}")
-        yield Rule(_check_pattern("whole", pattern), "replicate", reason=why)
-    for pattern in _read_strings(table, "vocab"):
-        yield Rule(_check_pattern("vocab", pattern), "vocab", (Term((), "vocab"),))
-    in_out, used = set(_read_strings(table, "in_out")), set()
-    for style in DIVIDED:
-        for pattern, entry in _read_table(table, style).items():
-            key = f"{style}.{pattern}"
-            text, at = _read_axis_and_dim(key, entry)
+    """The rules, style by style: those that divide nothing first."""
+    styles = STYLES.values()
+    for style in (style for style in styles if style.axis == "none"):
+        yield from _parse_list(table, style, ())
+    for pattern, reason in _read_table(table, "replicated").items():
+        why = _read_string(reason, f"replicated.{pattern}")
+        yield Rule(_check_pattern("replicated", pattern), REPLICATE, reason=why)
+    for style in (style for style in styles if style.axis == "vocab"):
+        yield from _parse_list(table, style, (Term((), style.axis),))
+    flipped, used = set(_read_strings(table, "fan_in_fan_out")), set()
+    for style in (style for style in styles if style.axis == "stated"):
+        for pattern, entry in _read_table(table, style.name).items():
+            key = f"{style.name}.{pattern}"
+            text, dim = _read_axis_and_dim(key, entry, style.is_linear)
             terms = _parse_terms(key, text, units, counts)
-            yield Rule(_check_pattern(style, pattern), style, terms, pattern in in_out, at)
-            if style in ("column", "row") and at is None:
+            yield Rule(_check_pattern(style.name, pattern), style, terms, pattern in flipped, dim)
+            if style.is_linear and dim is None:
                 used.add(pattern)
-    if unused := sorted(in_out - used):
-        raise RecipeError(f"in_out names no column or row rule: {', '.join(unused)}")
+    if unused := sorted(flipped - used):
+        raise RecipeError(f"fan_in_fan_out names no column or row rule: {', '.join(unused)}")
 
 
-def _read_axis_and_dim(key: str, entry: Any) -> tuple[Any, int | None]:
+def _parse_list(table: dict[str, Any], style: Style, terms: tuple[Term, ...]) -> Iterator[Rule]:
+    for pattern in _read_strings(table, style.name):
+        yield Rule(_check_pattern(style.name, pattern), style, terms)
+
+
+def _read_axis_and_dim(key: str, entry: Any, may_state_dim: bool) -> tuple[Any, int | None]:
     """A rule's axis, and the dimension it states, as `"heads"` or `{ axis = "heads", dim = 0 }`."""
     if not isinstance(entry, dict):
         return entry, None
-    if entry.keys() != {"axis", "dim"} or key.startswith(("norm.", "gather.")):
+    if entry.keys() != {"axis", "dim"} or not may_state_dim:
         raise RecipeError(f'{key}: must be "AXIS", or for column or row {{ axis = …, dim = N }}')
     return entry["axis"], _read_dim(key, entry["dim"])
 
@@ -118,11 +125,12 @@ def _check_rules(recipe: Recipe) -> None:
     if twice := sorted(pattern for pattern, times in patterns.items() if times > 1):
         raise RecipeError(f"more than one rule for {', '.join(twice)}")
     for rule in recipe.rules:
-        for term in rule.terms if rule.style == "row" else ():
+        for term in rule.terms if rule.style.divides == "input" else ():
             if term.unit is None or recipe.units[term.unit].shared_by:
+                part = term.unit or "a section without a unit"
                 raise RecipeError(
-                    f"row.{rule.pattern}: {term.unit or 'a section without a unit'} may be held by"
-                    " several ranks, and a sum over ranks would count it twice"
+                    f"{rule.style.name}.{rule.pattern}: {part} may be held by several ranks, and a"
+                    " sum over ranks would count it twice"
                 )
 
 
@@ -148,9 +156,8 @@ def _check_units(recipe: Recipe) -> None:
     for rule in recipe.rules:
         for term in rule.terms:
             if term.group_tail and recipe.units[term.unit or ""].shared_by != term.shared_by:
-                raise RecipeError(
-                    f"{rule.style}.{rule.pattern}: {term.unit} is not shared_by {term.shared_by}"
-                )
+                key = f"{rule.style.name}.{rule.pattern}"
+                raise RecipeError(f"{key}: {term.unit} is not shared_by {term.shared_by}")
 
 
 def _parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
@@ -162,7 +169,7 @@ def _parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
             raise RecipeError(f"units.{name}: unknown keys: {', '.join(unknown)}")
         shared_by = _read_string(entry.get("shared_by", ""), f"units.{name}.shared_by")
         if shared_by and shared_by not in table:
-            raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is no unit")
+            raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is not a unit")
         count = entry.get("count")
         fields = () if count == "*" else _read_count_fields(f"units.{name}", count, " or be '*',")
         yield name, UnitRule(fields, shared_by)
@@ -191,7 +198,7 @@ def _read_count_fields(key: str, value: Any, otherwise: str = "") -> tuple[str, 
         raise RecipeError(f"{key}: must name a config field,{otherwise} not {value!r}")
     for field in fields:
         if not COUNT.fullmatch(_read_string(field, key)):
-            raise RecipeError(f"{key}: {field!r} is no config field, nor a ratio of two")
+            raise RecipeError(f"{key}: {field!r} is not a config field, nor a ratio of two")
     return tuple(fields)
 
 
@@ -203,7 +210,7 @@ def _parse_conditions(
             raise RecipeError(f"when.{model_type}: not one of model_types")
         for field, value in _read_table(table, model_type, "when.").items():
             if type(value) not in (bool, int, str):
-                raise RecipeError(f"when.{model_type}.{field}: {value!r} is no plain value")
+                raise RecipeError(f"when.{model_type}.{field}: {value!r} is not a plain value")
     return table
 
 
@@ -211,41 +218,42 @@ def _parse_attributes(
     table: dict[str, Any], units: dict[str, UnitRule]
 ) -> Iterator[ModuleAttribute]:
     for module, entry in table.items():
-        for attribute, text in _read_table(table, module, "local.").items():
-            key = f"local.{module}.{attribute}"
+        for attribute, text in _read_table(table, module, "module_attributes.").items():
+            key = f"module_attributes.{module}.{attribute}"
             names = _read_string(text, key).split("/")
             counted = [name in units and bool(units[name].fields) for name in names]
             tensor = TENSOR.fullmatch(text)
             if not (len(names) < 3 and all(counted)) and text not in units and not tensor:
                 raise RecipeError(
-                    f"{key}: {text!r} is no unit, nor a ratio of two with counts, nor MODULE.weight"
+                    f"{key}: {text!r} is not a unit, a ratio of two with counts, or MODULE.weight"
                 )
-            yield ModuleAttribute(_check_pattern("local", module), attribute, *names)
+            yield ModuleAttribute(_check_pattern("module_attributes", module), attribute, *names)
         if not entry:
-            raise RecipeError(f"local.{module}: is empty")
+            raise RecipeError(f"module_attributes.{module}: is empty")
 
 
 def _parse_arguments(
     table: dict[str, Any], units: dict[str, UnitRule]
 ) -> Iterator[ForwardArgument]:
     for module in table:
-        for argument, entry in _read_table(table, module, "arguments.").items():
-            key = f"arguments.{module}.{argument}"
+        for argument, entry in _read_table(table, module, "forward_arguments.").items():
+            key = f"forward_arguments.{module}.{argument}"
             if not isinstance(entry, dict) or entry.keys() != {"dim", "axis"}:
                 raise RecipeError(f"{key}: must be {{ dim = N, axis = UNIT }}")
             words = _read_string(entry["axis"], key).split()
             outer = words[:1] == ["*"]
             if len(words) != 1 + outer or not units.get(words[-1], UnitRule(())).fields:
-                raise RecipeError(f"{key}: {entry['axis']!r} is no unit with a count, nor '* UNIT'")
+                axis = entry["axis"]
+                raise RecipeError(f"{key}: {axis!r} is not a unit with a count, or '* UNIT'")
             dim = _read_dim(key, entry["dim"])
             yield ForwardArgument(
-                _check_pattern("arguments", module), argument, dim, words[-1], outer
+                _check_pattern("forward_arguments", module), argument, dim, words[-1], outer
             )
 
 
 def _check_pattern(key: str, pattern: str) -> str:
     if not PATTERN.fullmatch(pattern):
-        raise RecipeError(f"{key}: {pattern!r} is no name, nor one with * and {{a,b}} in it")
+        raise RecipeError(f"{key}: {pattern!r} is not a name, nor one with * and {{a,b}} in it")
     return pattern
 
 
@@ -254,7 +262,7 @@ def _parse_terms(
 ) -> tuple[Term, ...]:
     terms = parse_axis(_read_string(text, key), counts)
     if unknown := sorted({t.unit for t in terms if t.unit and t.unit not in units}):
-        raise RecipeError(f"{key}: {', '.join(unknown)} is no unit; declare it under [units]")
+        raise RecipeError(f"{key}: {', '.join(unknown)} is not a unit; declare it under [units]")
     return terms
 
 

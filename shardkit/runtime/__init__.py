@@ -12,6 +12,6 @@ with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive 
 
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.engine.engine import Engine, launch
-from shardkit.runtime.load import load
+from shardkit.runtime.loader import load
 
 __all__ = ["Engine", "TensorParallelGroup", "connect", "launch", "load"]

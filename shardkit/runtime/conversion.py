@@ -1,7 +1,7 @@
 """From names on disk to a transformers model's own, by transformers' own conversion table.
 
 Checkpoints keep older names, and store one by one what the model stacks (a mixture's experts).
-Converting commutes with sharding, so each rank converts its own shard.  The functions used are not
+Converting commutes with sharding, so each rank converts its own shard. The functions used are not
 public API of transformers; this module is the only one that knows them.
 """
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardkit.errors import ManifestError
-from shardkit.planning.plan import Placement
+from shardkit.planning.placement import Placement
 from shardkit.runtime.conversion import Conversion
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks

@@ -1,144 +1,173 @@
-"""Makes a model built whole on the meta device into one rank's part of it."""
+"""Makes a model that was built whole on the meta device into one rank's part of it.
+
+As torch's `parallelize_module`, but from the placements of a manifest.
+"""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardkit.errors import LayoutError, ManifestError
-from shardkit.layout.spans import Section, Span, partition, rank_spans
-from shardkit.planning.plan import Placement, Plan
-from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, compile_module_pattern
+from shardkit.layout import Span, Style, partition, rank_spans
+from shardkit.layout.style import COLUMN, GATHER, NORM, RECURRENT, ROW, VOCAB
+from shardkit.planning import Placement, Plan, Rank
+from shardkit.recipe import ForwardArgument, ModuleAttribute, compile_module_pattern
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.layers import linear as layers
-from shardkit.runtime.layers import norm as norms
+from shardkit.runtime.layers.embedding import make_vocab_parallel
+from shardkit.runtime.layers.linear import make_column_parallel, make_row_parallel
 from shardkit.runtime.layers.lstm import make_parallel_lstm
-from shardkit.shards.manifest import Manifest
+from shardkit.runtime.layers.norm import make_gathered, make_sharded_norm
 
 LISTS = (nn.ModuleList, torch.Tensor)  # of which a rank keeps its own, once they are filled
 
+Placements = Mapping[str, Placement]
+
 
 def parallelize_model(
-    model: nn.Module,
-    manifest: Manifest,
-    placed: Mapping[str, Placement],
-    group: TensorParallelGroup,
+    model: nn.Module, plan: Plan, placements: Placements, group: TensorParallelGroup
 ) -> None:
     """Swap modules, shrink attributes and slice arguments for one rank.
 
-    `placed` gives the placement on disk that each of the model's own tensors is made of.
-    Raises ManifestError where the model is not the one the manifest describes.
+    Args:
+        model: The whole model, on the meta device.
+        plan: What the manifest says.
+        placements: For each of the model's own tensors, the placement on disk of what it is made
+            of.
+        group: The ranks.
+
+    Raises:
+        ManifestError: If the model is not the one that the manifest describes.
     """
-    owned: dict[str, dict[str, Placement]] = {}
-    for name, placement in placed.items():
+    by_module: dict[str, dict[str, Placement]] = {}
+    for name, placement in placements.items():
         module, _, leaf = name.rpartition(".")
-        owned.setdefault(module, {})[leaf] = placement
-    for path, placements in owned.items():
-        _swap_module(model.get_submodule(path), path, placements, group)
-    for attribute in manifest.plan.module_attributes:
-        _set_attribute(model, attribute, manifest.plan, placed, group.tp_rank)
-    for argument in manifest.plan.forward_arguments:
-        _slice_argument(model, argument, manifest.plan, group.tp_rank)
+        by_module.setdefault(module, {})[leaf] = placement
+    for path, tensors in by_module.items():
+        _swap_module(model.get_submodule(path), path, tensors, group)
+    rank = plan.mesh.rank(group.tp_rank)
+    for attribute in plan.module_attributes:
+        _set_attribute(model, attribute, plan, placements, rank)
+    for argument in plan.forward_arguments:
+        _slice_argument(model, argument, plan, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """A module to be swapped, its tensors' placements, and the one that decides its form."""
+
+    module: nn.Module
+    path: str
+    tensors: Placements
+    placement: Placement
+    group: TensorParallelGroup
+
+    def rank_indices(self) -> list[torch.Tensor]:
+        """For each rank, the indices of the sections that it holds."""
+        sections, size = self.placement.sections, self.group.tp_size
+        return [_span_indices(rank_spans(sections, tp_rank, size)) for tp_rank in range(size)]
 
 
 def _swap_module(
-    module: nn.Module, path: str, placements: Mapping[str, Placement], group: TensorParallelGroup
+    module: nn.Module, path: str, tensors: Placements, group: TensorParallelGroup
 ) -> None:
-    """Give a module its parallel form, which follows from its weights' placements together."""
-    by_style = {p.style: p for leaf, p in placements.items() if leaf != "bias" or p.dim is not None}
-    if any(p.style == "row" and p.dim is not None for p in placements.values()):
-        layers.make_row_parallel(module, group)
-    elif found := by_style.get("vocab"):
-        held = [_placement_indices(found, rank, group) for rank in range(group.tp_size)]
-        sizes = [len(indices) for indices in held]
-        layers.make_vocab_parallel(module, group, int(held[group.tp_rank][0]), sizes)
-    elif found := by_style.get("norm"):
-        parts = [_placement_indices(found, rank, group) for rank in range(group.tp_size)]
-        norms.make_sharded_norm(module, path, group, parts)
-    elif found := by_style.get("gather"):
-        parts = [
-            _span_indices(rank_spans(found.sections, rank, group.tp_size))
-            for rank in range(group.tp_size)
-        ]
-        norms.make_gathered(module, group, parts)
-    elif isinstance(module, nn.LSTM) and "column" in by_style:
-        make_parallel_lstm(module, path, placements, group)
-    elif "column" in by_style:
-        layers.make_column_parallel(module)
+    """Give a module its parallel form, which follows from its weights' placements together.
+
+    A module may hold tensors of several styles, a row-parallel weight beside a replicated bias.
+    The first style of FORMS that one of them has decides; a bias that is not divided never does.
+    """
+    deciding = [p for leaf, p in tensors.items() if leaf != "bias" or p.dim is not None]
+    by_style = {p.style: p for p in sorted(deciding, key=lambda p: p.dim is not None)}
+    for style, make_form in FORMS.items():
+        placement = by_style.get(style)
+        if placement is not None and (placement.dim is not None or style.needs_full_width):
+            make_form(_Swap(module, path, tensors, placement, group))
+            return
 
 
-def _placement_indices(
-    placement: Placement, tp_rank: int, group: TensorParallelGroup
-) -> torch.Tensor:
-    return _span_indices(placement.spans(tp_rank, group.tp_size))
+def _make_vocab(swap: _Swap) -> None:
+    rows = swap.rank_indices()
+    first_row = int(rows[swap.group.tp_rank][0])
+    make_vocab_parallel(swap.module, swap.group, first_row, [len(indices) for indices in rows])
 
 
-def _span_indices(parts: Iterable[Span]) -> torch.Tensor:
-    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in parts])
+def _make_recurrent(swap: _Swap) -> None:
+    if not isinstance(swap.module, nn.LSTM):
+        name = type(swap.module).__name__
+        raise ManifestError(f"{swap.path}: {name} has no recurrent parallel form")
+    make_parallel_lstm(swap.module, swap.path, swap.tensors, swap.group)
+
+
+FORMS: dict[Style, Callable[[_Swap], None]] = {
+    ROW: lambda swap: make_row_parallel(swap.module, swap.group),
+    VOCAB: _make_vocab,
+    NORM: lambda swap: make_sharded_norm(swap.module, swap.path, swap.group, swap.rank_indices()),
+    GATHER: lambda swap: make_gathered(swap.module, swap.group, swap.rank_indices()),
+    RECURRENT: _make_recurrent,
+    COLUMN: lambda swap: make_column_parallel(swap.module),
+}
 
 
 def find_modules(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules a pattern names.  Raises ManifestError where it names none, unless by `?`."""
-    compiled, found = compile_module_pattern(pattern), False
+    """The modules a pattern names. Raises ManifestError if it names none, unless by `?`."""
+    compiled, is_empty = compile_module_pattern(pattern), True
     for name, module in model.named_modules():
         if compiled.fullmatch(name):
-            found = True
+            is_empty = False
             yield name, module
-    if not found and not pattern.endswith("?"):
+    if is_empty and not pattern.endswith("?"):
         raise ManifestError(f"{type(model).__name__} has no module {pattern!r}")
 
 
-def scale_count(full: int, times: tuple[int, int], per: tuple[int, int]) -> int:
-    """`full`, scaled as its units are: by local over all of `times`, and all over local of `per`.
+def scale_count(full: int, unit: tuple[int, int], per_unit: tuple[int, int]) -> int:
+    """`full`, scaled as its units are: by local over all of `unit`, all over local of `per_unit`.
 
-    Raises LayoutError where that is no whole number.
+    Raises LayoutError if that is not a whole number.
     """
-    value, rest = divmod(full * times[0] * per[1], times[1] * per[0])
+    value, rest = divmod(full * unit[0] * per_unit[1], unit[1] * per_unit[0])
     if rest:
-        raise LayoutError(f"{full} is no multiple of {times[1]} units")
+        raise LayoutError(f"{full} is not a multiple of {unit[1]} units")
     return value
 
 
 def _set_attribute(
-    model: nn.Module,
-    rule: ModuleAttribute,
-    plan: Plan,
-    placed: Mapping[str, Placement],
-    tp_rank: int,
+    model: nn.Module, rule: ModuleAttribute, plan: Plan, placements: Placements, rank: Rank
 ) -> None:
     for path, module in find_modules(model, rule.module):
         owner, name = _find_owner(module, rule.attribute.removesuffix("?"))
         full = getattr(owner, name, None)
-        lacking = full is None or (rule.by_tensor and f"{path}.{rule.unit}" not in placed)
-        if isinstance(full, LISTS) or (lacking and rule.attribute.endswith("?")):
+        by_tensor = rule.is_counted_by_tensor
+        is_absent = full is None or (by_tensor and f"{path}.{rule.unit}" not in placements)
+        if isinstance(full, LISTS) or (is_absent and rule.attribute.endswith("?")):
             continue
         if type(full) is not int:
             raise ManifestError(f"{rule.module}: no integer attribute {name!r}")
-        if rule.by_tensor:
-            setattr(owner, name, len(_tensor_indices(full, rule, path, placed, plan, tp_rank)))
+        if by_tensor:
+            local = len(_tensor_indices(full, rule, path, placements, rank))
         else:
-            setattr(owner, name, shrink_attribute(full, rule, plan, tp_rank))
+            local = shrink_attribute(full, rule, plan, rank)
+        setattr(owner, name, local)
 
 
-def shrink_attribute(full: int, rule: ModuleAttribute, plan: Plan, tp_rank: int) -> int:
-    """An attribute's local value: scaled as its units are, or dealt out where they have no count.
+def shrink_attribute(full: int, rule: ModuleAttribute, plan: Plan, rank: Rank) -> int:
+    """An attribute's local value: scaled as its units are, or partitioned if they have no count.
 
-    Raises LayoutError where that is no whole number.
+    Raises LayoutError if that is not a whole number.
     """
     count = plan.units[rule.unit].count
     if count is None:
-        return len(partition(full, tp_rank, plan.tp_size))
-    per = (1, 1)
+        return len(partition(full, rank.tp_rank, rank.mesh.tp_size))
+    per_unit = (1, 1)
     if rule.per_unit:
-        per = plan.count_local_units(rule.per_unit, tp_rank), plan.units[rule.per_unit].count or 0
-    return scale_count(full, (plan.count_local_units(rule.unit, tp_rank), count), per)
+        divisor = plan.units[rule.per_unit].count or 0
+        per_unit = plan.count_local_units(rule.per_unit, rank), divisor
+    return scale_count(full, (plan.count_local_units(rule.unit, rank), count), per_unit)
 
 
-def keep_local_units(
-    model: nn.Module, plan: Plan, placed: Mapping[str, Placement], tp_rank: int
-) -> None:
+def keep_local_units(model: nn.Module, plan: Plan, placements: Placements, rank: Rank) -> None:
     """Of lists of modules and of buffers that are divided, keep the rank's own, once filled.
 
     Raises ManifestError for one of another length.
@@ -148,35 +177,34 @@ def keep_local_units(
         for path, module in find_modules(model, rule.module):
             full = getattr(module, name, None)
             if isinstance(full, torch.Tensor):
-                own = _tensor_indices(full.shape[-1], rule, path, placed, plan, tp_rank)
-                setattr(module, name, full.index_select(-1, own.to(full.device)))
+                indices = _tensor_indices(full.shape[-1], rule, path, placements, rank)
+                setattr(module, name, full.index_select(-1, indices.to(full.device)))
             elif isinstance(full, nn.ModuleList):
-                setattr(module, name, _select_modules(full, rule, plan, tp_rank))
+                setattr(module, name, _select_modules(full, rule, plan, rank))
 
 
 def _select_modules(
-    full: nn.ModuleList, rule: ModuleAttribute, plan: Plan, tp_rank: int
+    full: nn.ModuleList, rule: ModuleAttribute, plan: Plan, rank: Rank
 ) -> nn.ModuleList:
     unit = plan.units.get(rule.unit)
     if unit is None or len(full) != unit.count:
         raise ManifestError(f"{rule.module}.{rule.attribute}: {len(full)} modules")
-    held = rank_spans([Section(unit.count, 1, 1, unit.shared_by)], tp_rank, plan.tp_size)
-    return nn.ModuleList(full[i] for i in _span_indices(held).tolist())
+    indices = _span_indices(plan.local_spans(rule.unit, rank))
+    return nn.ModuleList(full[i] for i in indices.tolist())
+
+
+def _span_indices(spans: Iterable[Span]) -> torch.Tensor:
+    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in spans])
 
 
 def _tensor_indices(
-    full: int,
-    rule: ModuleAttribute,
-    path: str,
-    placed: Mapping[str, Placement],
-    plan: Plan,
-    tp_rank: int,
+    full: int, rule: ModuleAttribute, path: str, placements: Placements, rank: Rank
 ) -> torch.Tensor:
     """The indices that a rank holds of the tensor along which an attribute is counted."""
-    found = placed.get(f"{path}.{rule.unit}")
-    if found is None or found.dim is None or found.spec.shape[found.dim] != full:
-        raise ManifestError(f"{path}.{rule.attribute}: {full} is no length of a {rule.unit}")
-    return _span_indices(found.spans(tp_rank, plan.tp_size))
+    placement = placements.get(f"{path}.{rule.unit}")
+    if placement is None or placement.dim is None or placement.spec.shape[placement.dim] != full:
+        raise ManifestError(f"{path}.{rule.attribute}: {full} is not a length of a {rule.unit}")
+    return _span_indices(placement.spans(rank))
 
 
 def _find_owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
@@ -184,21 +212,20 @@ def _find_owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
     *path, name = attribute.split(".")
     owner: Any = module
     for part in path:
-        own = copy.copy(getattr(owner, part))
-        setattr(owner, part, own)
-        owner = own
+        private = copy.copy(getattr(owner, part))
+        setattr(owner, part, private)
+        owner = private
     return owner, name
 
 
-def _slice_argument(model: nn.Module, rule: ForwardArgument, plan: Plan, tp_rank: int) -> None:
-    unit = plan.units[rule.unit]
-    count = unit.count or 0
-    index = _span_indices(rank_spans([Section(count, 1, 1, unit.shared_by)], tp_rank, plan.tp_size))
+def _slice_argument(model: nn.Module, rule: ForwardArgument, plan: Plan, rank: Rank) -> None:
+    count = plan.units[rule.unit].count or 0
+    indices = _span_indices(plan.local_spans(rule.unit, rank))
 
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         value = kwargs.get(rule.argument)
         if isinstance(value, torch.Tensor):
-            kwargs = {**kwargs, rule.argument: select_rank_units(value, rule, count, index)}
+            kwargs = {**kwargs, rule.argument: select_rank_units(value, rule, count, indices)}
         return args, kwargs
 
     for _, module in find_modules(model, rule.module):
@@ -206,18 +233,23 @@ def _slice_argument(model: nn.Module, rule: ForwardArgument, plan: Plan, tp_rank
 
 
 def select_rank_units(
-    value: torch.Tensor, rule: ForwardArgument, count: int, index: torch.Tensor
+    value: torch.Tensor, rule: ForwardArgument, count: int, indices: torch.Tensor
 ) -> torch.Tensor:
     """The units of `value` along the rule's dimension that a rank holds.
 
-    A value that has one entry for all units (a mask that broadcasts) is left as it is.
+    Args:
+        value: A forward argument; along `rule.dim` it has `count` units, or outer axes times them,
+            or one entry for all units (a mask that broadcasts), which is left as it is.
+        rule: Where its units lie.
+        count: How many there are in all.
+        indices: Those that the rank holds.
     """
-    index = index.to(value.device)
+    indices = indices.to(value.device)
     if value.shape[rule.dim] == 1:
         return value
     if not rule.outer:
-        return value.index_select(rule.dim, index)
+        return value.index_select(rule.dim, indices)
     shape = value.shape
-    apart = value.reshape(*shape[: rule.dim], -1, count, *shape[rule.dim + 1 :])
-    own = apart.index_select(rule.dim + 1, index)
-    return own.flatten(rule.dim, rule.dim + 1)
+    unfolded = value.reshape(*shape[: rule.dim], -1, count, *shape[rule.dim + 1 :])
+    local = unfolded.index_select(rule.dim + 1, indices)
+    return local.flatten(rule.dim, rule.dim + 1)

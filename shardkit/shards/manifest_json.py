@@ -1,22 +1,17 @@
-"""Reads a manifest as if it were hostile: bounded, exact keys and types, names that are base names,
-layouts that tile, and pieces that cover each file.
-"""
+"""The manifest as JSON, both ways. Reading checks types and bounds; `manifest_check` the rest."""
 
-from collections import Counter
+import hashlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from shardkit import strict_json
-from shardkit.checkpoint.checkpoint import SourceFile
-from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, encode_header
-from shardkit.checkpoint.index import Index
+from shardkit.checkpoint import Index, SourceFile
+from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
+from shardkit.dtypes import DTYPES
 from shardkit.errors import LayoutError, ManifestError
-from shardkit.files import read_small_file
-from shardkit.json_fields import JsonObject, read_file_name, read_hex, read_integer, read_string
-from shardkit.layout.axis import Unit
-from shardkit.layout.spans import Section
-from shardkit.planning.plan import MAX_TP_SIZE, Placement, Plan
-from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Style
+from shardkit.files import read_file_name, read_small_file
+from shardkit.layout import STYLES, Section, Unit
+from shardkit.planning import MAX_TP_SIZE, Mesh, Placement, Plan
+from shardkit.recipe import ForwardArgument, ModuleAttribute
 from shardkit.shards.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -26,27 +21,37 @@ from shardkit.shards.manifest import (
     Piece,
     RankFile,
     SourceRecord,
-    list_stored_specs,
-    make_shard_metadata,
-    make_split_id,
-    rank_file_name,
 )
-from shardkit.strict_json import JsonError, quote
-from shardkit.tensor import DTYPE_BITS, TensorSpec
+from shardkit.shards.manifest_check import check_manifest, check_placement, check_section
+from shardkit.strict_json import (
+    JsonError,
+    JsonObject,
+    encode_canonical,
+    parse_json,
+    quote,
+    read_hex,
+    read_integer,
+    read_string,
+)
+from shardkit.tensor import TensorSpec
 
 MAX_BYTES = 1 << 30
-KEYS = "format shardkit split_id tp_size recipe source units local tensors ranks copied"
+KEYS = (
+    "format shardkit split_id mesh recipe source units module_attributes forward_arguments tensors"
+    " ranks companion_files sha256"
+)
+MESH_KEYS = "tp_size ep_size pp_size"
+SECTION_KEYS = "repeat units size shared_by replicated group_tail"
+ATTRIBUTE_KEYS = "module attribute unit per_unit"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shard folder.  Raises ManifestError, naming the folder and the fault."""
+    """The manifest of a shard folder. Raises ManifestError, naming the folder and the fault."""
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder")
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise ManifestError(
-            f"{folder}: no {MANIFEST_NAME}: not a shard folder, or an unfinished split"
-        )
+        raise ManifestError(f"{folder}: no {MANIFEST_NAME}: not a shard folder, or unfinished")
     data = read_small_file(path, MAX_BYTES, ManifestError)
     try:
         return parse_manifest(data)
@@ -55,208 +60,257 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """A manifest from its bytes.  Raises JsonError or LayoutError."""
-    value = strict_json.parse_json(data)
-    found = value.get("format") if isinstance(value, dict) else None
-    if found != FORMAT:
-        raise JsonError(f"format {quote(found)}; this shardkit reads format {FORMAT}")
-    manifest = _manifest(JsonObject(value, "manifest", KEYS + " sha256" * ("sha256" in value)))
-    _check_files(manifest)
-    manifest.plan.check()
-    _check_units(manifest.plan)
-    for tp_rank in range(manifest.tp_size):
-        _check_pieces(manifest, tp_rank)
-    _check_canonical(manifest, data)
+    """A manifest from its bytes, read as if it were hostile. Raises JsonError or LayoutError."""
+    value = parse_json(data)
+    version = value.get("format") if isinstance(value, dict) else None
+    if version != FORMAT:
+        raise JsonError(f"format {quote(version)}; this shardkit reads format {FORMAT}")
+    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS))
+    check_manifest(manifest)
+    if manifest.split_id != make_split_id(
+        manifest.plan, manifest.source.fingerprint, manifest.recipe_sha256
+    ):
+        raise JsonError("split_id is not that of this source, recipe and layout")
+    if data != encode_manifest(manifest):
+        raise JsonError("not in canonical form, or not of its own sha256: damaged, or changed")
     return manifest
 
 
-def shard_header(manifest: Manifest, tp_rank: int) -> bytes:
-    """The exact first bytes of a rank's file, which follow from the manifest."""
-    metadata = make_shard_metadata(manifest.split_id, tp_rank, manifest.tp_size)
-    return encode_header(list_stored_specs(manifest.plan, tp_rank), metadata)
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes: what is on disk, with the digest of what they say without it."""
+    value = manifest_to_json(manifest)
+    sha256 = hashlib.sha256(encode_canonical(value) + b"\n").hexdigest()
+    return encode_canonical({**value, "sha256": sha256}) + b"\n"
 
 
-def _manifest(fields: JsonObject) -> Manifest:
-    source = _source(fields.value("source"))
+def hash_manifest(manifest: Manifest) -> str:
+    """The sha256 of the manifest's file, which ranks compare before their first collective."""
+    return hashlib.sha256(encode_manifest(manifest)).hexdigest()
+
+
+def make_split_id(plan: Plan, fingerprint: str, recipe_sha256: str) -> str:
+    """A name for a split that any other layout, mesh, recipe or source changes.
+
+    It is known before the first byte is copied, so it rests on a fingerprint of the source; the
+    digests in the manifest are the proof.
+    """
+    layout = {p.spec.name: placement_to_json(p) for p in plan.placements}
+    value = [FORMAT, _mesh_to_json(plan.mesh), fingerprint, recipe_sha256, layout]
+    return hashlib.sha256(encode_canonical(value)).hexdigest()
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, object]:
+    """The manifest as JSON values: tables, lists, strings and integers; without its own digest."""
+    plan = manifest.plan
+    return {
+        "format": FORMAT,
+        "shardkit": manifest.shardkit,
+        "split_id": manifest.split_id,
+        "mesh": _mesh_to_json(manifest.mesh),
+        "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
+        "source": _source_to_json(manifest.source),
+        "units": {
+            name: {"count": unit.count or 0, "shared_by": unit.shared_by}
+            for name, unit in plan.units.items()
+        },
+        "module_attributes": [
+            {key: getattr(rule, key) for key in ATTRIBUTE_KEYS.split()}
+            for rule in plan.module_attributes
+        ],
+        "forward_arguments": [
+            {
+                "module": rule.module,
+                "argument": rule.argument,
+                "dim": rule.dim,
+                "unit": rule.unit,
+                "outer": rule.outer,
+            }
+            for rule in plan.forward_arguments
+        ],
+        "tensors": {name: placement_to_json(p) for name, p in manifest.placements.items()},
+        "ranks": [_rank_to_json(rank_file) for rank_file in manifest.ranks],
+        "companion_files": {
+            name: {"size": digest.size, "sha256": digest.sha256}
+            for name, digest in manifest.companion_files.items()
+        },
+    }
+
+
+def placement_to_json(placement: Placement) -> dict[str, object]:
+    """One tensor's layout as JSON values; `dim` is -1 if it is not divided."""
+    return {
+        "dtype": placement.spec.dtype,
+        "shape": list(placement.spec.shape),
+        "style": placement.style.name,
+        "dim": -1 if placement.dim is None else placement.dim,
+        "sections": [
+            {key: getattr(section, key) for key in SECTION_KEYS.split()}
+            for section in placement.sections
+        ],
+    }
+
+
+def _mesh_to_json(mesh: Mesh) -> dict[str, int]:
+    return {key: getattr(mesh, key) for key in MESH_KEYS.split()}
+
+
+def _rank_to_json(rank_file: RankFile) -> dict[str, object]:
+    return {
+        "file": rank_file.name,
+        "size": rank_file.digest.size,
+        "sha256": rank_file.digest.sha256,
+        "pieces": {name: [p.offset, p.prefix_sha256] for name, p in rank_file.pieces.items()},
+        "nonfinite": dict(rank_file.nonfinite),
+    }
+
+
+def _source_to_json(source: SourceRecord) -> dict[str, object]:
+    index = source.index
+    return {
+        "id": source.id,
+        "revision": source.revision,
+        "model_type": source.model_type,
+        "fingerprint": source.fingerprint,
+        "files": [
+            {
+                "name": file.name,
+                "size": file.size,
+                "metadata": [[key, value] for key, value in file.metadata.items()],  # in its order
+                "tensors": list(file.tensors),
+            }
+            for file in source.files
+        ],
+        "index": {"name": index.name, "metadata": index.metadata} if index else None,
+    }
+
+
+def _parse_manifest(fields: JsonObject) -> Manifest:
+    source = _parse_source(fields.value("source"))
     recipe = JsonObject(fields.value("recipe"), "recipe", "name sha256")
-    copied = fields.table("copied").items()
+    companions = fields.table("companion_files").items()
     return Manifest(
         split_id=fields.hex("split_id"),
-        plan=_plan(fields, [name for file in source.files for name in file.tensors]),
+        plan=_parse_plan(fields, [name for file in source.files for name in file.tensors]),
         source=source,
         recipe=recipe.string("name"),
         recipe_sha256=recipe.hex("sha256"),
-        ranks=fields.items("ranks", _rank),
+        ranks=fields.items("ranks", _parse_rank),
         companion_files={
-            read_file_name(name, "copied"): _digest(value, name) for name, value in copied
+            read_file_name(name, "companion_files"): _parse_digest(value, name)
+            for name, value in companions
         },
         shardkit=fields.string("shardkit"),
     )
 
 
-def _plan(fields: JsonObject, order: list[str]) -> Plan:
+def _parse_plan(fields: JsonObject, order: list[str]) -> Plan:
     tensors = fields.table("tensors")
     if sorted(order) != sorted(tensors):
         raise JsonError("the source's files do not hold exactly the tensors listed")
-    local = JsonObject(fields.value("local"), "local", "attributes arguments")
+    mesh = JsonObject(fields.value("mesh"), "mesh", MESH_KEYS)
     return Plan(
-        fields.integer("tp_size", MAX_TP_SIZE, 1),
-        tuple(_placement(name, tensors[name]) for name in order),
-        {name: _unit(value, name) for name, value in fields.table("units").items()},
-        local.items("attributes", _attribute),
-        local.items("arguments", _argument),
+        Mesh(*(mesh.integer(key, MAX_TP_SIZE, 1) for key in MESH_KEYS.split())),
+        tuple(_parse_placement(name, tensors[name]) for name in order),
+        {name: _parse_unit(value, name) for name, value in fields.table("units").items()},
+        fields.items("module_attributes", _parse_attribute),
+        fields.items("forward_arguments", _parse_argument),
     )
 
 
-def _check_files(manifest: Manifest) -> None:
-    """As many ranks as there should be, and no two files of a folder with one name."""
-    if len(manifest.ranks) != manifest.tp_size:
-        raise JsonError(f"{len(manifest.ranks)} ranks, but tp_size {manifest.tp_size}")
-    for tp_rank, rank in enumerate(manifest.ranks):
-        if rank.name != rank_file_name(tp_rank, manifest.tp_size):
-            raise JsonError(f"rank {tp_rank} has the file {quote(rank.name)}")
-    source = manifest.source
-    merged = [file.name for file in source.files] + ([source.index.name] if source.index else [])
-    if not source.files:
-        raise JsonError("source: no files")
-    for others in (merged, [MANIFEST_NAME, *(rank.name for rank in manifest.ranks)]):
-        names = Counter([*manifest.companion_files, *others])
-        if twice := [name for name, times in names.items() if times > 1]:
-            raise JsonError(f"{quote(twice[0])} is the name of two files")
-
-
-def _check_units(plan: Plan) -> None:
-    ratios = [name for a in plan.module_attributes if a.per_unit for name in (a.unit, a.per_unit)]
-    for name in (*ratios, *(rule.unit for rule in plan.forward_arguments)):
-        if name not in plan.units or plan.units[name].count is None:
-            raise JsonError(f"local: {quote(name)} is no unit with a count")
-    for attribute in plan.module_attributes:
-        if attribute.unit not in plan.units and not (
-            attribute.by_tensor and not attribute.per_unit
-        ):
-            raise JsonError(f"local: {quote(attribute.unit)} is no unit")
-
-
-def _check_pieces(manifest: Manifest, tp_rank: int) -> None:
-    """A rank's pieces are the layout's, one after another, and nothing else is in its file."""
-    rank = manifest.ranks[tp_rank]
-    at = len(shard_header(manifest, tp_rank))
-    offsets = {}
-    for spec in list_stored_specs(manifest.plan, tp_rank):
-        offsets[spec.name] = at
-        at += spec.nbytes
-    if offsets != {name: piece.offset for name, piece in rank.pieces.items()}:
-        raise JsonError(f"{rank.name}: its pieces are not the layout's")
-    if rank.nonfinite.keys() - offsets.keys():
-        raise JsonError(f"{rank.name}: counts values of a piece that it does not hold")
-    if at != rank.digest.size:
-        raise JsonError(f"{rank.name}: {rank.digest.size} bytes, but the layout makes {at}")
-
-
-def _check_canonical(manifest: Manifest, data: bytes) -> None:
-    plan, source = manifest.plan, manifest.source
-    if make_split_id(plan, source.fingerprint, manifest.recipe_sha256) != manifest.split_id:
-        raise JsonError("split_id is not that of this source, recipe and layout")
-    if data != manifest.data and data != manifest.unsealed():
-        raise JsonError("not in canonical form, or not of its own sha256: damaged, or changed")
-
-
-def _source(value: Any) -> SourceRecord:
-    fields = JsonObject(value, "source", "id revision model_type sample files index")
-    files = fields.items("files", _source_file)
+def _parse_source(value: Any) -> SourceRecord:
+    fields = JsonObject(value, "source", "id revision model_type fingerprint files index")
+    files = fields.items("files", _parse_source_file)
     index = None
     if fields.value("index") is not None:
         entry = JsonObject(fields.value("index"), "index", "name metadata")
         weight_map = {name: file.name for file in files for name in file.tensors}
-        index = Index(entry.file_name("name"), weight_map, entry.labels("metadata"))
+        index = Index(entry.read("name", read_file_name), weight_map, entry.labels("metadata"))
     return SourceRecord(
-        fields.string("id"), fields.string("revision"), fields.string("model_type"),
-        fields.hex("sample"), files, index,
-    )  # fmt: skip
+        id=fields.string("id"),
+        revision=fields.string("revision"),
+        model_type=fields.string("model_type"),
+        fingerprint=fields.hex("fingerprint"),
+        files=files,
+        index=index,
+    )
 
 
-def _source_file(value: Any, where: str) -> SourceFile:
+def _parse_source_file(value: Any, where: str) -> SourceFile:
     fields = JsonObject(value, where, "name size metadata tensors")
     return SourceFile(
-        fields.file_name("name"), fields.integer("size"), fields.pairs("metadata"),
+        fields.read("name", read_file_name),
+        fields.integer("size"),
+        fields.pairs("metadata"),
         fields.items("tensors", read_string),
-    )  # fmt: skip
+    )
 
 
-def _placement(name: str, value: Any) -> Placement:
+def _parse_placement(name: str, value: Any) -> Placement:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
         raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
     fields = JsonObject(value, name, "dtype shape style dim sections")
-    shape = fields.items(
-        "shape", lambda size, where: read_integer(size, f"{name}: {where}", MAX_DIM)
-    )
-    if fields.string("dtype") not in DTYPE_BITS or len(shape) > MAX_RANK:
-        raise JsonError(f"{name}: no dtype {quote(fields.value('dtype'))}, or too many dimensions")
-    style: Style = fields.value("style")
-    if style not in get_args(Style):
+    shape = fields.items("shape", lambda size, at: read_integer(size, f"{name}: {at}", MAX_DIM))
+    dtype, style = fields.string("dtype"), fields.string("style")
+    if dtype not in DTYPES or len(shape) > MAX_RANK:
+        raise JsonError(f"{name}: no dtype {quote(dtype)}, or too many dimensions")
+    if style not in STYLES:
         raise JsonError(f"{name}: no style {quote(style)}")
     dim = fields.integer("dim", len(shape) - 1, -1)
-    parts = fields.items("sections", lambda part, where: _section(part, f"{name}: {where}"))
-    spec = TensorSpec(name, fields.string("dtype"), shape)
-    whole = style in ("replicate", "ignore", "once", "gather")
-    if dim == -1 and (not parts or (style == "gather" and shape[-1:] == (sum(map(len, parts)),))):
-        return Placement(spec, style, None, parts)
-    if dim == -1 or whole or sum(map(len, parts)) != shape[dim]:
-        raise JsonError(f"{name}: its sections are not those of a dimension that is divided")
-    if style == "row" and any(part.replicated or part.shared_by for part in parts):
-        raise JsonError(f"{name}: ranks share a section, and a sum would count it twice")
-    return Placement(spec, style, dim, parts)
+    sections = fields.items("sections", lambda part, at: _parse_section(part, f"{name}: {at}"))
+    spec = TensorSpec(name, dtype, shape)
+    placement = Placement(spec, STYLES[style], None if dim == -1 else dim, sections)
+    check_placement(placement)
+    return placement
 
 
-def _section(value: Any, where: str) -> Section:
-    beside = isinstance(value, dict) and "beside" in value  # left out where there is nothing
-    fields = JsonObject(value, where, "repeat units size sharers whole" + " beside" * beside)
+def _parse_section(value: Any, where: str) -> Section:
+    fields = JsonObject(value, where, SECTION_KEYS)
     section = Section(
-        fields.integer("units", MAX_DIM, 1), fields.integer("size", MAX_DIM),
-        fields.integer("repeat", MAX_DIM, 1), fields.integer("sharers", MAX_DIM),
-        fields.boolean("whole"), fields.integer("beside", MAX_DIM, 1) if beside else 0,
-    )  # fmt: skip
-    if section.group_tail and section.shared_by < section.units:
-        raise JsonError(f"{where}: {section.shared_by} units cannot share {section.units}")
-    if section.repeat * section.units * max(section.indices_per_unit, 1) > MAX_DIM:
-        raise JsonError(f"{where}: larger than the {MAX_DIM} indices allowed")
+        units=fields.integer("units", MAX_DIM, 1),
+        size=fields.integer("size", MAX_DIM),
+        repeat=fields.integer("repeat", MAX_DIM, 1),
+        shared_by=fields.integer("shared_by", MAX_DIM),
+        replicated=fields.boolean("replicated"),
+        group_tail=fields.integer("group_tail", MAX_DIM),
+    )
+    check_section(section, where)
     return section
 
 
-def _unit(value: Any, name: str) -> Unit:
-    fields = JsonObject(value, f"unit {quote(name)}", "count sharers")
-    return Unit(fields.integer("count", MAX_DIM) or None, fields.integer("sharers", MAX_DIM))
+def _parse_unit(value: Any, name: str) -> Unit:
+    fields = JsonObject(value, f"unit {quote(name)}", "count shared_by")
+    return Unit(fields.integer("count", MAX_DIM) or None, fields.integer("shared_by", MAX_DIM))
 
 
-def _attribute(value: Any, where: str) -> ModuleAttribute:
-    names = "module attribute times per"
-    fields = JsonObject(value, where, names)
-    return ModuleAttribute(*(fields.string(name) for name in names.split()))
+def _parse_attribute(value: Any, where: str) -> ModuleAttribute:
+    fields = JsonObject(value, where, ATTRIBUTE_KEYS)
+    return ModuleAttribute(*map(fields.string, ATTRIBUTE_KEYS.split()))
 
 
-def _argument(value: Any, where: str) -> ForwardArgument:
+def _parse_argument(value: Any, where: str) -> ForwardArgument:
     fields = JsonObject(value, where, "module argument dim unit outer")
-    return ForwardArgument(
-        fields.string("module"), fields.string("argument"), fields.integer("dim", MAX_RANK),
-        fields.string("unit"), fields.boolean("outer"),
-    )  # fmt: skip
+    dim, outer = fields.integer("dim", MAX_RANK), fields.boolean("outer")
+    module, argument = fields.string("module"), fields.string("argument")
+    return ForwardArgument(module, argument, dim, fields.string("unit"), outer)
 
 
-def _rank(value: Any, where: str) -> RankFile:
-    counted = isinstance(value, dict) and "nonfinite" in value  # left out where there are none
-    fields = JsonObject(value, where, "file size sha256 pieces" + " nonfinite" * counted)
-    pieces = {name: _piece(piece, quote(name)) for name, piece in fields.table("pieces").items()}
-    digest = Digest(fields.integer("size"), fields.hex("sha256"))
-    nonfinite = fields.counts("nonfinite") if counted else {}
-    return RankFile(fields.file_name("file"), digest, pieces, nonfinite)
+def _parse_rank(value: Any, where: str) -> RankFile:
+    fields = JsonObject(value, where, "file size sha256 pieces nonfinite")
+    pieces = fields.table("pieces").items()
+    return RankFile(
+        fields.read("file", read_file_name),
+        Digest(fields.integer("size"), fields.hex("sha256")),
+        {name: _parse_piece(piece, quote(name)) for name, piece in pieces},
+        fields.counts("nonfinite"),
+    )
 
 
-def _piece(value: Any, where: str) -> Piece:
+def _parse_piece(value: Any, where: str) -> Piece:
     if not isinstance(value, list) or len(value) != 2:
-        raise JsonError(f"{where}: piece is not [offset, mark]")
+        raise JsonError(f"{where}: piece is not [offset, prefix_sha256]")
     return Piece(read_integer(value[0], where), read_hex(value[1], where, PREFIX_DIGITS))
 
 
-def _digest(value: Any, name: str) -> Digest:
+def _parse_digest(value: Any, name: str) -> Digest:
     fields = JsonObject(value, name, "size sha256")
     return Digest(fields.integer("size"), fields.hex("sha256"))

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from shardkit.layout.spans import Span
-from shardkit.planning.plan import Placement
+from shardkit.layout.style import COLUMN, REPLICATE
+from shardkit.planning.mesh import Mesh
+from shardkit.planning.placement import Placement
 from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.shards.manifest import Manifest
@@ -47,16 +49,16 @@ def blame(
 
 def placements_by_tensor(manifest: Manifest, unsharded: Unsharded) -> dict[str, Placement]:
     """The placement on disk that each of the model's own tensors is made of."""
-    loaded = [n for n, p in manifest.placements.items() if p.style != "ignore"]
+    loaded = [n for n, p in manifest.placements.items() if p.style.is_loaded]
     return placements_by_parameter(
         unsharded.model, manifest.placements, find_conversions(unsharded.model, loaded)
     )
 
 
 def _held(placement: Placement | None, tp_rank: int, tp_size: int) -> Sequence[Span]:
-    if placement is None or placement.style != "column" or placement.dim is None:
+    if placement is None or placement.style is not COLUMN or placement.dim is None:
         return ()
-    return placement.spans(tp_rank, tp_size)
+    return placement.spans(Mesh(tp_size).rank(tp_rank))
 
 
 def _part(whole: torch.Tensor, local: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor | None:
@@ -73,8 +75,8 @@ def _tensors(module: str, placed: dict[str, Placement]) -> str:
     """The sharded tensors on disk of a module, or of its block where it sums what others made."""
     parent = module.rpartition(".")[0]
     own = [p for name, p in placed.items() if name.startswith(f"{module}.")]
-    if not own or own[0].style == "row":
+    if not own or own[0].style.is_summed:
         own = [p for name, p in placed.items() if name.startswith(f"{parent}.")]
-    names = sorted({f"{p.spec.name} ({p.style})" for p in own if p.style != "replicate"})
+    names = sorted({f"{p.spec.name} ({p.style.name})" for p in own if p.style is not REPLICATE})
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) or module) + more

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from shardkit.checkpoint.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError
-from shardkit.files import read_small_file
-from shardkit.shards.integrity import Progress, find_rank_faults
+from shardkit.files import Progress, read_small_file
+from shardkit.shards.integrity import find_rank_faults
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
@@ -36,7 +36,7 @@ def check_files(folder: Path, progress: Progress, scope: Scope = EVERYTHING) -> 
     seen, read = scope.looked_at(manifest.tp_size), scope.read(manifest.tp_size)
     faults = [
         *_header_faults(folder, manifest, [rank for rank in seen if rank not in read]),
-        *find_rank_faults(folder, manifest, read, progress),
+        *find_rank_faults(folder, manifest, map(manifest.mesh.rank, read), progress),
         *_companion_faults(folder, manifest),
         *_stray_faults(
             folder, {MANIFEST_NAME, *manifest.companion_files, *(r.name for r in manifest.ranks)}
@@ -75,7 +75,7 @@ def _header_faults(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> li
     faults = []
     for tp_rank in ranks:
         try:
-            os.close(open_shard(folder, manifest, tp_rank))
+            os.close(open_shard(folder, manifest, manifest.mesh.rank(tp_rank)))
         except ManifestError as error:
             faults.append(str(error))
     return faults

@@ -12,7 +12,7 @@ from shardkit.errors import CheckpointError
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.runtime.layers.experts import choose_expert_kernel
-from shardkit.runtime.load import resolve_model_class
+from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 

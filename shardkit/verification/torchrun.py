@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.load import load
+from shardkit.runtime.loader import load
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 from shardkit.verification.dummy_inputs import make_inputs

@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.split import takes
 from shardkit.errors import ManifestError
+from shardkit.files import Progress
 from shardkit.output.stream import TensorCopy, copy_tensors
-from shardkit.shards.integrity import Progress
-from shardkit.shards.manifest import Manifest, sort_for_storage
+from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import find_first_difference, open_shard
 from shardkit.tensor import TensorSpec
@@ -30,7 +29,7 @@ class CompareSink:
     def __init__(self, folder: Path, manifest: Manifest, tp_rank: int) -> None:
         """Open the file, to be closed.  Raises ManifestError."""
         self.faults: dict[str, str] = {}
-        self._fd = open_shard(folder, manifest, tp_rank)
+        self._fd = open_shard(folder, manifest, manifest.mesh.rank(tp_rank))
         self._path = folder / manifest.ranks[tp_rank].name
         self._pieces = manifest.ranks[tp_rank].pieces
         self._tp_rank = tp_rank
@@ -100,8 +99,8 @@ def check_weights(
 def _jobs(manifest: Manifest, ranks: Sequence[int]) -> list[TensorCopy]:
     """What the split copied to these ranks; the n-th of them is sink n."""
     jobs = []
-    for placement in sort_for_storage(manifest.plan.placements):
-        taken = dict(takes(placement, manifest.tp_size))
+    for placement in manifest.storage_order:
+        taken = dict(placement.destinations(manifest.mesh))
         held = tuple((sink, taken[rank]) for sink, rank in enumerate(ranks) if rank in taken)
         if held:
             jobs.append(TensorCopy(placement.spec, placement.dim, held))

@@ -17,7 +17,7 @@ from shardkit.checkpoint.header import Header, parse_header, parse_header_length
 from shardkit.checkpoint.index import encode_index, parse_index
 from shardkit.checkpoint.weight_files import parse_config
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.planning.plan import Plan, place_tensor
+from shardkit.planning.placement import Plan, place_tensor
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe, compile_module_pattern
@@ -180,7 +180,7 @@ def _optional(name: str) -> Any:
         return None
 
 
-JOURNAL = _optional("shardkit.output.journal")
+JOURNAL = _optional("shardkit.output.resume")
 RECIPES = [
     _recipe("""
 model_types = ["llama"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ShardkitError
-from shardkit.planning.plan import make_plan
+from shardkit.planning.placement import make_plan
 from shardkit.recipe.parse import load_recipe
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.draft.shrink_config import shrunk, ways
+from shardkit.checkpoint import read_config
 from shardkit.checkpoint.config_check import check_config
-from shardkit.checkpoint.weight_files import read_config
 from shardkit.errors import RecipeError
 
 SMALL = 3_000_000  # parameters

@@ -1,7 +1,7 @@
 """The zip archive that torch.save writes, checked before anything in it is unpickled.
 
 Only the plain form passes: members stored as they are, one after another, their checksums right,
-none that torch.save does not write.  Nothing is ever extracted.
+none that torch.save does not write. Nothing is ever extracted.
 """
 
 import re
@@ -26,7 +26,7 @@ class ArchiveError(ValueError):
 def check_archive(file: BinaryIO, size: int) -> Extents:
     """The start and size of each member's bytes, by its name after the archive's own.
 
-    Raises ArchiveError.  Reads every byte once, for the checksums.
+    Raises ArchiveError. Reads every byte once, for the checksums.
     """
     _check_ends(file, size)
     try:

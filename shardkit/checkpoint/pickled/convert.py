@@ -1,8 +1,7 @@
-"""Pickled weights, where they are allowed: converted to safetensors in a private folder, then read
-as any checkpoint is.
+"""Opens any source: if its weights are pickled, and that is allowed, it converts them first.
 
-A process apart reads one file at a time, so that no more than about one file is in memory, and
-none of the pickle's objects reach this process.  It costs a copy of the weights on disk, in
+A sandboxed subprocess reads one file at a time, so that no more than about one file is in memory,
+and none of the pickle's objects reach this process. It costs a copy of the weights on disk, in
 TMPDIR, for as long as the checkpoint is open.
 """
 
@@ -24,20 +23,38 @@ from shardkit.checkpoint.checkpoint import (
 )
 from shardkit.checkpoint.hub_cache import check_blob, is_blob
 from shardkit.checkpoint.index import Index, encode_index
-from shardkit.checkpoint.weight_files import PICKLED, find_weight_files, list_names
+from shardkit.checkpoint.weight_files import (
+    MANIFEST_NAME,
+    PICKLED,
+    find_weight_files,
+    list_names,
+)
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import open_regular_file, resolve_file
 
-SLOWEST = 5_000_000  # bytes in a second
-KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")  # no token of the user's
+MIN_BYTES_PER_SECOND = 5_000_000
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")  # no token of the user's
 
 
 @contextmanager
-def open_source(source: str, revision: str | None, allow_pickle: bool) -> Iterator[Checkpoint]:
-    """An open checkpoint, a folder or a Hub id, whatever its weights are, if that is allowed.
+def open_source(
+    source: str | Path, revision: str | None = None, allow_pickle: bool = False
+) -> Iterator[Checkpoint]:
+    """An open checkpoint, whatever its weights are.
 
-    Safetensors are read where there are any.  Raises CheckpointError.
+    Args:
+        source: A folder, or a Hub id.
+        revision: A branch, tag or commit of a Hub repository.
+        allow_pickle: Whether pickled weights may be read if there are no safetensors.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is a shard folder.
     """
+    source = str(source)
+    if (Path(source) / MANIFEST_NAME).exists():
+        raise CheckpointError(
+            f"{source}: is a shard folder already; use `shardkit reshard` or `shardkit merge`"
+        )
     if not allow_pickle:
         with open_checkpoint(source, revision) as checkpoint:
             yield checkpoint
@@ -49,25 +66,25 @@ def open_source(source: str, revision: str | None, allow_pickle: bool) -> Iterat
         with Checkpoint(folder, commit, name).check_config() as checkpoint:
             yield checkpoint
         return
-    with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as apart:
-        convert_checkpoint(folder, index, files, Path(apart))
-        with Checkpoint(Path(apart), commit, name).check_config() as checkpoint:
+    with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as scratch:
+        convert_checkpoint(folder, index, files, Path(scratch))
+        with Checkpoint(Path(scratch), commit, name).check_config() as checkpoint:
             yield checkpoint
 
 
 def convert_checkpoint(
-    folder: Path, index: Index | None, files: Sequence[str], apart: Path
+    folder: Path, index: Index | None, files: Sequence[str], scratch: Path
 ) -> None:
-    """Write the checkpoint in `folder` as safetensors into `apart`.  Raises CheckpointError."""
+    """Write the checkpoint in `folder` as safetensors into `scratch`. Raises CheckpointError."""
     real = {name: resolve_file(folder, name, CheckpointError) for name in files}
-    _check_room(real.values(), apart)
+    _check_room(real.values(), scratch)
     for name, data in read_companions(folder):
-        (apart / name).write_bytes(data)
+        (scratch / name).write_bytes(data)
     for name, path in real.items():
-        _convert_file(path, name, apart / safetensors_name(name))
+        _convert_file(path, name, scratch / safetensors_name(name))
     if index is not None:
         places = {tensor: safetensors_name(file) for tensor, file in index.weight_map.items()}
-        (apart / safetensors_name(index.name)).write_bytes(
+        (scratch / safetensors_name(index.name)).write_bytes(
             encode_index(Index(index.name, places, index.metadata), 0)
         )
 
@@ -100,7 +117,7 @@ def _convert_file(path: Path, name: str, out: Path) -> None:
 
 
 def _run_sandbox(source: int, target: int, path: Path) -> None:
-    """Run the process that converts one file, and wait for it.  Raises CheckpointError."""
+    """Run the process that converts one file, and wait for it. Raises CheckpointError."""
     command = [
         sys.executable,
         "-P",
@@ -109,30 +126,30 @@ def _run_sandbox(source: int, target: int, path: Path) -> None:
         f"{source}",
         f"{target}",
     ]
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     modules = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     environment |= {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             pass_fds=(source, target), env=environment, cwd="/", check=False,
-            timeout=600 + os.fstat(source).st_size / SLOWEST,
+            timeout=600 + os.fstat(source).st_size / MIN_BYTES_PER_SECOND,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise CheckpointError(f"{path}: took too long to unpickle") from None
     if done.returncode:
-        told = done.stdout.decode(errors="replace").strip()
-        told = told or f"the process that unpickles it ended with {done.returncode}"
-        raise CheckpointError(f"{path}: {told}")
+        reason = done.stdout.decode(errors="replace").strip()
+        reason = reason or f"the process that unpickles it ended with {done.returncode}"
+        raise CheckpointError(f"{path}: {reason}")
 
 
-def _check_room(files: Iterable[Path], apart: Path) -> None:
+def _check_room(files: Iterable[Path], scratch: Path) -> None:
     try:
         needed = sum(path.stat().st_size for path in files)
     except OSError as failure:
         raise CheckpointError(f"{failure.filename}: {failure.strerror}") from None
-    if (free := shutil.disk_usage(apart).free) < needed * 1.01:
+    if (free := shutil.disk_usage(scratch).free) < needed * 1.01:
         raise CheckpointError(
-            f"{apart.parent}: converting pickled weights needs {needed * 1.01 / 1e9:.2f} GB, and"
+            f"{scratch.parent}: converting pickled weights needs {needed * 1.01 / 1e9:.2f} GB, and"
             f" {free / 1e9:.2f} GB are free; name another folder in TMPDIR"
         )

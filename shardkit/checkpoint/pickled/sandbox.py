@@ -3,8 +3,8 @@
     python -m shardkit.checkpoint.pickled.sandbox IN OUT    # two open file descriptors
 
 The one place where a pickle is read: its archive is checked first, by weights_only, without
-mmap, within limits on memory, time and output.  The parent trusts nothing of it: the file that is
-written is read as strictly as any other.  An error is one line on stdout, and exit code 3.
+mmap, within limits on memory, time and output. The parent trusts nothing of it: the file that is
+written is read as strictly as any other. An error is one line on stdout, and exit code 3.
 """
 
 import ctypes
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.checkpoint.header import MAX_TENSORS, check_name, encode_header
 from shardkit.checkpoint.pickled.archive import ArchiveError, Extents, check_archive
+from shardkit.dtypes import BY_TORCH_NAME, torch_name
+from shardkit.errors import first_line
+from shardkit.files import write_all
 from shardkit.strict_json import JsonError, quote
 from shardkit.tensor import TensorSpec
 
@@ -27,17 +30,10 @@ OLDEST = (2, 10)  # before, a storage of another size than its record's corrupts
 COPIES = 4  # how often its bytes may be written: tied tensors are written under each name
 SPARE = 512 << 20
 UNPICKLER = "WeightsUnpickler error:"  # what torch says before it is advice to trust the file
-DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
-    "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
-    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
 
 
 def main(source: int, out: int) -> None:
-    """Convert a file.  Raises ArchiveError or JsonError for one that is not what it should be."""
+    """Convert a file. Raises ArchiveError or JsonError for one that is not what it should be."""
     size = os.fstat(source).st_size
     with os.fdopen(source, "rb") as file:
         extents = check_archive(file, size)
@@ -79,7 +75,7 @@ def _check_same_records(file: BinaryIO, extents: Extents) -> None:
         for name in reader.get_all_records()
     }
     if seen != extents:
-        raise ArchiveError("an archive that two readers read differently")
+        raise ArchiveError("zipfile and torch disagree about this archive's contents")
 
 
 def _check_tensors(value: Any, torch: Any) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -92,9 +88,13 @@ def _check_tensors(value: Any, torch: Any) -> Iterator[tuple[str, "torch.Tensor"
             raise ArchiveError(f"holds {quote(name)}, a {kind}; only tensors by name are read")
         check_name(name)
         tensor = tensor.detach()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or dtype not in DTYPES:
-            raise ArchiveError(f"{quote(name)} is no plain tensor: {dtype}, {tensor.layout}")
+        dtype = torch_name(tensor.dtype)
+        if (
+            tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or dtype not in BY_TORCH_NAME
+        ):
+            raise ArchiveError(f"{quote(name)} is not a plain tensor: {dtype}, {tensor.layout}")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise ArchiveError(
                 f"{quote(name)} is {tensor.numel() * tensor.itemsize} bytes, but only"
@@ -111,30 +111,24 @@ def _check_total(tensors: Any, size: int) -> None:
 
 def _write(out: int, tensors: "dict[str, torch.Tensor]") -> None:
     specs = [
-        TensorSpec(name, DTYPES[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
+        TensorSpec(name, BY_TORCH_NAME[torch_name(t.dtype)].name, tuple(t.shape))
         for name, t in tensors.items()
     ]
-    _write_all(out, memoryview(encode_header(specs, {"format": "pt"})))
+    write_all(out, memoryview(encode_header(specs, {"format": "pt"})))
     for tensor in tensors.values():
         whole = tensor.contiguous()
         nbytes = whole.numel() * whole.itemsize
         if nbytes:
             data = (ctypes.c_char * nbytes).from_address(whole.data_ptr())
-            _write_all(out, memoryview(data).cast("B"))
-
-
-def _write_all(out: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(out, view) :]
+            write_all(out, memoryview(data).cast("B"))
 
 
 def _describe_error(fault: BaseException) -> str:
     """An error of whatever library, in one printable line."""
-    text = str(fault).partition(UNPICKLER)[2].strip() or str(fault).strip()
-    text = (text or type(fault).__name__).splitlines()[0]
     if isinstance(fault, MemoryError):
-        text = "needs more memory than its size allows"
-    return "".join(c for c in text[:200] if c.isprintable())
+        return "needs more memory than its size allows"
+    advice_free = str(fault).partition(UNPICKLER)[2].strip()
+    return first_line(ArchiveError(advice_free) if advice_free else fault)
 
 
 if __name__ == "__main__":

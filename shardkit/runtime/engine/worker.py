@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.engine.messages import Message, receive, send
-from shardkit.runtime.load import load_with_warnings
+from shardkit.runtime.loader import load_with_warnings
 from shardkit.runtime.model_runner import fitted, tensors_of, uncached
 from shardkit.runtime.trace import Trace
 from shardkit.timeouts import Timeouts

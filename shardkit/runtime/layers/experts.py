@@ -5,17 +5,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from shardkit.dtypes import torch_name
+
 GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
 
 
 def choose_expert_kernel(model: PreTrainedModel) -> str:
-    """Where stacked experts do not suit torch's grouped matmul, use transformers' plain loop.
+    """Use transformers' plain loop if stacked experts do not suit torch's grouped matmul.
 
     The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
     Returns which experts those are, in words; nothing where all suit.
     """
     unsuited = [
-        (width, str(p.dtype))
+        (width, torch_name(p.dtype))
         for p in iter_stacked_experts(model)
         for width in _find_unsuited_widths(p)
     ]
@@ -23,11 +25,11 @@ def choose_expert_kernel(model: PreTrainedModel) -> str:
         return ""
     model.set_experts_implementation("eager")
     width, dtype = min(unsuited)
-    return f"{width} wide in {dtype.removeprefix('torch.')}"
+    return f"{width} wide in {dtype}"
 
 
 def expert_kernel_warning(found: Sequence[str]) -> str:
-    """One line that tells a user what `choose_expert_kernel` found, on any rank."""
+    """One line that says what `choose_expert_kernel` found, on any rank."""
     return (
         f"experts {' and '.join(found)} do not suit torch's grouped matmul (rows of"
         f" {GROUPED_ALIGNMENT} bytes, no float64): transformers' plain loop runs them, more slowly"

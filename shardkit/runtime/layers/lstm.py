@@ -1,7 +1,7 @@
 """torch.nn.LSTM, its hidden units divided over the ranks.
 
-A rank computes the gates of its own units.  Every unit's next state needs the whole hidden state,
-so each time step of each layer and direction costs one all-gather.  So many small exchanges are
+A rank computes the gates of its own units. Every unit's next state needs the whole hidden state,
+so each time step of each layer and direction costs one all-gather. So many small exchanges are
 slow: dividing an LSTM saves memory, and time only where it is very wide.
 """
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardkit.errors import ManifestError
-from shardkit.layout.spans import Section, num_indices
-from shardkit.planning.plan import Placement
+from shardkit.layout import Section, num_indices
+from shardkit.planning import Mesh, Placement
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.layers import linear as layers
+from shardkit.runtime.layers.linear import convert_class
 
 State = tuple[torch.Tensor, torch.Tensor]
+GATES = 4  # i, f, g and o, torch.nn.LSTM
 
 
 class ParallelLSTM(nn.LSTM):
@@ -91,7 +92,7 @@ def make_parallel_lstm(
 
     Raises ManifestError unless all its weights are divided by hidden units, or where it projects.
     """
-    units = (Section(module.hidden_size, 1, repeat=4),)
+    units = (Section(module.hidden_size, 1, repeat=GATES),)
     names = [name for name, _ in module.named_parameters()]
     if module.proj_size or any(
         name not in placements or placements[name].sections != units for name in names
@@ -100,9 +101,9 @@ def make_parallel_lstm(
             f"{path}: an LSTM is divided by its hidden units, as '4 UNIT', or whole"
         )
     sizes = _count_hidden_units(placements[names[0]], group.tp_size)
-    layers.convert_class(module, ParallelLSTM, group=group, sizes=sizes)
+    convert_class(module, ParallelLSTM, group=group, sizes=sizes)
 
 
 def _count_hidden_units(placement: Placement, tp_size: int) -> Sequence[int]:
     """How many hidden units each rank holds, of weights with four rows for each."""
-    return tuple(num_indices(placement.spans(rank, tp_size)) // 4 for rank in range(tp_size))
+    return tuple(num_indices(placement.spans(rank)) // GATES for rank in Mesh(tp_size).ranks())

@@ -8,7 +8,7 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.layers import linear as layers
+from shardkit.runtime.layers.linear import convert_class
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
@@ -16,9 +16,12 @@ EPSILONS = ("variance_epsilon", "eps", "epsilon")
 class ShardedRMSNorm(nn.Module):
     """Mixed into an RMS norm: its width is divided, and one small all-reduce finds the whole mean.
 
-    The class's own forward, whatever its formula, normalises by the mean over the rank's part; the
-    result is then scaled to the mean over all of them.  An index that several ranks hold (kv
-    heads) counts once.
+    An RMS norm (Zhang and Sennrich 2019) divides by `sqrt(mean(x^2) + eps)`. The class's own
+    forward, whatever else its formula has, takes the mean over the rank's part, `m_part`, and so
+    gives `w * x / sqrt(m_part + eps)`. Times `sqrt((m_part + eps) / (m_whole + eps))` that is
+    `w * x / sqrt(m_whole + eps)`, what the whole norm gives. The whole mean is the sum over ranks
+    of `share * x^2`, over the whole width, where an index that several ranks hold (kv heads) has
+    the share one over their number.
     """
 
     group: TensorParallelGroup
@@ -44,14 +47,16 @@ def make_sharded_norm(
 
     Raises ManifestError for a module that is no such norm: one with a bias, say.
     """
-    found = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
-    if len(found) != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
-        raise ManifestError(f"{path}: {type(module).__name__} is no RMS norm; use [gather] for it")
-    held = torch.cat(list(parts)).bincount()
-    share = held[parts[group.tp_rank]].double().reciprocal()
+    epsilons = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
+    if len(epsilons) != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
+        raise ManifestError(
+            f"{path}: {type(module).__name__} is not an RMS norm; use [gather] for it"
+        )
+    holders = torch.cat(list(parts)).bincount()
+    share = holders[parts[group.tp_rank]].double().reciprocal()
     cls = type(f"ShardedRMSNorm[{type(module).__name__}]", (ShardedRMSNorm, type(module)), {})
-    layers.convert_class(
-        module, cls, group=group, share=share, width=len(held), epsilon=float(found[0])
+    convert_class(
+        module, cls, group=group, share=share, width=len(holders), epsilon=float(epsilons[0])
     )
 
 
@@ -70,17 +75,17 @@ def make_gathered(
         first[index] = at if first[index] < 0 else first[index]
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = [*args, *kwargs.values()]
-        parted = [v for v in given if isinstance(v, torch.Tensor) and v.shape[-1:] == mine.shape]
-        alike = len({value.shape for value in parted}) == 1
-        packs = [parted] if alike else [[value] for value in parted]
+        inputs = [*args, *kwargs.values()]
+        local = [v for v in inputs if isinstance(v, torch.Tensor) and v.shape[-1:] == mine.shape]
+        have_one_shape = len({value.shape for value in local}) == 1
+        packs = [local] if have_one_shape else [[value] for value in local]
         whole = {
-            id(value): found.index_select(-1, first.to(found.device))
+            id(value): gathered.index_select(-1, first.to(gathered.device))
             for pack in packs
-            for value, found in zip(pack, _gather_tensors(pack, sizes, group), strict=True)
+            for value, gathered in zip(pack, _gather_tensors(pack, sizes, group), strict=True)
         }
-        made = [whole.get(id(value), value) for value in given]
-        return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
+        outputs = [whole.get(id(value), value) for value in inputs]
+        return tuple(outputs[: len(args)]), dict(zip(kwargs, outputs[len(args) :], strict=True))
 
     def after(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.index_select(-1, mine.to(output.device))
@@ -94,7 +99,7 @@ def _gather_tensors(
 ) -> list[torch.Tensor]:
     """Tensors of one shape, each with every rank's part in its last dimension; one all-gather."""
     count = len(pack)
-    found = group.all_gather(torch.cat(pack, -1), [count * size for size in sizes])
-    ranks = torch.split(found, [count * size for size in sizes], -1)
+    gathered = group.all_gather(torch.cat(pack, -1), [count * size for size in sizes])
+    ranks = torch.split(gathered, [count * size for size in sizes], -1)
     by_tensor = zip(*(rank.chunk(count, -1) for rank in ranks), strict=True)
     return [torch.cat(parts, -1).to(t.dtype) for t, parts in zip(pack, by_tensor, strict=True)]

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Model classes by name: transformers' own, and those built in here."""

@@ -1,0 +1,112 @@
+"""Merge a shard folder: a split over the source's own files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardkit.checkpoint import encode_header, encode_index
+from shardkit.convert.replaceable import merge_destination
+from shardkit.convert.steps import (
+    copy_into,
+    count_companion_bytes,
+    open_output,
+    read_companions,
+    write_companions,
+)
+from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
+from shardkit.output import OutputFile, TensorCopy, count_file_bytes, identify_run
+from shardkit.planning import Mesh, summarize_plan
+from shardkit.shards import Manifest, ShardedCheckpoint, check_ranks, hash_manifest
+
+WHOLE = Mesh(1).rank(0)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """A finished merge.
+
+    Attributes:
+        out: The checkpoint's folder.
+        files: Its weights files.
+        nbytes: The bytes of its tensors.
+    """
+
+    out: Path
+    files: tuple[str, ...]
+    nbytes: int
+
+
+def merge(
+    shards: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+) -> MergeResult:
+    """Write the unsharded checkpoint again, in the source's own files, names and metadata.
+
+    Args:
+        shards: A shard folder. Every byte of it is checked before anything is written.
+        out: The new folder.
+        force: Whether to replace a folder that holds only files which this merge writes.
+        resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
+        progress: Called with the bytes done and the bytes in all.
+
+    Raises:
+        ManifestError: If `shards` is missing, unfinished or damaged.
+        VerifyError: If a shard's bytes are not those that were written.
+        OutputError: If the output exists, cannot be written, or has no room.
+
+    Example:
+        >>> merge("llama-tp4", "llama-again").files  # doctest: +SKIP
+    """
+    with ShardedCheckpoint(Path(shards)) as opened:
+        summary = summarize_plan(opened.manifest.plan)
+        advance = track_progress(sum(summary.stored_bytes) + summary.total_bytes, progress)
+        merge_shards(opened, Path(out), advance, force=force, resume=resume)
+        names = tuple(file.name for file in opened.manifest.source.files)
+    return MergeResult(Path(out), names, summary.total_bytes)
+
+
+def merge_shards(
+    shards: ShardedCheckpoint,
+    out: Path,
+    progress: Progress = ignore_progress,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> None:
+    """As `merge`, of an open shard folder."""
+    manifest, index = shards.manifest, shards.manifest.source.index
+    destination = merge_destination(manifest, out, force, resume)
+    destination.check()
+    check_ranks(shards, progress)
+    files = _plan_source_files(manifest)
+    run = identify_run(manifest.split_id, hash_manifest(manifest), files)
+    destination.check_space(count_file_bytes(files) + count_companion_bytes(manifest))
+    with open_output(destination, run, files, progress) as (stage, writers):
+        write_companions(stage, read_companions(shards))
+        copy_into(stage, files, writers, shards, _plan_source_copies(manifest), progress)
+        if index:
+            total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
+            stage.write(index.name, encode_index(index, total))
+
+
+def _plan_source_files(manifest: Manifest) -> dict[str, OutputFile]:
+    """Every file of the source, by name."""
+    files = {}
+    for file in manifest.source.files:
+        specs = [manifest.placements[name].spec for name in file.tensors]
+        files[file.name] = OutputFile(encode_header(specs, file.metadata), specs)
+    return files
+
+
+def _plan_source_copies(manifest: Manifest) -> list[TensorCopy]:
+    """Every tensor as one rank alone holds it, to the file that it came from."""
+    copies = []
+    for writer, file in enumerate(manifest.source.files):
+        for name in file.tensors:
+            placement = manifest.placements[name]
+            destinations = ((writer, placement.spans(WHOLE)),)
+            copies.append(TensorCopy(placement.spec, placement.dim, destinations))
+    return copies

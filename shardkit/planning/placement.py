@@ -1,0 +1,205 @@
+"""A plan: where every tensor lies on every rank, before any weight is read."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import LayoutError, RecipeError
+from shardkit.layout import (
+    Section,
+    Span,
+    Style,
+    Tile,
+    Unit,
+    cover_axis,
+    num_indices,
+    rank_spans,
+    resolve_sections,
+)
+from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
+from shardkit.recipe import (
+    ForwardArgument,
+    ModuleAttribute,
+    Recipe,
+    find_recipe,
+    resolve_counts,
+    resolve_units,
+)
+from shardkit.tensor import TensorSpec, byte_view
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One tensor's layout, over any mesh.
+
+    Attributes:
+        spec: The whole tensor.
+        style: How ranks share it.
+        dim: The dimension that is divided; None if none is.
+        sections: What `dim` holds. If the style gathers inputs, what the input's last dimension
+            holds, though the tensor itself is replicated.
+    """
+
+    spec: TensorSpec
+    style: Style
+    dim: int | None = None
+    sections: tuple[Section, ...] = ()
+
+    def spans(self, rank: Rank) -> tuple[Span, ...]:
+        """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""
+        if self.dim is not None:
+            return rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
+        return (Span(0, 1),) if self.style.is_loaded or rank.is_first else ()
+
+    def shard_spec(self, rank: Rank) -> TensorSpec | None:
+        """What a rank stores under the tensor's name; None if it stores nothing."""
+        spans = self.spans(rank)
+        if self.dim is None:
+            return self.spec if spans else None
+        shape = list(self.spec.shape)
+        shape[self.dim] = num_indices(spans)
+        return replace(self.spec, shape=tuple(shape))
+
+    def destinations(self, mesh: Mesh) -> tuple[tuple[int, tuple[Span, ...]], ...]:
+        """The ranks that store a part of it, by index, and the spans that each stores."""
+        parts = ((rank.index, self.spans(rank)) for rank in mesh.ranks())
+        return tuple((index, spans) for index, spans in parts if spans or self.dim is not None)
+
+    def tiles(self, mesh: Mesh) -> tuple[Tile, ...]:
+        """The divided dimension in order, each stretch from the first rank that holds it."""
+        by_rank = [self.spans(rank) for rank in mesh.ranks()]
+        return cover_axis(by_rank, byte_view(self.spec, self.dim).axis)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor's placement over a mesh, and what else is smaller on a rank.
+
+    Attributes:
+        mesh: The ranks.
+        placements: Every tensor's, in the order of the source's files.
+        units: What is divided, counted.
+        module_attributes: Attributes of the model's modules that count units.
+        forward_arguments: Arguments of the model's modules that hold units.
+    """
+
+    mesh: Mesh
+    placements: tuple[Placement, ...]
+    units: Mapping[str, Unit]
+    module_attributes: tuple[ModuleAttribute, ...] = ()
+    forward_arguments: tuple[ForwardArgument, ...] = ()
+
+    @property
+    def tp_size(self) -> int:
+        """The number of tensor-parallel ranks."""
+        return self.mesh.tp_size
+
+    def with_tp_size(self, tp_size: int) -> "Plan":
+        """The same layout over another number of ranks: 1 for a merge. Raises LayoutError."""
+        plan = replace(self, mesh=Mesh(tp_size))
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
+        self.mesh.check()
+        for placement in self.placements:
+            byte_view(placement.spec, placement.dim)
+            try:
+                placement.tiles(self.mesh)
+            except LayoutError as error:
+                most, limit = self.max_tp_size, ""
+                if self.tp_size > most:
+                    limit = f"; this checkpoint divides over tp_size 1 to {most}"
+                raise LayoutError(f"{placement.spec.name}: {error}{limit}") from None
+
+    @cached_property
+    def max_tp_size(self) -> int:
+        """The most ranks that each still hold a unit of everything that is divided."""
+        limits = [
+            section.max_tp_size
+            for placement in self.placements
+            if placement.dim is not None
+            for section in placement.sections
+            if not section.replicated
+        ]
+        return min(limits, default=MAX_TP_SIZE)
+
+    def local_spans(self, unit: str, rank: Rank) -> tuple[Span, ...]:
+        """The units of a kind that a rank holds. Raises LayoutError if the unit has no count."""
+        counted = self.units[unit]
+        if counted.count is None:
+            raise LayoutError(f"unit {unit!r} has no count in the config")
+        section = Section(counted.count, 1, 1, counted.shared_by)
+        return rank_spans([section], rank.tp_rank, rank.mesh.tp_size)
+
+    def count_local_units(self, unit: str, rank: Rank) -> int:
+        """How many units of a kind a rank holds, copies counted. Raises LayoutError."""
+        return num_indices(self.local_spans(unit, rank))
+
+
+def plan_for(
+    checkpoint: Checkpoint, tp_size: int, recipe: Recipe | str | None = None
+) -> tuple[Recipe, Plan]:
+    """The recipe of a checkpoint, and its plan over `tp_size` ranks.
+
+    Args:
+        checkpoint: An open checkpoint.
+        tp_size: The number of ranks.
+        recipe: A recipe, or the name or path of one, instead of the one for its model_type.
+
+    Raises:
+        RecipeError: If there is no recipe for it, or the recipe does not fit.
+        LayoutError: If it cannot be divided over so many ranks.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = find_recipe(checkpoint.config, recipe)
+    return recipe, make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
+
+
+def make_plan(
+    specs: Iterable[TensorSpec], recipe: Recipe, config: Mapping[str, Any], tp_size: int
+) -> Plan:
+    """Place every tensor by the one rule that names it.
+
+    Args:
+        specs: Every tensor, in the order in which the source's files hold them.
+        recipe: The rules.
+        config: The source's config.json.
+        tp_size: The number of ranks.
+
+    Raises:
+        RecipeError: For a tensor that no rule names, or two rules name.
+        LayoutError: For a `tp_size` that cannot work.
+    """
+    units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
+    placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
+    plan = Plan(
+        Mesh(tp_size), placements, units, recipe.module_attributes, recipe.forward_arguments
+    )
+    plan.check()
+    return plan
+
+
+def place_tensor(
+    spec: TensorSpec,
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int] | None = None,
+) -> Placement:
+    """One tensor's placement. Raises RecipeError."""
+    rule = recipe.rule_for(spec.name)
+    ndim = len(spec.shape)
+    dim = rule.dim(ndim)
+    axis = dim
+    if rule.terms and rule.style.divides == "nothing" and ndim:
+        axis = ndim - 1  # what is gathered is the input, which is as wide as the tensor
+    if axis is None:
+        return Placement(spec, rule.style)
+    try:
+        sections = resolve_sections(rule.terms, spec.shape[axis], units, counts)
+    except RecipeError as error:
+        raise RecipeError(f"{spec.name}: {error}") from None
+    return Placement(spec, rule.style, dim, sections)

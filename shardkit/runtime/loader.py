@@ -1,0 +1,220 @@
+"""Loads this rank's shard into a transformers model."""
+
+import json
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from hashlib import sha256
+from os import close
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from shardkit.dtypes import DTYPES, torch_name
+from shardkit.errors import ManifestError, first_line
+from shardkit.layout.style import ADD_ONCE
+from shardkit.planning import Rank
+from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
+from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
+from shardkit.runtime.distributed.input_check import called_alike
+from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
+from shardkit.runtime.layers.linear import finish_layer
+from shardkit.runtime.materialize import (
+    fill_parameters,
+    find_tied_placements,
+    placements_by_parameter,
+    tie_and_initialize,
+    zero_tensors,
+)
+from shardkit.runtime.models.registry import find_model_class
+from shardkit.runtime.parallelize import keep_local_units, parallelize_model
+from shardkit.runtime.weights import find_torch_dtype, read_tensors
+from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
+from shardkit.timeouts import Timeouts
+
+
+@dataclass(frozen=True, slots=True)
+class RankShard:
+    """What a rank is to load, its file's header and the small files checked."""
+
+    folder: Path
+    manifest: Manifest
+    configs: ShardConfigs
+    rank: Rank
+
+
+def load(
+    folder: str | Path,
+    *,
+    group: TensorParallelGroup | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    timeouts: Timeouts = DEFAULT,
+    verify: bool = False,
+    check_inputs: bool = True,
+) -> PreTrainedModel:
+    """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
+
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. Every rank's outputs
+    are the whole model's. Rank 0 warns of what makes the model slow here.
+
+    Args:
+        folder: A shard folder.
+        group: The ranks, if `connect` has made them already.
+        device: Where to run; by default this rank's GPU if there is one, else the CPU.
+        dtype: What to run in; by default the checkpoint's own.
+        timeouts: How long ranks wait for each other.
+        verify: Whether to check each shard's SHA-256 while loading it.
+        check_inputs: Whether ranks compare their inputs at each call, by one small collective. Set
+            it to False if your server guarantees that all ranks receive the same inputs.
+
+    Returns:
+        transformers' own model class, with parallel layers.
+
+    Raises:
+        RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
+            inputs, if a shard is missing, damaged, renamed or of another split, or if a rank dies,
+            stalls or never joins.
+
+    Example:
+        >>> model = load("llama-tp4")  # doctest: +SKIP
+        >>> model(input_ids).logits.shape  # doctest: +SKIP
+        torch.Size([B, T, V])
+    """
+    group = group or connect(device, timeouts)
+    model, slow = load_with_warnings(Path(folder), group, dtype, verify)
+    if check_inputs:
+        called_alike(model, group)
+    if slow and group.tp_rank == 0:
+        warnings.warn(slow, RuntimeWarning, stacklevel=2)
+    return model
+
+
+def load_with_warnings(
+    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
+) -> tuple[PreTrainedModel, str]:
+    """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
+    group.doing("preparing to load")
+    shard, model, slow_experts, error = None, None, "", ""
+    try:
+        shard = open_rank_shard(folder, group.tp_rank, group.tp_size)
+        model = build_on_meta(shard, dtype)
+    except Exception as fault:  # whatever it is, the other ranks must hear of it
+        error = str(fault) or type(fault).__name__
+    signature = load_signature(shard.manifest, model) if shard and model else {}
+    group.agree(group.itself() | signature, error)
+    assert shard is not None
+    assert model is not None
+    group.doing("loading")
+    try:
+        load_into(model, shard, group, verify)
+        slow_experts = choose_expert_kernel(model)
+    except Exception as fault:
+        error = first_line(fault, 1000)
+    notes = group.agree({}, error, slow_experts)
+    group.doing("idle")
+    return model, expert_kernel_warning(notes) if notes else ""
+
+
+def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> RankShard:
+    """The manifest and configs, and the proof that this rank's file is there and of this split.
+
+    Raises ManifestError. Reads the shard's header only.
+    """
+    manifest = read_manifest(folder)
+    if manifest.tp_size != tp_size:
+        raise ManifestError(
+            f"{folder}: was split for tp_size {manifest.tp_size}, but {tp_size} ranks run it;"
+            f" start {manifest.tp_size}, or `shardkit reshard` it for {tp_size}"
+        )
+    rank = manifest.mesh.rank(tp_rank)
+    close(open_shard(folder, manifest, rank))
+    return RankShard(folder, manifest, read_shard_configs(folder, manifest), rank)
+
+
+def build_on_meta(shard: RankShard, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The whole model, on the meta device. Raises ShardkitError if none can be made."""
+    placements = shard.manifest.plan.placements
+    config = build_config(shard.configs.config, [p.spec for p in placements], shard.folder)
+    dtype = dtype or choose_dtype(config, shard.manifest)
+    with torch.device("meta"):
+        model: PreTrainedModel = resolve_model_class(config)._from_config(config, dtype=dtype)
+    return model.requires_grad_(False).eval()
+
+
+def load_signature(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
+    """What a rank is about to load, in which all ranks must be the same."""
+    shapes = {n: [list(t.shape), str(t.dtype)] for n, t in model.state_dict().items()}
+    return {
+        "transformers": transformers.__version__,
+        "manifest": hash_manifest(manifest),
+        "split": manifest.split_id,
+        "dtype": torch_name(model.config.dtype),
+        "tensors": sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def load_into(
+    model: PreTrainedModel, shard: RankShard, group: TensorParallelGroup, verify: bool
+) -> None:
+    """Make the whole model this rank's part of it, and fill it from the rank's file."""
+    manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
+    loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
+    conversions = find_conversions(model, loaded)
+    placements = placements_by_parameter(model, manifest.placements, conversions)
+    missing = model.state_dict().keys() - placements.keys()
+    tied = find_tied_placements(model, placements, missing)
+    parallelize_model(model, plan, {**placements, **tied}, group)
+    names = {name for conversion in conversions for name, _ in conversion.sources}
+    tensors = read_tensors(shard.folder, manifest, rank, names, verify)
+    fill_parameters(model, tensors, conversions, group.device, model.config.dtype)
+    if not rank.is_first:
+        zero_tensors(model, [name for name, p in placements.items() if p.style is ADD_ONCE])
+    tie_and_initialize(model, missing, group.device)
+    keep_local_units(model, plan, placements, rank)
+    for module in model.modules():
+        finish_layer(module)
+    if model.can_generate() and shard.configs.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(shard.configs.generation)
+    if model.can_generate() and group.tp_size > 1:
+        sample_alike(model, group)
+
+
+def resolve_model_class(config: PreTrainedConfig) -> Any:
+    """The model class the config names, of transformers or built in. Raises ManifestError."""
+    for name in config.architectures or ():
+        if (model_class := find_model_class(str(name))) is not None:
+            return model_class
+    raise ManifestError(
+        f"config.json: architectures {config.architectures} names no model of transformers"
+        f" {transformers.__version__}"
+    )
+
+
+def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
+    """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    stored = Counter(
+        p.spec.dtype for p in manifest.plan.placements if DTYPES[p.spec.dtype].is_compute
+    )
+    most = stored.most_common(1)
+    return (find_torch_dtype(most[0][0]) if most else None) or torch.float32
+
+
+def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:
+    """Make every rank sample as rank 0 does: its random state is shared before each generate."""
+    generate = model.generate
+
+    def generate_alike(*args: Any, **kwargs: Any) -> Any:
+        torch.set_rng_state(group.broadcast(torch.get_rng_state()).cpu())
+        if group.device.type == "cuda":
+            state = group.broadcast(torch.cuda.get_rng_state(group.device)).cpu()
+            torch.cuda.set_rng_state(state, group.device)
+        return generate(*args, **kwargs)
+
+    model.generate = generate_alike
