@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ LARGEST = 0.72  # of the bytes on one of two ranks: small models have wide norms
 
 
 @pytest.fixture(scope="module")
-def bench():
+def bench() -> Iterator[Bench]:
     with RankPool() as pool:
         yield Bench(pool)
 

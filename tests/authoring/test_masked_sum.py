@@ -1,6 +1,7 @@
 """Layouts mean what the models mean: proven by transformers alone, and by its own plans."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from shardkit.authoring.masked_sum import load, misses, placed_parameters, plan_of
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
-from tests.helpers.model_samples import VARIANTS, make
+from tests.helpers.model_samples import VARIANTS, SampleFolder, make
 from tests.helpers.runtime_helpers import altered
 
 ROUNDING = 1e-5  # sound layouts miss by some 5e-7
@@ -63,7 +64,7 @@ PLANNED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from more, and wait for them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,7 +73,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory):
+def source(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
     folder = tmp_path_factory.mktemp("models")
 
     def get(name: str) -> Path:
@@ -88,7 +89,7 @@ def own_recipe(source: Path) -> Recipe:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_layout_misses_the_sum_though_it_tiles_every_tensor(
-    fault: str, source, tmp_path: Path
+    fault: str, source: SampleFolder, tmp_path: Path
 ) -> None:
     name, *changes = FAULTS[fault]
     whole = source(name)
@@ -98,7 +99,7 @@ def test_a_wrong_layout_misses_the_sum_though_it_tiles_every_tensor(
 
 
 @pytest.mark.parametrize("model", PLANNED)
-def test_recipes_agree_with_transformers_own_plans(model: str, source) -> None:
+def test_recipes_agree_with_transformers_own_plans(model: str, source: SampleFolder) -> None:
     whole = source(PLANNED[model])
     loaded, recipe = load(whole), own_recipe(whole)
     ours = {

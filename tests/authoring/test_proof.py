@@ -12,20 +12,20 @@ from shardkit.authoring.proof import prove
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
-from tests.helpers.model_samples import VARIANTS, make
+from tests.helpers.model_samples import VARIANTS, SampleFolder, make
 
 BEAMS = 3
 NEVER_IN_SAMPLES = ("ignore", "vocab", "replicate", "once")  # what only some checkpoints store
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool() -> Iterator[RankPool]:
     with RankPool() as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory):
+def source(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
     folder = tmp_path_factory.mktemp("families")
 
     def get(name: str) -> Path:
@@ -52,7 +52,7 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("name", "tp_size"), cases())
 def test_a_recipe_is_proven_on_its_sample(
-    name: str, tp_size: int, pool: RankPool, source, tmp_path: Path
+    name: str, tp_size: int, pool: RankPool, source: SampleFolder, tmp_path: Path
 ) -> None:
     whole = source(name)
     recipe = find_recipe(json.loads((whole / "config.json").read_text()))
@@ -60,7 +60,7 @@ def test_a_recipe_is_proven_on_its_sample(
     assert proof.passed, proof.checks[-1]
 
 
-def test_every_rule_of_every_recipe_is_used_by_some_sample(source) -> None:
+def test_every_rule_of_every_recipe_is_used_by_some_sample(source: SampleFolder) -> None:
     from shardkit.checkpoint import open_checkpoint
 
     used: dict[str, set[str]] = defaultdict(set)

@@ -23,6 +23,8 @@ from tests.helpers.fixture_checkpoints import small_checkpoint
 from tests.helpers.raw_safetensors import CONFIG, INDEX, index_of, small_file
 from tests.helpers.synthetic_checkpoints import contents
 
+pytestmark = pytest.mark.hub
+
 ROOT = Path(shardkit.__file__).resolve().parents[1]
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

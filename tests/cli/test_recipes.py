@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_recipe_is_checked_on_a_config_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool() -> Iterator[RankPool]:
     with RankPool() as started:
         yield started
 

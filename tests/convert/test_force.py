@@ -3,7 +3,7 @@
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def file(out: Path) -> None:
     out.write_text("mine")
 
 
-CHANGES = {
+CHANGES: dict[Callable[[Path], None], str] = {
     foreign: "'notes.md' is in it", signed: "'model.sig' is in it",
     inner: "'more' in it is no plain file", link: "in it is no plain file",
     no_manifest: "no manifest.json", other_manifest: "manifest", empty: "no manifest.json",
@@ -125,10 +125,11 @@ def test_anything_else_is_refused_and_left(
     change(out)
     split_folder(source, tmp_path / "shards", 2)
     before = tree(tmp_path)
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: split_folder(source, out, 2, force=True),
         lambda: reshard_folder(tmp_path / "shards", out, 4, force=True),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(OutputError) as caught:
             attempt()
         assert CHANGES[change] in str(caught.value)
@@ -184,8 +185,9 @@ def test_where_two_folders_cannot_be_exchanged_nothing_is_replaced(
     def no_exchange(*_: object) -> None:  # as NFS answers; there is none here to try it on
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(folders, "exchange", no_exchange)
-    before, told = tree(tmp_path), []
+    monkeypatch.setattr(folders, "exchange_folders", no_exchange)
+    told: list[int] = []
+    before = tree(tmp_path)
     with pytest.raises(OutputError, match="cannot exchange two folders in one step"):
         split_folder(source, out, 2, progress=told.append, force=True)
     assert told == [], "refused before the copy"
@@ -217,12 +219,13 @@ def test_the_commands_replace_only_when_told_to(source: Path, out: Path, tmp_pat
     assert "exists, and is replaced only with --force" in refused.stderr
     assert run("split", source, out, "--tp", "2", "--force", "--dry-run").exit_code == 0
     assert tree(tmp_path) == before
-    for command in (
+    commands: list[list[str | Path]] = [
         ["split", source, out, "--tp", "2", "--force"],
         ["reshard", out, out, "--tp", "4", "--force"],
         ["merge", out, tmp_path / "merged"],
         ["merge", out, tmp_path / "merged", "--force", "--resume"],
-    ):
+    ]
+    for command in commands:
         assert run(*command).exit_code == 0
     assert contents(tmp_path / "merged") == contents(source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "out", "source"]
@@ -244,6 +247,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("command", ["split", "merge", "reshard"])
 def test_a_read_only_folder_is_refused_before_anything_is_read(
     command: str, source: Path, out: Path, read_only: Path

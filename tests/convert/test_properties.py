@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ class Tensor:
     in_out: bool = False
     dim: int | None = None
 
+    def has_style(self, style: str) -> bool:
+        """Whether its rule is of this style."""
+        return self.style == style
+
     @property
     def rule(self) -> str:
         """Its line in a recipe."""
@@ -101,7 +106,7 @@ class Model:
         used = words | ({"heads"} if "kv" in words else set())
         text = 'model_types = ["t"]\n' + self._list("in_out", lambda t: t.in_out)
         for style in ("vocab", "replicate", "ignore", "once"):
-            text += self._list(style, lambda t, style=style: t.style == style)
+            text += self._list(style, partial(Tensor.has_style, style=style))
         for key, table in (("units", UNITS), ("counts", COUNTS)):
             text += f"[{key}]\n" + "".join(f"{k} = {v}\n" for k, v in table.items() if k in used)
         for style in DIVIDED:
@@ -226,7 +231,7 @@ def check_tiles(placement: Placement, tp_size: int, once: bool) -> None:
     assert not once or set(held.values()) <= {1}
 
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),
     "print_blob": True,
 }  # fmt: skip

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +332,7 @@ def test_each_source_byte_is_read_once_however_many_ranks_hold_it(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "BLOCK", block)
-    with CountingCheckpoint(llama_source(tmp_path / "source", heads=8, kv=2)) as source:
+    with closing(CountingCheckpoint(llama_source(tmp_path / "source", heads=8, kv=2))) as source:
         source.fingerprint()
         sampled = source.read
         recipe = find_recipe({"model_type": "llama"})
@@ -418,6 +418,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.root
 def test_a_split_that_does_not_fit_is_refused_before_it_starts(
     tmp_path: Path, tiny_disk: Path
 ) -> None:
@@ -427,6 +428,7 @@ def test_a_split_that_does_not_fit_is_refused_before_it_starts(
     assert list(tiny_disk.iterdir()) == []
 
 
+@pytest.mark.root
 def test_a_disk_that_is_filled_by_others_meanwhile_leaves_nothing(
     tmp_path: Path, tiny_disk: Path
 ) -> None:
@@ -444,6 +446,7 @@ def test_a_disk_that_is_filled_by_others_meanwhile_leaves_nothing(
     split_folder(source, tiny_disk / "out", 2)
 
 
+@pytest.mark.root
 def test_companions_that_do_not_fit_leave_nothing(tmp_path: Path, tiny_disk: Path) -> None:
     source = llama_source(tmp_path / "source")
     (source / "tokenizer.json").write_bytes(bytes(300_000))
@@ -515,7 +518,7 @@ def test_a_truncated_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> N
 
 def test_an_extended_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
     append(shards / rank_file_name(0, 2))
-    assert f"{shards / rank_name(0, 2)}: extended" in refused(shards, tmp_path)
+    assert f"{shards / rank_file_name(0, 2)}: extended" in refused(shards, tmp_path)
 
 
 def test_one_flipped_bit_is_found_and_its_file_and_tensor_named(

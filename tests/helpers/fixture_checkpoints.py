@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from shardkit.checkpoint.header import encode_header
@@ -99,7 +99,7 @@ def small_specs() -> list[TensorSpec]:
 
 
 def small_checkpoint(
-    folder: Path, config: dict[str, object] | None = None, extra: Iterable[TensorSpec] = ()
+    folder: Path, config: Mapping[str, object] | None = None, extra: Iterable[TensorSpec] = ()
 ) -> Path:
     """A checkpoint folder of random values in two files; `config` and `extra` tensors are added."""
     folder.mkdir(parents=True)
@@ -114,5 +114,5 @@ def small_checkpoint(
     weight_map = {spec.name: name for name, held in files.items() for spec in held}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(SMALL_CONFIG | (config or {})))
+    (folder / "config.json").write_text(json.dumps({**SMALL_CONFIG, **(config or {})}))
     return folder

@@ -1,9 +1,11 @@
 """The test table: every sample of recipes/samples, made once a session."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from shardkit.authoring.samples import make_sample, samples
 
+SampleFolder = Callable[[str], Path]  # a sample's checkpoint, saved when first asked for
 VARIANTS = {sample.name: sample for sample in samples()}
 
 

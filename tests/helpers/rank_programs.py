@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -79,7 +80,8 @@ def program(
 
 def pretend(options: dict[str, str]) -> None:
     """Be another version of what ranks must have alike."""
-    for module in (torch, transformers, shardkit):
+    packages: list[Any] = [torch, transformers, shardkit]
+    for module in packages:
         if version := options.get(module.__name__):
             module.__version__ = version
             if module is shardkit:
@@ -111,8 +113,7 @@ def compute(
 ) -> None:
     """A forward and a generate of a model."""
     dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
-    verify = {"verify": True} if "verify" in options else {}
-    model = runtime.load(options["folder"], group=group, dtype=dtype, **verify)
+    model = runtime.load(options["folder"], group=group, dtype=dtype, verify="verify" in options)
     reach("after loading")
     ids = torch.tensor(json.loads(options.get("ids", "[[1, 2, 3]]")))
     call = options.get("call", "forward")

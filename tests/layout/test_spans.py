@@ -1,6 +1,7 @@
 """Spans: every small case, so that no head count meets an untried path."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_kv_heads_are_stored_no_more_often_than_their_query_heads_need(units: in
             assert set(copies) == {1}
         if mode == "expand":  # only where single copies would be used unevenly
             needs = [
-                {unit: sum(1 for h in partition(sharers, r, tp_size) if h // (sharers // units) == unit)
+                {unit: sum(h // (sharers // units) == unit for h in partition(sharers, r, tp_size))
                  for unit in local}
                 for r, local in enumerate(hands)
             ]  # fmt: skip
@@ -236,9 +237,9 @@ def test_joining_keeps_the_indices_and_their_order() -> None:
     assert num_indices(coalesce(parts)) == 9
 
 
-@pytest.mark.parametrize("count", [{"repeat": 1 << 40}, {"sharers": 1 << 40}])
+@pytest.mark.parametrize("count", [{"repeat": 1 << 40}, {"shared_by": 1 << 40}])
 def test_an_axis_of_more_stretches_than_any_model_has_is_refused_at_once(
-    count: dict[str, int],
+    count: dict[str, Any],
 ) -> None:
     with pytest.raises(LayoutError, match=rf"{1 << 40} stretches, more than the {MAX_SPANS}"):
         rank_spans([Section(2, 1, **count)], 0, 2)

@@ -132,7 +132,7 @@ def test_a_reshard_counts_as_a_split_does(source: Path, tmp_path: Path) -> None:
 def test_a_resumed_split_counts_what_was_written_before(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_sink, "EVERY", 700)
+    monkeypatch.setattr(file_sink, "JOURNAL_INTERVAL", 700)
     whole = split_folder(source, tmp_path / "whole", 2)
     copied, most = 0, sum(rank.digest.size for rank in whole.ranks)
 

@@ -7,7 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -202,7 +202,7 @@ def test_an_output_needs_a_folder_to_be_in(tmp_path: Path) -> None:
         Destination(tmp_path / "none" / "out").check()
 
 
-def traced(tmp_path: Path, *command: object) -> str:
+def traced(tmp_path: Path, *command: str | Path) -> str:
     """Run Python under strace; the calls that write, sync and rename."""
     if shutil.which("strace") is None:
         pytest.skip("system calls are watched with strace, which is not installed")
@@ -218,7 +218,7 @@ def traced(tmp_path: Path, *command: object) -> str:
     return trace
 
 
-NOTED = "from shardkit.output import writer as file_sink; file_sink.EVERY = 700; "
+NOTED = "from shardkit.output import writer as file_sink; file_sink.JOURNAL_INTERVAL = 700; "
 COMMAND = f"import sys; {NOTED}from shardkit.cli import main; main()"
 
 
@@ -267,7 +267,7 @@ def moved(trace: str, before: str, *parts: str) -> str:
     return "\n".join([*rest[:at], line, *rest[at:]])
 
 
-SPOILT = {
+SPOILT: dict[str, Callable[[str], str]] = {
     "rank: not synced": lambda t: without(t, "fsync", "/rank>"),
     "manifest: not synced": lambda t: t.replace("/manifest>) = 0", "/manifest>) = -1 EIO (...)"),
     "rank: not synced between": lambda t: moved(t, "pwrite64", "fsync", "/rank>"),

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ BIG = {"vocab": 400, "ffn": 96}
 
 @pytest.fixture(autouse=True)
 def _notes_for_every_few_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_sink, "EVERY", 2000)
+    monkeypatch.setattr(file_sink, "JOURNAL_INTERVAL", 2000)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def killed(run: Callable[..., object], *arguments: Any, notes: int) -> None:
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Journal.append = note_and_die  # type: ignore[method-assign]
+        Journal.append = note_and_die  # type: ignore[method-assign, assignment]
         run(*arguments)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -87,7 +88,7 @@ def stage(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> Path:
 
 def resumed(source: Path, out: Path, tp_size: int = 2) -> int:
     """Go on with a split; the bytes that were read of the source's tensors, samples left out."""
-    with CountingCheckpoint(source) as checkpoint:
+    with closing(CountingCheckpoint(source)) as checkpoint:
         checkpoint.fingerprint()
         sampled = checkpoint.read
         recipe = find_recipe(checkpoint.config)

@@ -1,5 +1,6 @@
 """What a plan costs: cases that the fixtures of real models do not have."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ T5: dict[str, Any] = {
 }  # fmt: skip
 
 
-def specs(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
+def specs(shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
     return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
 
 

@@ -1,5 +1,6 @@
 """Plans from names, shapes and a config alone: no weights, no torch, no model built."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def placement(plan: Plan, ending: str) -> Placement:
     return found
 
 
-def under(prefix: str, shapes: Shapes) -> Shapes:
+def under(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 

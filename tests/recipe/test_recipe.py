@@ -114,8 +114,10 @@ def test_every_bundled_recipe_loads_and_its_patterns_compile(path: Path) -> None
     assert loaded.rules
     for rule in loaded.rules:
         compile_tensor_pattern(rule.pattern, loaded.base_model_prefix)
-    for local in (*loaded.module_attributes, *loaded.forward_arguments):
-        assert isinstance(compile_module_pattern(local.module), re.Pattern)
+    attributes = [attribute.module for attribute in loaded.module_attributes]
+    arguments = [argument.module for argument in loaded.forward_arguments]
+    for module in attributes + arguments:
+        assert isinstance(compile_module_pattern(module), re.Pattern)
 
 
 def test_a_model_type_is_served_by_two_recipes_only_on_conditions() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,9 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return Split(base / "shards", cut(make("llama", base / "source"), base / "shards", 2))
 
 
-def told(split: Split, tmp_path: Path, damages: list[tuple[str, int, list[int] | None]]) -> list:
+def told(
+    split: Split, tmp_path: Path, damages: list[tuple[str, int, list[int] | None]]
+) -> list[Any]:
     """What each of two ranks said of a plain and a verified load, sound and after each damage."""
     (tmp_path / "program.py").write_text(PROGRAM)
     done = subprocess.run(
@@ -70,6 +73,7 @@ def told(split: Split, tmp_path: Path, damages: list[tuple[str, int, list[int] |
     return [json.loads((tmp_path / f"said-{rank}").read_text()) for rank in range(2)]
 
 
+@pytest.mark.torchrun
 def test_damage_that_a_plain_load_takes_is_every_ranks_error(split: Split, tmp_path: Path) -> None:
     middle = (split.headers[0] + len(split.sound[0])) // 2
     places = [(0, split.headers[0]), (0, middle), (1, len(split.sound[1]) - 1)]

@@ -17,6 +17,7 @@ from shardkit.runtime.models.lstm import LSTMConfig, LSTMForCausalLM
 from shardkit.runtime.models.registry import find_model_class
 from shardkit.tensor import TensorSpec
 
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # output, h, c, all-gathers
 LENGTH, BATCH, WIDTH, HIDDEN = 11, 3, 7, 10
 
 
@@ -68,10 +69,10 @@ def part(whole: nn.LSTM, group: TensorParallelGroup) -> ParallelLSTM:
     return local
 
 
-def over_ranks(whole: nn.LSTM, tp_size: int, *inputs: object) -> list[tuple]:
+def over_ranks(whole: nn.LSTM, tp_size: int, *inputs: object) -> list[Outputs]:
     """What every rank's part makes of the same inputs, and its all-gathers."""
 
-    def run(group: ThreadGroup) -> tuple:
+    def run(group: ThreadGroup) -> Outputs:
         with torch.inference_mode():
             output, (h, c) = part(whole, group)(*inputs)
         return output, h, c, group.counts["all_gather"]
@@ -82,7 +83,7 @@ def over_ranks(whole: nn.LSTM, tp_size: int, *inputs: object) -> list[tuple]:
 
 def make(**options: object) -> tuple[nn.LSTM, torch.Tensor]:
     torch.manual_seed(3)
-    lstm = nn.LSTM(WIDTH, HIDDEN, dtype=torch.float64, **options).eval()  # type: ignore[arg-type]
+    lstm = nn.LSTM(WIDTH, HIDDEN, dtype=torch.float64, **options).eval()
     return lstm, torch.randn(LENGTH, BATCH, WIDTH, dtype=torch.float64)
 
 
@@ -123,7 +124,8 @@ def test_it_goes_on_from_a_whole_state_and_from_its_own() -> None:
     def resumed(group: ThreadGroup) -> torch.Tensor:
         with torch.inference_mode():
             local = part(lstm, group)
-            return local(x[5:], local(x[:5])[1])[0]
+            output: torch.Tensor = local(x[5:], local(x[:5])[1])[0]
+            return output
 
     with ThreadPoolExecutor(3) as pool:
         for ours in pool.map(resumed, groups(3)):

@@ -14,7 +14,8 @@ class Gated(nn.Module):
     """Normed over all it is given, and gated."""
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return (x / x.double().norm()).to(x.dtype) * gate
+        normed: torch.Tensor = (x / x.double().norm()).to(x.dtype)
+        return normed * gate
 
 
 class TwoRanks:

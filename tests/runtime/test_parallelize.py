@@ -43,6 +43,7 @@ def test_a_buffer_is_cut_as_its_tensor_is() -> None:
     _set_attribute(model, rule, plan_of(rule), PLACED, 1)
     keep_local_units(model, plan_of(rule), PLACED, 1)
     scales = model.get_submodule("layers.0.mixer").scales
+    assert isinstance(scales, torch.Tensor)
     assert scales.tolist() == [[*range(12, 24), 24, 25, 26]]
 
 

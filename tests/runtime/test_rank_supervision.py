@@ -257,6 +257,7 @@ TORCHRUN = {
 }
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHRUN)
 @pytest.mark.parametrize("world", [2, 3])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ sys.exit(code)
 """
 
 
-def torchrun(ranks: int, folder: Path, tmp_path: Path) -> tuple[int, list[dict]]:
+def torchrun(ranks: int, folder: Path, tmp_path: Path) -> tuple[int, list[dict[str, Any]]]:
     """Run PROGRAM under torchrun; its exit code, and what each rank said."""
     (tmp_path / "program.py").write_text(PROGRAM)
     root = Path(runtime.__file__).parents[2]
@@ -51,9 +52,12 @@ def torchrun(ranks: int, folder: Path, tmp_path: Path) -> tuple[int, list[dict]]
 
 
 def golden() -> list[int]:
-    return json.loads(shared("models/stories260K-golden.json").read_text())["stories260K"]["ids"]
+    stories = json.loads(shared("models/stories260K-golden.json").read_text())
+    ids: list[int] = stories["stories260K"]["ids"]
+    return ids
 
 
+@pytest.mark.torchrun
 @pytest.mark.parametrize("tp_size", [2, 3, 4, 8])
 def test_a_trained_llama_tells_its_golden_story(
     tp_size: int, stories260k: Path, tmp_path: Path
@@ -104,6 +108,7 @@ def shards(stories_tp2: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stories_tp2, tmp_path / "copy"))
 
 
+@pytest.mark.torchrun
 def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path: Path) -> None:
     code, said = torchrun(3, stories_tp2, tmp_path)
     assert code != 0
@@ -111,6 +116,7 @@ def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path
     assert all("tp_size 2, but 3 ranks" in found["error"] for found in said)
 
 
+@pytest.mark.torchrun
 def test_a_missing_shard_is_reported_by_every_rank(shards: Path, tmp_path: Path) -> None:
     (shards / "rank-00001-of-00002.safetensors").unlink()
     code, said = torchrun(2, shards, tmp_path)

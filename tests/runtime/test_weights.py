@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_no_file_is_mapped_and_none_left_open(split: Split) -> None:
     next(reading)
     assert len(held()) == 1
     assert split.path(0).name not in Path("/proc/self/maps").read_text()
+    assert isinstance(reading, Generator)
     reading.close()
     assert held() == []
 

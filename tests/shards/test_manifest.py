@@ -179,7 +179,12 @@ def section(name: str = K_PROJ, **fields: Any) -> Callable[[Table], None]:
 
 def both(*changes: Callable[[Table], None]) -> Callable[[Table], None]:
     """Several changes."""
-    return lambda table: [change(table) for change in changes] and None
+
+    def change_all(table: Table) -> None:
+        for change in changes:
+            change(table)
+
+    return change_all
 
 
 def add_rank(table: Table) -> None:
@@ -227,7 +232,8 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
         changed("copied", to={MANIFEST_NAME: {"size": 1, "sha256": SHA}}), "name of two files",
     ),
     "a copied rank": (
-        changed("copied", to={rank_file_name(0, 2): {"size": 1, "sha256": SHA}}), "name of two files",
+        changed("copied", to={rank_file_name(0, 2): {"size": 1, "sha256": SHA}}),
+        "name of two files",
     ),
     "two source files of one name": (repeat_file, "is the name of two files"),
     "no source files": (
@@ -338,7 +344,7 @@ def fault_of(data: bytes, tmp_path: Path) -> str:
     with pytest.raises(ManifestError) as caught:
         read_manifest(tmp_path)
     text = str(caught.value)
-    assert text.startswith(f"{tmp_path / NAME}: ")
+    assert text.startswith(f"{tmp_path / MANIFEST_NAME}: ")
     assert text.isprintable(), text
     assert len(text) < 600
     return text
@@ -416,10 +422,11 @@ def test_every_value_that_is_replaced_by_another_kind_is_refused(
         keys = value if isinstance(value, dict) else range(len(value))
         return below + [(*at, key) for key in keys]
 
+    others: list[Any] = [None, 1.5, [[]], {"a": {}}]
     found = paths(sound)
     assert len(found) > 300
     for path in found[::5]:
-        for other in (None, 1.5, [[]], {"a": {}}):
+        for other in others:
             table = copy.deepcopy(sound)
             changed(*path, to=other)(table)
             if table != sound:

@@ -69,7 +69,7 @@ def subject(shards: Path) -> str:
     """The digest that was signed, as the signature has it."""
     envelope = json.loads((shards / SIGNATURE).read_bytes())["dsseEnvelope"]
     (found,) = json.loads(base64.b64decode(envelope["payload"]))["subject"]
-    return found["digest"]["sha256"]
+    return str(found["digest"]["sha256"])
 
 
 def test_a_signed_folder_is_accepted_and_inspect_prints_what_was_signed(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_a_mix_of_two_splits_is_found_by_whoever_reads_it(tp_size: int, tmp_path
         assert "of another split" in check_no_merge_and_no_reshard(folder)
         for tp_rank in range(tp_size):
             if tp_rank in foreign:
-                told = refusal(lambda f=folder, r=tp_rank: open_rank_shard(f, r, tp_size))
+                told = refusal(partial(open_rank_shard, folder, tp_rank, tp_size))
                 assert f"{folder / manifest.ranks[tp_rank].name}: of another split" in told
             else:
                 open_rank_shard(folder, tp_rank, tp_size)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification import Check, check_files, check_weights
 from shardkit.verification.models import LocalRanks
 from shardkit.verification.numerics import check_numerics
-from tests.helpers.model_samples import make
+from tests.helpers.model_samples import SampleFolder, make
 from tests.helpers.runtime_helpers import altered, cut
 
 
@@ -39,7 +40,7 @@ def four_ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
     folder = tmp_path_factory.mktemp("models")
 
     def get(name: str) -> Path:
@@ -76,7 +77,7 @@ LAYOUT_FAULTS = {
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
-    fault: str, models, ranks: Ranks, tmp_path: Path
+    fault: str, models: SampleFolder, ranks: Ranks, tmp_path: Path
 ) -> None:
     name, right, wrong, module, tensor = LAYOUT_FAULTS[fault]
     source = models(name)
@@ -101,7 +102,7 @@ layers.RowParallelLinear.forward = forward
 
 
 def test_a_row_bias_added_on_every_rank_is_named(
-    models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: SampleFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = models("bert")
     cut(source, tmp_path / "shards", 2)
@@ -115,18 +116,18 @@ def test_a_row_bias_added_on_every_rank_is_named(
 
 
 def test_rotated_kv_replicas_are_found_on_their_rank(
-    models, four_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: SampleFolder, four_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = models("llama-two-kv-heads")
     right = layout.held_units
 
-    def rotated(section, tp_rank, tp_size):
-        if section.sharers and tp_size == 4:
+    def rotated(section: layout.Section, tp_rank: int, tp_size: int) -> Any:
+        if section.shared_by and tp_size == 4:
             return right(section, (tp_rank + 1) % tp_size, tp_size)
         return right(section, tp_rank, tp_size)
 
     with monkeypatch.context() as planted:
-        planted.setattr(layout, "held", rotated)
+        planted.setattr(layout, "held_units", rotated)
         cut(source, tmp_path / "shards", 4)
     assert check_files(tmp_path / "shards", quiet).verdict == "passed"
     found = weights(tmp_path / "shards", source)
@@ -137,7 +138,7 @@ def test_rotated_kv_replicas_are_found_on_their_rank(
     assert "module: model.layers.0.self_attn.k_proj, on rank 1" in run.faults[1]
 
 
-def test_two_ranks_files_swapped_fail_as_files(models, tmp_path: Path) -> None:
+def test_two_ranks_files_swapped_fail_as_files(models: SampleFolder, tmp_path: Path) -> None:
     cut(models("llama"), tmp_path / "shards", 2)
     first, second = (tmp_path / "shards" / f"rank-0000{r}-of-00002.safetensors" for r in (0, 1))
     first.rename(tmp_path / "x")
@@ -149,7 +150,7 @@ def test_two_ranks_files_swapped_fail_as_files(models, tmp_path: Path) -> None:
 
 
 def test_swapped_experts_are_named_by_weights_and_by_numerics(
-    models, ranks: Ranks, tmp_path: Path
+    models: SampleFolder, ranks: Ranks, tmp_path: Path
 ) -> None:
     source = models("mixtral")
     swapped = swap_experts(source, tmp_path / "swapped")
@@ -176,7 +177,9 @@ def swap_experts(source: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
-def test_one_flipped_bit_is_located_to_rank_and_tensor(at: float, models, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_located_to_rank_and_tensor(
+    at: float, models: SampleFolder, tmp_path: Path
+) -> None:
     manifest = cut(models("llama"), tmp_path / "shards", 2)
     path = tmp_path / "shards" / manifest.ranks[1].name
     data = bytearray(path.read_bytes())
@@ -193,7 +196,7 @@ def test_one_flipped_bit_is_located_to_rank_and_tensor(at: float, models, tmp_pa
         assert "rank-00001-of-00002.safetensors" in found.faults[0]
 
 
-def test_a_nan_on_one_rank_fails(models, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_nan_on_one_rank_fails(models: SampleFolder, ranks: Ranks, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -218,7 +221,7 @@ def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-def test_the_command_reports_every_level_as_json(models, tmp_path: Path) -> None:
+def test_the_command_reports_every_level_as_json(models: SampleFolder, tmp_path: Path) -> None:
     cut(models("gpt2"), tmp_path / "shards", 2)
     done = command("verify", str(tmp_path / "shards"), "--against", str(models("gpt2")), "--json")
     assert done.returncode == 0, done.stderr
@@ -228,7 +231,9 @@ def test_the_command_reports_every_level_as_json(models, tmp_path: Path) -> None
     assert report["checks"][2]["numbers"]["greedy"] == "equal"
 
 
-def test_without_a_source_nothing_unproven_is_called_passed(models, tmp_path: Path) -> None:
+def test_without_a_source_nothing_unproven_is_called_passed(
+    models: SampleFolder, tmp_path: Path
+) -> None:
     cut(models("gpt2"), tmp_path / "shards", 2)
     done = command("verify", str(tmp_path / "shards"), "--json")
     assert done.returncode == 0
@@ -236,7 +241,9 @@ def test_without_a_source_nothing_unproven_is_called_passed(models, tmp_path: Pa
     assert verdicts == ["passed", "not run", "not run"]
 
 
-def test_the_command_exits_with_4_and_names_the_module(models, tmp_path: Path) -> None:
+def test_the_command_exits_with_4_and_names_the_module(
+    models: SampleFolder, tmp_path: Path
+) -> None:
     recipe = altered("gpt2", tmp_path, ('"3 heads"', '"heads 3"'))
     cut(models("gpt2"), tmp_path / "shards", 2, recipe)
     done = command("verify", str(tmp_path / "shards"), "--against", str(models("gpt2")))
@@ -246,7 +253,8 @@ def test_the_command_exits_with_4_and_names_the_module(models, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
-def test_it_verifies_under_torchrun(models, tmp_path: Path) -> None:
+@pytest.mark.torchrun
+def test_it_verifies_under_torchrun(models: SampleFolder, tmp_path: Path) -> None:
     source = models("llama")
     cut(source, tmp_path / "right", 2)
     done = command("verify", str(tmp_path / "right"), "--against", str(source), ranks=2)
@@ -260,7 +268,10 @@ def test_it_verifies_under_torchrun(models, tmp_path: Path) -> None:
     assert "first diverging module" in done.stdout
 
 
-def test_a_damaged_file_under_torchrun_ends_every_rank(models, tmp_path: Path) -> None:
+@pytest.mark.torchrun
+def test_a_damaged_file_under_torchrun_ends_every_rank(
+    models: SampleFolder, tmp_path: Path
+) -> None:
     source = models("llama")
     manifest = cut(source, tmp_path / "shards", 2)
     path = tmp_path / "shards" / manifest.ranks[0].name

@@ -35,8 +35,8 @@ KINDS = (
     "open", "mkdir", "write", "fallocate", "fsync", "fdatasync", "ftruncate", "rename", "unlink",
     "rmdir", "sync_file_range", "chmod", "link", "none",
 )  # fmt: skip
-file_sink.EVERY = 700  # a note for every few tensors
-file_sink.FLUSH = 300
+file_sink.JOURNAL_INTERVAL = 700  # a note for every few tensors
+file_sink.WRITE_BACK_BYTES = 300
 SHIM = ctypes.CDLL(None)
 
 
@@ -253,8 +253,8 @@ def sweep_broken(folder: Path) -> None:
         for path in sorted(stage.iterdir()):
             path.replace(out / path.name)
 
-    folders.exchange = by_file
-    folders.can_exchange = lambda _: True
+    folders.exchange_folders = by_file  # type: ignore[assignment]
+    folders.can_exchange = lambda folder: True
     scene = next(scene for scene in SCENES if scene.name == "split --force")
     print(json.dumps(vars(sweep(scene, "late", folder, 1, 0))))
 

@@ -23,7 +23,7 @@ from shardkit.cli import main, split  # noqa: F401  (loaded before the forks)
 from shardkit.output import writer as file_sink
 from tests.reliability.faults.scenarios import Contents, source, state
 
-file_sink.EVERY = 700
+file_sink.JOURNAL_INTERVAL = 700
 PAUSE = 0.02  # seconds; a command takes about as long
 
 
@@ -56,8 +56,8 @@ def start(folder: Path, more: tuple[str, ...], delay: float = 0, dies: bool = Fa
     os.dup2(null, 1)
     os.dup2(null, 2)
     if dies:
-        file_sink.start_write_back = die
-        file_sink.FLUSH = 4000
+        file_sink.start_write_back = die  # type: ignore[assignment]
+        file_sink.WRITE_BACK_BYTES = 4000
     time.sleep(delay)
     status: object = 0
     try:

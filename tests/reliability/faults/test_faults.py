@@ -232,6 +232,7 @@ ROOMS = [
 ]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("name", "prepare", "command"), ROOMS, ids=[room[0] for room in ROOMS])
 def test_a_disk_that_is_too_small_at_fifty_sizes_is_left_as_it_was(
     name: str, prepare: Any, command: list[str], disk: Path
@@ -270,12 +271,14 @@ def power_cut(what: str, ext4: Path, shim: Path, step: int) -> list[Any]:
     return reports
 
 
+@pytest.mark.root
 def test_a_power_cut_leaves_a_whole_output_or_none(ext4: Path, shim: Path) -> None:
     reports = power_cut("sound", ext4, shim, 70)
     assert [report["scene"] for report in reports] == [scene.name for scene in SCENES]
     assert [fault for report in reports for fault in report["faults"]] == []
 
 
+@pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_third_call_is_cut_off_at(ext4: Path, shim: Path) -> None:
@@ -286,6 +289,7 @@ def test_every_third_call_is_cut_off_at(ext4: Path, shim: Path) -> None:
     assert cuts >= 200
 
 
+@pytest.mark.root
 def test_a_writer_that_syncs_no_files_is_found_broken_by_a_power_cut(
     ext4: Path, shim: Path
 ) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import safetensors
@@ -133,10 +134,11 @@ def check_manifest(data: bytes) -> None:
         header = parse_header(shard_header(manifest, tp_rank)[8:], size)
         assert len(header.raw) == length
     for placement in again.placements:
-        assert placement.shard(0, 1) == placement.spec
-    ratios = [unit for rule in again.attributes if rule.per for unit in (rule.times, rule.per)]
-    for unit in (*ratios, *(rule.unit for rule in again.arguments)):
-        refused(lambda u=unit: again.local(u, 0), LayoutError)  # type: ignore[misc]
+        assert placement.shard_spec(0, 1) == placement.spec
+    ratios = [rule for rule in again.module_attributes if rule.per_unit]
+    units = [unit for rule in ratios for unit in (rule.unit, rule.per_unit)]
+    for unit in (*units, *(rule.unit for rule in again.forward_arguments)):
+        refused(partial(again.count_local_units, unit, 0), LayoutError)
 
 
 def check_recipe(data: bytes) -> None:
@@ -144,12 +146,16 @@ def check_recipe(data: bytes) -> None:
     recipe = refused(lambda: parse_recipe("fuzzed", data), RecipeError)
     if recipe is None:
         return
-    for rule in (*recipe.module_attributes, *recipe.forward_arguments):
-        compile_module_pattern(rule.module)
+    attributes = [attribute.module for attribute in recipe.module_attributes]
+    arguments = [argument.module for argument in recipe.forward_arguments]
+    for module in attributes + arguments:
+        compile_module_pattern(module)
     units = refused(lambda: resolve_units(recipe, CONFIG), RecipeError)
     counts = refused(lambda: resolve_counts(recipe, CONFIG), RecipeError)
-    for spec in SPECS if units is not None and counts is not None else ():
-        placed = refused(lambda s=spec: place_tensor(s, recipe, units, counts), RecipeError)  # type: ignore[misc]
+    if units is None or counts is None:
+        return
+    for spec in SPECS:
+        placed = refused(partial(place_tensor, spec, recipe, units, counts), RecipeError)
         if placed is not None:
             plan = Plan(2, (placed,), units)
             refused(plan.check, LayoutError)

@@ -88,14 +88,14 @@ FAULTS: dict[str, tuple[object, str, object, str, bytes]] = {
         strict_json, "_DECODER", json.JSONDecoder(), "config", b'{"a":1e999}',
     ),
     "a count may be zero": (
-        config, "_checked", lambda value, _: value, "config",
+        config, "_check_count", lambda value, _: value, "config",
         b'{"num_attention_heads":0,"num_key_value_heads":0,"n_head":4}',
     ),
     "a manifest may be spelled in two ways": (
         manifest_file, "_check_canonical", lambda *_: None, "manifest",
         (SEEDS / "manifest/one").read_bytes() + b" ",
     ),
-    "an error has two lines": (recipe_file, "one_line", str, "recipe", b'"a\\nb" = 1'),
+    "an error has two lines": (recipe_file, "escape_line", str, "recipe", b'"a\\nb" = 1'),
 }  # fmt: skip
 
 

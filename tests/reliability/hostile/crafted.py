@@ -7,6 +7,7 @@ error.  Exit code 1 is a file that is sound, and whose tensors no rule of the re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from shardkit.checkpoint.header import MAX_TENSORS, encode_header
 from shardkit.tensor import TensorSpec
@@ -61,9 +62,7 @@ ODD = [
     '"\\ud800"', "-Infinity", '"open', "[1 2]", "1e", "--1", "\ufeff1",
 ]  # fmt: skip
 ODD_FILES = {
-    f"{place}: {odd!a}": Crafted(
-        lambda text=text, odd=odd: file_bytes(text.replace("@", odd), EIGHT), 3
-    )
+    f"{place}: {odd!a}": Crafted(partial(file_bytes, text.replace("@", odd), EIGHT), 3)
     for odd in ODD
     for place, text in {
         "the header": "@",
@@ -141,13 +140,13 @@ MADE: dict[str, Crafted] = {
     "a gzip of a file": Crafted(lambda: b"\x1f\x8b\x08\0\0\0\0\0" + bytes(9), 3, ("safetensors",)),
 }  # fmt: skip
 FILES: dict[str, Crafted] = {
-    **{name: Crafted(lambda data=data: data, 3, words) for name, (data, words) in BAD.items()},
+    **{name: Crafted(partial(bytes, data), 3, words) for name, (data, words) in BAD.items()},
     **{
-        f"sound: {name}": Crafted(lambda data=data: data, 0 if data[8:10] == b"{}" else 1)
+        f"sound: {name}": Crafted(partial(bytes, data), 0 if data[8:10] == b"{}" else 1)
         for name, data in GOOD.items()
         if not name.startswith(("dtype", "no tensors", "only metadata"))
     },
     **ODD_FILES,
-    **{f"named {name!a}": Crafted(lambda n=name: _named(n), code) for name, code in NAMES.items()},
+    **{f"named {name!a}": Crafted(partial(_named, name), code) for name, code in NAMES.items()},
     **MADE,
 }

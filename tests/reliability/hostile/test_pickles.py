@@ -38,7 +38,7 @@ def convert(data: bytes, folder: Path) -> tuple[str, float]:
             unpickle.main(source, out)
         except Exception as error:
             foreign = "" if isinstance(error, ArchiveError) else "cannot be unpickled: "
-            return foreign + unpickle._told(error)
+            return foreign + unpickle._describe_error(error)
         return ""
 
     found: tuple[str, float] = apart(work)
@@ -177,6 +177,7 @@ def test_safetensors_are_read_where_there_are_any(tmp_path: Path, apart_folder: 
     assert run("plan", folder, "--tp", "2", "--allow-pickle").exit_code == 0
 
 
+@pytest.mark.hub
 @pytest.mark.slow
 def test_a_hub_repository_of_pickles_is_fetched_only_where_they_are_allowed(tmp_path: Path) -> None:
     folder = pickled(shared("models/stories260K"), tmp_path / "model")

@@ -60,6 +60,8 @@ def named(node: ast.expr) -> str:
 def faults(tree: ast.AST, path: str) -> Iterator[str]:
     """What a file does that none may."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.stmt | ast.expr):
+            continue
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             modules = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
