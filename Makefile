@@ -20,10 +20,10 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 slow: $(VENV)/dev
-	$(BIN)/python -m pytest -m slow --ignore tests/test_families.py
+	$(BIN)/python -m pytest -m slow --ignore tests/authoring/test_proof.py
 
 sweep: $(VENV)/dev
-	$(BIN)/python tests/sweep.py
+	$(BIN)/python -m tests.sweep
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

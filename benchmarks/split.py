@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from shardkit.checkpoint.header import encode_header
 from shardkit.tensor import TensorSpec
@@ -96,7 +97,7 @@ def run(command: list[str], source: Path, out: Path, tp_size: int) -> tuple[floa
 QUIET = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 
 
-def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, object]:
+def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, Any]:
     """Every contender's median seconds, ratio to the copy, and peak memory."""
     size = make_source(folder / "source", gib)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}

@@ -1,4 +1,4 @@
-"""What the tests share: where real weights are, and small checkpoint folders made on the spot."""
+"""What all tests share: the libraries' environment, and real weights."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.real_inputs import shared
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -14,16 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell that runs the suite in the background has it, and so its children, ignore interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def shared(name: str) -> Path:
-    """A folder or file of the shared test input, or a skip that says what was not tested."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"real test input {name!r} is not beside the checkout (../shared)")
-    return path
 
 
 @pytest.fixture(scope="session")

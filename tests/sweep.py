@@ -1,8 +1,8 @@
 """Proves every recipe on every sample and plants errors in each; writes what it finds for the docs.
 
-    python tests/sweep.py            every recipe: `make sweep`, an hour or so
-    python tests/sweep.py llama t5   these only; the others' results are kept
-    python tests/sweep.py --stale    those whose recipe or samples have changed since
+    python -m tests.sweep            every recipe: `make sweep`, an hour or so
+    python -m tests.sweep llama t5   these only; the others' results are kept
+    python -m tests.sweep --stale    those whose recipe or samples have changed since
 
 Exits with 1 if a proof fails or an error that should be caught is not.
 """
@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conftest import SHARED  # noqa: F401  (sets the libraries' environment first)
-from results import RESULTS, TABLE, digest, rendered
-
+import tests.conftest  # noqa: F401  (sets the libraries' environment first)
 from shardkit.authoring.check import Trial, caught, served_samples, try_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, make_sample
 from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
+from tests.results import RESULTS, TABLE, digest, rendered
 
 TP_SIZES = (2, 4)
 AWKWARD_TP_SIZES = (2, 3, 4)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 import pytest
-from results import RESULTS, TABLE, digest, rendered
 
 from shardkit import errors
 from shardkit.cli import COMMANDS, main
 from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import KEYS, load_recipe
 from shardkit.shards.manifest_json import parse_manifest
+from tests.results import RESULTS, TABLE, digest, rendered
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
     results = json.loads(RESULTS.read_text())
     for recipe in map(load_recipe, list_recipe_files()):
         entry = results.get(recipe.name, {})
-        assert entry.get("digest") == digest(recipe), f"run `python tests/sweep.py {recipe.name}`"
+        assert entry.get("digest") == digest(recipe), f"run `python -m tests.sweep {recipe.name}`"
         assert all(trial["passed"] for trial in entry["trials"])
         assert sum(mutant["caught"] for mutant in entry["mutants"]) >= 3
         assert all(mutant["caught"] for mutant in entry["mutants"] if mutant["telling"])
@@ -64,7 +64,7 @@ def test_the_exit_codes_are_the_errors() -> None:
 
 
 def test_the_manifest_example_has_the_keys_of_a_manifest() -> None:
-    golden = next((ROOT / "tests" / "golden").glob("manifest*.json")).read_bytes()
+    golden = next((ROOT / "tests/shards/golden").glob("manifest*.json")).read_bytes()
     assert json.loads(block(README, "json")).keys() == json.loads(golden).keys()
     assert parse_manifest(golden).data == golden
 

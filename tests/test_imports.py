@@ -9,10 +9,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from blueprints import llama, llama_config, specs_of, write_source
 
 from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import load_recipe
+from tests.helpers.synthetic_checkpoints import llama, llama_config, specs_of, write_source
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"

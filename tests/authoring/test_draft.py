@@ -1,0 +1,139 @@
+"""Drafts: recipes for model types that have none, proven before they are written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shardkit.authoring.draft.draft import Draft, make_draft
+from shardkit.authoring.draft.proofs import Bench
+from shardkit.authoring.rank_pool import RankPool
+from shardkit.errors import RecipeError
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.parse import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = ["gpt2", "olmo2", "gpt_oss"]
+MORE = [
+    "albert", "bart", "bert", "biogpt", "bloom", "cohere", "deberta-v2", "deepseek_v3",
+    "distilbert", "falcon", "gemma2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granitemoe",
+    "lfm2", "llama", "mamba", "mixtral", "modernbert", "mpt", "nemotron", "opt", "phi", "phi3",
+    "qwen2_moe", "qwen3", "roberta", "stablelm", "starcoder2", "t5", "vit", "whisper", "xglm",
+]  # fmt: skip
+LARGEST = 0.72  # of the bytes on one of two ranks: small models have wide norms and positions
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with RankPool() as pool:
+        yield Bench(pool)
+
+
+def proven(model_type: str, bench: Bench) -> Draft:
+    made = make_draft(model_type, lambda _: None, bench)
+    assert made.passed, made.outcomes
+    assert set(made.outcomes) == {2, 4}
+    return made
+
+
+@pytest.mark.parametrize(
+    "model_type", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
+def test_a_draft_shards_a_model_type_and_passes_every_check(
+    model_type: str, bench: Bench, tmp_path: Path
+) -> None:
+    made = proven(model_type, bench)
+    assert made.outcomes[2].share < LARGEST
+    path = tmp_path / "draft.toml"
+    path.write_text(made.text)
+    assert load_recipe(path).model_types == (model_type,)
+
+
+def test_a_draft_says_what_it_could_not_shard_and_why(bench: Bench) -> None:
+    made = proven("rwkv", bench)
+    whole = made.content.whole
+    assert any("attention.receptance" in pattern for pattern in whole)
+    assert all(reason for reason in whole.values())
+    assert "[whole]" in made.text
+    assert made.outcomes[2].share > LARGEST
+
+
+def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
+    bench: Bench, tmp_path: Path
+) -> None:
+    from shardkit.authoring.draft.tiny_model import make_tiny
+
+    made = proven("gpt2", bench)
+    wrong = made.text.replace('"3 heads"', '"heads 3"')
+    assert wrong != made.text
+    outcome = bench.attempt(make_tiny("gpt2", tmp_path).folder, wrong, 2)
+    assert outcome.failed == "masked sum"
+
+
+@pytest.mark.parametrize(("model", "told"), [
+    ("no-such-type", "no model_type of transformers"),
+    ("dbrx", "no small model of it can be made"),
+])  # fmt: skip
+def test_what_cannot_be_drafted_is_said_in_one_line(model: str, told: str, bench: Bench) -> None:
+    with pytest.raises(RecipeError, match=told) as error:
+        make_draft(model, lambda _: None, bench)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def without_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of this project from which one recipe is gone."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("shardkit", "recipes"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "recipes" / "gptj.toml").unlink()
+    return tree
+
+
+def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shardkit", *arguments], cwd=tree, capture_output=True, text=True,
+        check=False, env=os.environ | {"PYTHONPATH": str(tree)},
+    )  # fmt: skip
+
+
+def test_a_type_without_a_recipe_is_drafted_and_then_split_by_name_only(
+    without_gptj: Path, tmp_path: Path
+) -> None:
+    from tests.helpers.model_samples import make
+
+    source, draft = make("gptj", tmp_path / "gptj"), tmp_path / "new.toml"
+    out = str(tmp_path / "shards")
+    refused = run(without_gptj, "split", str(source), out, "--tp", "2")
+    assert refused.returncode == 1
+    assert "shardkit recipes draft" in refused.stderr
+    made = run(without_gptj, "recipes", "draft", str(source), "--out", str(draft))
+    assert made.returncode == 0, made.stderr
+    assert draft.read_text().startswith("# A DRAFT")
+    again = run(without_gptj, "split", str(source), out, "--tp", "2")
+    assert again.returncode == 1, "a draft must not be used unless it is named"
+    done = run(without_gptj, "split", str(source), out, "--tp", "2", "--recipe", str(draft))
+    assert done.returncode == 0, done.stderr
+    proven = run(without_gptj, "verify", out, "--against", str(source), "--json")
+    assert json.loads(proven.stdout)["passed"], proven.stdout
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.toml"
+    kept.write_text("kept")
+    done = run(ROOT, "recipes", "draft", "gpt2", "--out", str(kept))
+    assert (done.returncode, kept.read_text()) == (5, "kept")
+    done = run(ROOT, "recipes", "draft", "no-such-type", "--out", str(tmp_path / "new.toml"))
+    assert done.returncode == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.toml"]
+
+
+def test_no_bundled_recipe_says_that_it_is_a_draft() -> None:
+    for path in (ROOT / "recipes").glob("*.toml"):
+        assert "A DRAFT" not in path.read_text(), path.name
+    assert find_recipe({"model_type": "gptj"}).name == "gptj"

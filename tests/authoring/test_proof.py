@@ -1,0 +1,75 @@
+"""Every sample of every family: proven at tp 2 and 4 against the unsharded model."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardkit.authoring.proof import prove
+from shardkit.authoring.rank_pool import RankPool
+from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.parse import load_recipe
+from tests.helpers.model_samples import VARIANTS, SampleFolder, make
+
+BEAMS = 3
+NEVER_IN_SAMPLES = ("ignore", "vocab", "replicate", "once")  # what only some checkpoints store
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
+    folder = tmp_path_factory.mktemp("families")
+
+    def get(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else make(name, path)
+
+    return get
+
+
+def cases() -> Iterator[Any]:
+    """Every sample over 2 and 4 ranks; each recipe's first one alone is quick enough for all runs.
+
+    That one goes over 4 ranks if its sizes are awkward, else over 2.
+    """
+    seen: set[str] = set()
+    for sample in VARIANTS.values():
+        recipe = find_recipe(sample.stored_config).name
+        first = (4 if "awkward" in sample.group else 2) if recipe not in seen else 0
+        seen.add(recipe)
+        for tp_size in (2, 4):
+            marks = () if tp_size == first else pytest.mark.slow
+            yield pytest.param(sample.name, tp_size, marks=marks, id=f"{sample.name}-tp{tp_size}")
+
+
+@pytest.mark.parametrize(("name", "tp_size"), cases())
+def test_a_recipe_is_proven_on_its_sample(
+    name: str, tp_size: int, pool: RankPool, source: SampleFolder, tmp_path: Path
+) -> None:
+    whole = source(name)
+    recipe = find_recipe(json.loads((whole / "config.json").read_text()))
+    proof = prove(whole, recipe, pool.of(tp_size), tmp_path, BEAMS)
+    assert proof.passed, proof.checks[-1]
+
+
+def test_every_rule_of_every_recipe_is_used_by_some_sample(source: SampleFolder) -> None:
+    from shardkit.checkpoint import open_checkpoint
+
+    used: dict[str, set[str]] = defaultdict(set)
+    for name in VARIANTS:
+        with open_checkpoint(str(source(name))) as checkpoint:
+            recipe = find_recipe(checkpoint.config)
+            rules = {recipe.rule_for(spec.name).pattern for spec in checkpoint.specs()}
+            used[recipe.name].update(rules)
+    for path in list_recipe_files():
+        recipe = load_recipe(path)
+        needed = {r.pattern for r in recipe.rules if r.style not in NEVER_IN_SAMPLES}
+        assert needed <= used[recipe.name], recipe.name

@@ -1,0 +1,230 @@
+"""What a plan costs: cases that the fixtures of real models do not have."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardkit.planning.costs import (
+    KvCache,
+    count_collectives,
+    estimate_kv_cache,
+    find_compute_dtype,
+    generates_text,
+)
+from shardkit.planning.placement import Plan, make_plan
+from shardkit.planning.summary import (
+    collapse_names,
+    count_replicated_bytes,
+    count_stored_bytes,
+    count_total_bytes,
+    group_by_layout,
+    measure_imbalance,
+)
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.parse import load_recipe
+from shardkit.tensor import TensorSpec
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+}
+T5: dict[str, Any] = {
+    "model_type": "t5", "d_model": 16, "d_kv": 8, "num_heads": 4, "d_ff": 32, "num_layers": 2,
+    "num_decoder_layers": 1,
+}  # fmt: skip
+
+
+def specs(shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+
+
+def llama(tp_size: int, dtype: str = "F32", **config: Any) -> Plan:
+    layer = "model.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (64, 16),
+        f"{layer}.self_attn.q_proj.weight": (16, 16),
+        f"{layer}.self_attn.k_proj.weight": (8, 16),
+        f"{layer}.self_attn.v_proj.weight": (8, 16),
+        f"{layer}.self_attn.o_proj.weight": (16, 16),
+        f"{layer}.mlp.down_proj.weight": (16, 32),
+        "model.norm.weight": (16,),
+    }
+    return make_plan(
+        specs(shapes, dtype), find_recipe({"model_type": "llama"}), {**LLAMA, **config}, tp_size
+    )
+
+
+def t5(tp_size: int) -> Plan:
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (64, 16)}
+    sides = [("encoder", 0, ("0.SelfAttention", "1")), ("encoder", 1, ("0.SelfAttention", "1"))]
+    sides += [("decoder", 0, ("0.SelfAttention", "1.EncDecAttention", "2"))]  # type: ignore[list-item]
+    for side, block, layers in sides:
+        *attentions, mlp = (f"{side}.block.{block}.layer.{layer}" for layer in layers)
+        for attention in attentions:
+            shapes |= {f"{attention}.{part}.weight": (32, 16) for part in "qkv"}
+            shapes |= {f"{attention}.o.weight": (16, 32)}
+        shapes |= {f"{mlp}.DenseReluDense.wi.weight": (32, 16)}
+        shapes |= {f"{mlp}.DenseReluDense.wo.weight": (16, 32)}
+    return make_plan(specs(shapes), find_recipe({"model_type": "t5"}), T5, tp_size)
+
+
+def test_an_encoder_s_sums_are_counted_once_per_prompt() -> None:
+    found = count_collectives(t5(2), T5)
+    # Two encoder blocks of two sums and the embedding; one decoder block of three, and its own.
+    assert (found.encoder, found.row_parallel, found.embedding) == (5, 3, 1)
+    assert (found.all_gathers, found.tied) == (1, True)
+
+
+def test_a_decoder_s_cache_has_the_decoder_s_layers_and_stated_head_width() -> None:
+    cache = estimate_kv_cache(t5(2), T5)
+    assert cache == KvCache(layers=1, head_dim=8, dtype="F32", kv_heads=(2, 2))
+
+
+def test_an_lstm_gathers_once_for_each_layer() -> None:
+    shapes = {"embedding.weight": (11, 6), "output.weight": (11, 8)}
+    for layer, width in enumerate((6, 8)):
+        shapes |= {f"lstm.weight_ih_l{layer}": (32, width), f"lstm.weight_hh_l{layer}": (32, 8)}
+    config = {"model_type": "lstm", "hidden_size": 8}
+    found = count_collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
+    assert (found.gathered, found.output, found.all_reduces) == (2, 1, 1)
+
+
+def test_a_stated_head_width_wins_over_hidden_size_by_heads() -> None:
+    # 16 / 4 heads would be 4; the k_proj itself says 8 rows of 1 kv head.
+    cache = estimate_kv_cache(llama(2, num_key_value_heads=1), LLAMA)
+    assert isinstance(cache, KvCache)
+    assert cache.head_dim == 8
+
+
+def test_a_unit_of_two_kv_heads_counts_as_two() -> None:
+    config = {
+        "model_type": "diffllama", "num_attention_heads": 8, "num_key_value_heads": 4,
+        "hidden_size": 32, "num_hidden_layers": 3, "dtype": "float32",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.0.self_attn.{part}_proj.weight": (16, 32) for part in "kv"
+    }
+    plan = make_plan(specs(shapes), find_recipe(config), {**config, "intermediate_size": 8}, 2)
+    assert estimate_kv_cache(plan, config) == KvCache(
+        layers=3, head_dim=4, dtype="F32", kv_heads=(2, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"num_hidden_layers": "many"}, "layers"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank"),
+        ({"layer_types": ["full_attention", "mamba"]}, "layer_types"),
+    ],
+)
+def test_a_cache_that_cannot_be_told_is_unknown(config: dict[str, Any], reason: str) -> None:
+    cache = estimate_kv_cache(llama(2), {**LLAMA, **config})
+    assert isinstance(cache, str)
+    assert cache.startswith("unknown: ")
+    assert reason in cache
+
+
+def test_sliding_windows_keep_keys_and_values_like_any_layer() -> None:
+    config = {**LLAMA, "layer_types": ["sliding_attention"]}
+    assert isinstance(estimate_kv_cache(llama(2), config), KvCache)
+
+
+def test_a_text_model_inside_another_is_read_from_its_own_config() -> None:
+    config = {"text_config": {"num_hidden_layers": 3}, "num_hidden_layers": 7}
+    cache = estimate_kv_cache(llama(2), config)
+    assert isinstance(cache, KvCache)
+    assert cache.layers == 3
+
+
+def test_the_config_s_dtype_is_what_a_model_runs_in_and_else_the_weights_own() -> None:
+    plan = llama(2, dtype="BF16")
+    assert find_compute_dtype(plan, {"torch_dtype": "float32"}) == "F32"
+    assert find_compute_dtype(plan, {"dtype": "float16", "torch_dtype": "float32"}) == "F16"
+    assert find_compute_dtype(plan, {}) == "BF16"
+    assert find_compute_dtype(llama(2, dtype="F8_E4M3"), {}) is None
+
+
+def test_a_key_and_a_value_kept_whole_are_one_kv_head_on_every_rank(tmp_path: Path) -> None:
+    path = tmp_path / "mqa.toml"
+    path.write_text(
+        'model_types = ["mqa"]\n[units]\nheads = "num_heads"\n[column]\n"attn.qkv" = "heads + 2"\n'
+    )
+    config = {"num_heads": 4, "hidden_size": 16, "num_layers": 1, "dtype": "float16"}
+    plan = make_plan(specs({"attn.qkv.weight": (24, 16)}), load_recipe(path), config, 2)
+    cache = estimate_kv_cache(plan, config)
+    assert cache == KvCache(layers=1, head_dim=4, dtype="F16", kv_heads=(1, 1))
+    (group,) = group_by_layout(plan)
+    assert group.treatment == "partly replicated"
+    # Each rank: 2 of 4 heads and both of k and v, 4 rows of 16 floats each; 8 rows are held twice.
+    assert count_stored_bytes([group], 2) == (16 * 16 * 4, 16 * 16 * 4)
+    assert count_replicated_bytes(plan, [group]) == 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, True),
+        ({"architectures": ["LlamaForSequenceClassification"]}, False),
+        ({"architectures": ["ModernBertForMaskedLM"]}, False),
+        ({"architectures": ["BloomModel"]}, True),
+        ({"architectures": 7}, True),
+        ({}, True),
+    ],
+)
+def test_what_generates_is_told_from_the_architecture(
+    config: dict[str, Any], expected: bool
+) -> None:
+    assert generates_text(llama(2), config) is expected
+
+
+def test_an_embedding_without_an_output_on_disk_gathers_its_own_logits_once() -> None:
+    found = count_collectives(llama(2), LLAMA)
+    assert (found.row_parallel, found.embedding, found.output, found.tied) == (2, 1, 1, True)
+    assert (found.all_reduces, found.all_gathers) == (3, 1)
+
+
+def test_the_imbalance_is_named_by_the_group_that_adds_most_to_it() -> None:
+    plan = llama(3)
+    parts = group_by_layout(plan)
+    found = measure_imbalance(plan, parts)
+    stored = count_stored_bytes(parts, 3)
+    assert found.largest == 0
+    assert found.ratio == max(stored) * 3 / sum(stored)
+    assert found.cause is not None
+    # q_proj and o_proj: 8 of 16 rows on rank 0, where 5 1/3 would be even.
+    assert found.cause.pattern == "model.layers.0.self_attn.q_proj.weight"
+    assert sum(stored) - count_total_bytes(plan) == count_replicated_bytes(plan, parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.7.w"], "h.7.w"),
+        (["h.0.w", "h.1.w", "h.2.w"], "h.{0..2}.w"),
+        (["h.0.w", "h.2.w", "h.3.w"], "h.{0,2..3}.w"),
+        (["h.0.e.0.w1", "h.0.e.1.w1", "h.1.e.0.w1", "h.1.e.1.w1"], "h.{0..1}.e.{0..1}.w1"),
+        ([f"h.{n}.w" for n in range(0, 40, 2)], "h.{0..38: 20}.w"),
+        (["dense_4h_to_h.weight"], "dense_4h_to_h.weight"),
+        (["0.w", "1.w"], "{0..1}.w"),
+    ],
+)
+def test_layer_numbers_are_collapsed(names: list[str], expected: str) -> None:
+    assert collapse_names(names) == expected
+
+
+def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
+    shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
+    plan = make_plan(specs(shapes), find_recipe({"model_type": "llama"}), LLAMA, 2)
+    found = [(g.pattern, g.count, g.rank_bytes) for g in group_by_layout(plan)]
+    assert found == [
+        ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),
+        ("model.layers.1.input_layernorm.weight", 1, (96, 96)),
+    ]

@@ -1,0 +1,148 @@
+"""Reading a rank's file into tensors: its own bytes, whatever becomes of the file meanwhile."""
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from shardkit.errors import ManifestError, VerifyError
+from shardkit.recipe.parse import load_recipe
+from shardkit.runtime.loader import choose_dtype
+from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
+from shardkit.shards.manifest_json import read_manifest
+from shardkit.tensor import TensorSpec
+from tests.helpers.damage import Split, written
+from tests.helpers.split_helpers import split_folder
+from tests.helpers.synthetic_checkpoints import write_source
+
+ORDER = sorted(TORCH_DTYPES)
+
+
+@pytest.fixture(scope="module")
+def every_dtype(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tensor of each dtype that torch has, a scalar, and an empty one."""
+    base = tmp_path_factory.mktemp("dtypes")
+    specs = [TensorSpec(f"t_{dtype}", dtype, (3, 8)) for dtype in ORDER]
+    specs += [TensorSpec(f"table{n}", "I64", (2,)) for n in range(3)]
+    specs += [TensorSpec("scalar", "F32", ()), TensorSpec("empty", "BF16", (0, 4))]
+    write_source(base / "source", {"model_type": "plain"}, specs)
+    listed = json.dumps([spec.name for spec in specs])
+    (base / "plain.toml").write_text(f'model_types = ["plain"]\nreplicate = {listed}\n')
+    split_folder(base / "source", base / "shards", 1, load_recipe(base / "plain.toml"))
+    return base / "shards"
+
+
+@pytest.fixture
+def split(every_dtype: Path, tmp_path: Path) -> Split:
+    """A copy that a test may damage."""
+    folder = Path(shutil.copytree(every_dtype, tmp_path / "shards"))
+    return Split(folder, read_manifest(folder))
+
+
+def names(split: Split) -> list[str]:
+    """Every tensor, in the order of the file."""
+    pieces = split.manifest.ranks[0].pieces
+    return sorted(pieces, key=lambda name: (pieces[name].offset, name != "empty"))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_every_tensor_is_what_the_safetensors_library_reads(split: Split, verify: bool) -> None:
+    found = dict(read_tensors(split.folder, split.manifest, 0, names(split), verify))
+    assert found.keys() == set(names(split))
+    with safe_open(split.path(0), "pt") as file:
+        for name, tensor in found.items():
+            theirs = file.get_tensor(name)
+            assert (tensor.dtype, tensor.shape) == (theirs.dtype, theirs.shape)
+            assert raw(tensor) == raw(theirs)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_was_read_does_not_change_with_the_file(split: Split, verify: bool) -> None:
+    found = dict(read_tensors(split.folder, split.manifest, 0, names(split), verify))
+    before = {name: raw(tensor) for name, tensor in found.items()}
+    split.path(0).write_bytes(bytes(len(split.sound[0])))
+    os.truncate(split.path(0), 0)
+    assert {name: raw(tensor) for name, tensor in found.items()} == before
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(
+    split: Split, verify: bool
+) -> None:
+    reading = read_tensors(split.folder, split.manifest, 0, names(split), verify)
+    first, _ = next(reading)
+    os.truncate(split.path(0), split.headers[0])
+    with pytest.raises(ManifestError, match="became shorter") as caught:
+        list(reading)
+    assert f"{split.path(0)}: rank 0: " in str(caught.value)
+    assert first == names(split)[0]
+
+
+def test_a_file_changed_while_it_is_read_is_found(split: Split) -> None:
+    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    next(reading)
+    at, byte = split.flipped(0, 8 * len(split.sound[0]) - 1)
+    with written(split.path(0), at, byte), pytest.raises(VerifyError) as caught:
+        list(reading)
+    assert split.named(0, at) in str(caught.value)
+
+
+def test_a_file_exchanged_while_it_is_read_is_not_looked_at(split: Split) -> None:
+    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    next(reading)
+    (split.folder / "other").write_bytes(bytes(len(split.sound[0])))
+    (split.folder / "other").rename(split.path(0))
+    assert len(list(reading)) == len(names(split)) - 1
+
+
+def test_no_file_is_mapped_and_none_left_open(split: Split) -> None:
+    def held() -> list[str]:
+        links = Path("/proc/self/fd").iterdir()
+        return [str(link) for link in links if os.path.realpath(link) == str(split.path(0))]
+
+    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    next(reading)
+    assert len(held()) == 1
+    assert split.path(0).name not in Path("/proc/self/maps").read_text()
+    assert isinstance(reading, Generator)
+    reading.close()
+    assert held() == []
+
+
+def test_what_is_not_loaded_is_hashed_all_the_same(split: Split) -> None:
+    at, byte = split.flipped(0, 8 * split.headers[0])
+    wanted = names(split)[-1:]
+    for verify in (False, True):
+        assert len(list(read_tensors(split.folder, split.manifest, 0, wanted, verify))) == 1
+    with written(split.path(0), at, byte):
+        assert len(list(read_tensors(split.folder, split.manifest, 0, wanted, False))) == 1
+        with pytest.raises(VerifyError) as caught:
+            list(read_tensors(split.folder, split.manifest, 0, wanted, True))
+    assert split.named(0, at) in str(caught.value)
+
+
+def test_a_wrong_sum_that_no_tensors_mark_shows_is_found(split: Split) -> None:
+    (rank,) = split.manifest.ranks
+    tail = "0" * 48
+    digest = replace(rank.digest, sha256=rank.digest.sha256[:16] + tail)
+    manifest = replace(split.manifest, ranks=(replace(rank, digest=digest),))
+    with pytest.raises(VerifyError, match="is not the manifest's"):
+        list(read_tensors(split.folder, manifest, 0, names(split), True))
+
+
+def test_a_model_computes_in_the_dtype_of_its_weights_not_of_its_tables(split: Split) -> None:
+    assert choose_dtype(PreTrainedConfig(), split.manifest) in (torch.float32, torch.bfloat16)
+    one = [p for p in split.manifest.plan.placements if p.spec.dtype in ("I64", "F8_E4M3", "F16")]
+    plan = replace(split.manifest.plan, placements=tuple(one))
+    assert choose_dtype(PreTrainedConfig(), replace(split.manifest, plan=plan)) == torch.float16
