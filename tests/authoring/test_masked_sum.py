@@ -103,7 +103,9 @@ def test_recipes_agree_with_transformers_own_plans(model: str, source: SampleFol
     whole = source(PLANNED[model])
     loaded, recipe = load(whole), own_recipe(whole)
     ours = {
-        re.sub(r"\.\d+\.", ".*.", parameter.removesuffix(".bias").removesuffix(".weight")): p.style
+        re.sub(
+            r"\.\d+\.", ".*.", parameter.removesuffix(".bias").removesuffix(".weight")
+        ): p.style.name
         for parameter, p in placed_parameters(loaded, plan_of(whole, recipe, 2)).items()
     }
     both = {entry: (loaded.tp_plan[entry], ours[entry]) for entry in ours.keys() & loaded.tp_plan}

@@ -15,9 +15,10 @@ from shardkit.checkpoint.header import (
     parse_header,
     read_header,
 )
+from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, LayoutError, ManifestError
 from shardkit.strict_json import JsonError
-from shardkit.tensor import DTYPE_BITS, TensorSpec
+from shardkit.tensor import TensorSpec
 from tests.helpers.raw_safetensors import check_error, entry, file_bytes, small_file
 from tests.helpers.real_inputs import shared
 
@@ -206,11 +207,11 @@ GOOD: dict[str, bytes] = {
         EIGHT,
     ),
     **{
-        f"dtype {dtype}": file_bytes(
-            {"a": entry(dtype, [64 // bits * 2, 4], 0, 64)}, bytes(range(64))
+        f"dtype {name}": file_bytes(
+            {"a": entry(name, [64 // dtype.bits * 2, 4], 0, 64)}, bytes(range(64))
         )
-        for dtype, bits in DTYPE_BITS.items()
-        if 64 % bits == 0
+        for name, dtype in DTYPES.items()
+        if 64 % dtype.bits == 0
     },
     **{
         f"dtype {dtype}": file_bytes({"a": entry(dtype, [4], 0, 3)}, b"abc")

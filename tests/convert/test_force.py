@@ -11,9 +11,9 @@ import pytest
 
 from shardkit.errors import OutputError
 from shardkit.output import atomic as folders
-from shardkit.shards.manifest import MANIFEST_NAME, rank_file_name
+from shardkit.shards.manifest import MANIFEST_NAME
 from tests.helpers.command_line import run
-from tests.helpers.split_helpers import merge_folder, reshard_folder, split_folder
+from tests.helpers.split_helpers import merge_folder, reshard_folder, shard_name, split_folder
 from tests.helpers.synthetic_checkpoints import (
     contents,
     llama,
@@ -54,19 +54,19 @@ def test_a_shard_folder_is_replaced(source: Path, out: Path, tmp_path: Path) -> 
 
 
 def missing(out: Path) -> None:
-    (out / rank_file_name(1, 3)).unlink()
+    (out / shard_name(1, 3)).unlink()
 
 
 def damaged(out: Path) -> None:
-    (out / rank_file_name(1, 3)).write_bytes(b"damaged")
+    (out / shard_name(1, 3)).write_bytes(b"damaged")
 
 
 @pytest.mark.parametrize("change", [missing, damaged])
 def test_a_damaged_shard_folder_is_replaced(change: Any, source: Path, out: Path) -> None:
     change(out)
     split_folder(source, out, 2, force=True)
-    assert rank_file_name(1, 2) in contents(out)
-    assert rank_file_name(0, 3) not in contents(out)
+    assert shard_name(1, 2) in contents(out)
+    assert shard_name(0, 3) not in contents(out)
 
 
 def foreign(out: Path) -> None:
@@ -82,7 +82,7 @@ def inner(out: Path) -> None:
 
 
 def link(out: Path) -> None:
-    path = out / rank_file_name(0, 3)
+    path = out / shard_name(0, 3)
     path.rename(out.parent / "elsewhere")
     path.symlink_to(out.parent / "elsewhere")
 
@@ -253,7 +253,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(
     command: str, source: Path, out: Path, read_only: Path
 ) -> None:
     """Damaged shards, and a source that is not there, would be errors of another kind."""
-    with (out / rank_file_name(0, 3)).open("r+b") as opened:
+    with (out / shard_name(0, 3)).open("r+b") as opened:
         opened.seek(-1, os.SEEK_END)
         opened.write(b"?")
     first = {"split": source / "none", "merge": out, "reshard": out}[command]

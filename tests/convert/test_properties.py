@@ -16,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardkit.checkpoint.header import read_header
+from shardkit.dtypes import DTYPES
 from shardkit.output import stream
+from shardkit.planning import Mesh
 from shardkit.planning.placement import Placement, Plan, make_plan
-from shardkit.planning.summary import count_stored_bytes, group_by_layout
+from shardkit.planning.summary import summarize_plan
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards import integrity
 from shardkit.shards.manifest import Manifest
-from shardkit.tensor import DTYPE_BITS, TensorSpec, byte_view
+from shardkit.tensor import TensorSpec, byte_view
 from tests.helpers.split_helpers import merge_folder, reshard_folder, shard_bytes, split_folder
 from tests.helpers.synthetic_checkpoints import contents, selected, tensor_bytes, write_source
 
@@ -134,8 +136,8 @@ def tensors(draw: st.DrawFn, at: int, counts: dict[str, int]) -> Tensor:
     """A tensor of any dtype, rank and style that can be cut as its rule says."""
     pattern = f"{at}{draw(st.text(LETTERS, max_size=6))}"
     name = pattern + draw(st.sampled_from(["", ".weight", ".bias"]))
-    style, dtype = draw(st.sampled_from(STYLES)), draw(st.sampled_from(list(DTYPE_BITS)))
-    inside = draw(st.sampled_from(INSIDE[DTYPE_BITS[dtype]]))
+    style, dtype = draw(st.sampled_from(STYLES)), draw(st.sampled_from(list(DTYPES)))
+    inside = draw(st.sampled_from(INSIDE[DTYPES[dtype].bits]))
     before = tuple(draw(st.lists(st.integers(0, 3), max_size=2)))
     if style in ("replicate", "ignore", "once"):
         return Tensor(TensorSpec(name, dtype, before + inside), pattern, style)
@@ -203,7 +205,7 @@ def check_files(folder: Path, manifest: Manifest, model: Model) -> None:
     """Ranks hold their spans, which tile every tensor, in files of the size that was planned."""
     plan = model.plan(manifest.tp_size)
     assert manifest.placements == {p.spec.name: p for p in plan.placements}
-    planned = count_stored_bytes(group_by_layout(plan), plan.tp_size)
+    planned = summarize_plan(plan).stored_bytes
     for tp_rank, rank in enumerate(manifest.ranks):
         data = read_header(folder / rank.name).entries
         assert sum(entry.stop - entry.start for entry in data) == planned[tp_rank]
@@ -211,7 +213,7 @@ def check_files(folder: Path, manifest: Manifest, model: Model) -> None:
         held = shard_bytes(folder, manifest, tp_rank)
         for placement in plan.placements:
             view = byte_view(placement.spec, placement.dim)
-            spans = placement.spans(tp_rank, plan.tp_size)
+            spans = placement.spans(Mesh(plan.tp_size).rank(tp_rank))
             cuts = [(start * view.inner, stop * view.inner) for start, stop in spans]
             whole = tensor_bytes(placement.spec)
             expected = selected(whole, view.outer, view.row, cuts)
@@ -225,7 +227,9 @@ def check_tiles(placement: Placement, tp_size: int, once: bool) -> None:
     """Every index of the divided dimension is on some rank; on one, where `once` says so."""
     if placement.dim is None:
         return
-    spans = [span for tp_rank in range(tp_size) for span in placement.spans(tp_rank, tp_size)]
+    spans = [
+        span for tp_rank in range(tp_size) for span in placement.spans(Mesh(tp_size).rank(tp_rank))
+    ]
     held = Counter(index for start, stop in spans for index in range(start, stop))
     assert held.keys() == set(range(placement.spec.shape[placement.dim]))
     assert not once or set(held.values()) <= {1}

@@ -16,6 +16,7 @@ import pytest
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import encode_header, read_header
 from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.dtypes import DTYPES
 from shardkit.errors import (
     LayoutError,
     ManifestError,
@@ -24,18 +25,20 @@ from shardkit.errors import (
     ShardkitError,
     SourceChanged,
 )
+from shardkit.layout import STYLES
 from shardkit.layout.axis import Term
 from shardkit.output import stream
+from shardkit.planning import Mesh
 from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.shards import integrity
-from shardkit.shards.manifest import rank_file_name
-from shardkit.tensor import DTYPE_BITS, TensorSpec
+from shardkit.tensor import TensorSpec
 from tests.helpers.split_helpers import (
     assert_shards_hold_their_spans,
     merge_folder,
     reshard_folder,
+    shard_name,
     split_folder,
 )
 from tests.helpers.synthetic_checkpoints import (
@@ -50,7 +53,7 @@ from tests.helpers.synthetic_checkpoints import (
     write_source,
 )
 
-WHOLE_BYTES = [dtype for dtype, bits in DTYPE_BITS.items() if bits >= 8]
+WHOLE_BYTES = [name for name, dtype in DTYPES.items() if dtype.bits >= 8]
 NO_BIASES = {name: shape for name, shape in llama().items() if len(shape) > 1}
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -149,7 +152,7 @@ def test_mixed_dtypes_stay_aligned_and_merge_back(tmp_path: Path) -> None:
     manifest = split_folder(source, tmp_path / "shards", 3)
     for rank in manifest.ranks:
         for entry in read_header(tmp_path / "shards" / rank.name).entries:
-            assert entry.start % (DTYPE_BITS[entry.spec.dtype] // 8) == 0, entry.spec
+            assert entry.start % (DTYPES[entry.spec.dtype].bits // 8) == 0, entry.spec
     merge_folder(tmp_path / "shards", tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(source)
 
@@ -164,12 +167,12 @@ def test_the_safetensors_library_reads_in_a_shard_what_it_reads_in_the_source(
     manifest = split_folder(source, tmp_path / "shards", 3)
     with safe_open(source / "model.safetensors", "pt") as whole:
         for rank in range(3):
-            with safe_open(tmp_path / "shards" / rank_file_name(rank, 3), "pt") as shard:
+            with safe_open(tmp_path / "shards" / shard_name(rank, 3), "pt") as shard:
                 assert shard.metadata()["tp_rank"] == str(rank)
                 for name in shard.keys():  # noqa: SIM118  (it is no dict)
                     placement, expected = manifest.placements[name], whole.get_tensor(name)
                     if placement.dim is not None:
-                        parts = placement.spans(rank, 3)
+                        parts = placement.spans(Mesh(3).rank(rank))
                         rows = torch.cat([torch.arange(start, stop) for start, stop in parts])
                         expected = expected.index_select(placement.dim, rows)
                     found = shard.get_tensor(name)
@@ -215,8 +218,8 @@ def test_companion_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
         "config.json",
         "tokenizer.json",
         "manifest.json",
-        rank_file_name(0, 2),
-        rank_file_name(1, 2),
+        shard_name(0, 2),
+        shard_name(1, 2),
     }
     assert contents(tmp_path / "shards").keys() == names
     assert (tmp_path / "shards/tokenizer.json").read_bytes() == b'{"odd": "\xff"}'
@@ -259,11 +262,11 @@ def expert_recipe() -> Recipe:
     """Stacked experts `[experts, out, in]`, and the same transposed."""
     ffn = (Term((), "ffn"),)
     rules = (
-        Rule("up", "column", ffn), Rule("down", "row", ffn),
-        Rule("gate", "column", (Term((2,), "ffn"),)),
-        Rule("up_t", "column", ffn, True), Rule("down_t", "row", ffn, True),
-        Rule("kv", "column", (Term((), "heads"), Term((), "kv")), True),
-        Rule("norm", "replicate"), Rule("mask", "ignore"),
+        Rule("up", STYLES["column"], ffn), Rule("down", STYLES["row"], ffn),
+        Rule("gate", STYLES["column"], (Term((2,), "ffn"),)),
+        Rule("up_t", STYLES["column"], ffn, True), Rule("down_t", STYLES["row"], ffn, True),
+        Rule("kv", STYLES["column"], (Term((), "heads"), Term((), "kv")), True),
+        Rule("norm", STYLES["replicate"]), Rule("mask", STYLES["ignore"]),
     )  # fmt: skip
     units = {
         "ffn": UnitRule(("ffn",)), "heads": UnitRule(("heads",)), "kv": UnitRule(("kv",), "heads"),
@@ -511,20 +514,20 @@ def refused(shards: Path, tmp_path: Path) -> str:
 
 
 def test_a_truncated_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_file_name(1, 2)
+    path = shards / shard_name(1, 2)
     os.truncate(path, path.stat().st_size - 1)
     assert f"{path}: truncated" in refused(shards, tmp_path)
 
 
 def test_an_extended_shard_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    append(shards / rank_file_name(0, 2))
-    assert f"{shards / rank_file_name(0, 2)}: extended" in refused(shards, tmp_path)
+    append(shards / shard_name(0, 2))
+    assert f"{shards / shard_name(0, 2)}: extended" in refused(shards, tmp_path)
 
 
 def test_one_flipped_bit_is_found_and_its_file_and_tensor_named(
     shards: Path, tmp_path: Path
 ) -> None:
-    path = shards / rank_file_name(1, 2)
+    path = shards / shard_name(1, 2)
     sound = path.read_bytes()
     for entry in read_header(path).entries:
         for at in (entry.start, entry.stop - 1):
@@ -536,7 +539,7 @@ def test_one_flipped_bit_is_found_and_its_file_and_tensor_named(
 
 
 def test_a_flipped_bit_in_a_header_is_found(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_file_name(0, 2)
+    path = shards / shard_name(0, 2)
     sound = path.read_bytes()
     for at in (0, 7, 8, 60, 200, 400):
         damaged = bytearray(sound)
@@ -547,16 +550,14 @@ def test_a_flipped_bit_in_a_header_is_found(shards: Path, tmp_path: Path) -> Non
 
 def test_every_damaged_shard_is_named(shards: Path, tmp_path: Path) -> None:
     for rank in range(2):
-        modify(shards / rank_file_name(rank, 2))
+        modify(shards / shard_name(rank, 2))
     text = refused(shards, tmp_path)
-    assert rank_file_name(0, 2) in text
-    assert rank_file_name(1, 2) in text
+    assert shard_name(0, 2) in text
+    assert shard_name(1, 2) in text
 
 
 def test_swapped_shards_are_told_apart(shards: Path, tmp_path: Path) -> None:
-    one, two, spare = (
-        shards / name for name in (rank_file_name(0, 2), rank_file_name(1, 2), "spare")
-    )
+    one, two, spare = (shards / name for name in (shard_name(0, 2), shard_name(1, 2), "spare"))
     one.rename(spare)
     two.rename(one)
     spare.rename(two)
@@ -566,7 +567,7 @@ def test_swapped_shards_are_told_apart(shards: Path, tmp_path: Path) -> None:
 def test_a_shard_of_another_split_is_refused(shards: Path, tmp_path: Path) -> None:
     other = write_source(tmp_path / "other", llama_config(), other_weights())
     split_folder(other, tmp_path / "foreign", 2)
-    name = rank_file_name(0, 2)
+    name = shard_name(0, 2)
     (shards / name).write_bytes((tmp_path / "foreign" / name).read_bytes())
     assert "of another split" in refused(shards, tmp_path)
 
@@ -577,12 +578,12 @@ def other_weights() -> list[TensorSpec]:
 
 
 def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
-    (shards / rank_file_name(1, 2)).unlink()
-    assert f"{rank_file_name(1, 2)}: missing" in refused(shards, tmp_path)
+    (shards / shard_name(1, 2)).unlink()
+    assert f"{shard_name(1, 2)}: missing" in refused(shards, tmp_path)
 
 
 def test_a_shard_that_is_a_link_or_a_pipe_is_refused(shards: Path, tmp_path: Path) -> None:
-    path = shards / rank_file_name(1, 2)
+    path = shards / shard_name(1, 2)
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     assert str(path) in refused(shards, tmp_path)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 from shardkit.shards.manifest import Manifest
-from shardkit.shards.manifest_json import shard_header
 
 PAGE = 4096
 SECTOR = 512
@@ -51,7 +50,10 @@ class Split:
     @cached_property
     def headers(self) -> list[int]:
         """The length of each file's header."""
-        return [len(shard_header(self.manifest, r)) for r in range(self.manifest.tp_size)]
+        return [
+            len(self.manifest.rank_header(self.manifest.mesh.rank(r)))
+            for r in range(self.manifest.tp_size)
+        ]
 
     def named(self, tp_rank: int, at: int) -> str:
         """What a report must say of damage that begins at byte `at` of a rank's file."""

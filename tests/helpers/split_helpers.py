@@ -4,19 +4,15 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
-from shardkit.convert.shard_writer import (
-    merge_shards,
-    no_progress,
-    reshard_shards,
-    split_checkpoint,
-)
-from shardkit.output.stream import Progress
+from shardkit.convert import merge_shards, reshard_shards, split_checkpoint
+from shardkit.dtypes import DTYPES
+from shardkit.files import Progress, ignore_progress
+from shardkit.planning import Mesh
 from shardkit.planning.placement import Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
-from shardkit.shards.manifest import Manifest
+from shardkit.shards.manifest import Manifest, rank_file_name
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.tensor import DTYPE_BITS
 from tests.helpers.synthetic_checkpoints import tensor_bytes
 
 
@@ -25,7 +21,7 @@ def split_folder(
     out: Path,
     tp_size: int,
     recipe: Recipe | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore_progress,
     **options: bool,
 ) -> Manifest:
     """Split with the recipe of the source's model type, or another."""
@@ -36,7 +32,7 @@ def split_folder(
 
 
 def merge_folder(
-    shards: Path, out: Path, progress: Progress = no_progress, **options: bool
+    shards: Path, out: Path, progress: Progress = ignore_progress, **options: bool
 ) -> None:
     """Merge a shard folder."""
     with ShardedCheckpoint(shards) as opened:
@@ -44,7 +40,7 @@ def merge_folder(
 
 
 def reshard_folder(
-    shards: Path, out: Path, tp_size: int, progress: Progress = no_progress, **options: bool
+    shards: Path, out: Path, tp_size: int, progress: Progress = ignore_progress, **options: bool
 ) -> Manifest:
     """Reshard a shard folder."""
     with ShardedCheckpoint(shards) as opened:
@@ -61,11 +57,11 @@ def shard_bytes(folder: Path, manifest: Manifest, tp_rank: int) -> dict[str, byt
 def cut_bytes(placement: Placement, tp_rank: int, tp_size: int) -> bytes:
     """A rank's part of a tensor, taken from its bytes index by index."""
     data = tensor_bytes(placement.spec)
-    spans = placement.spans(tp_rank, tp_size)
+    spans = placement.spans(Mesh(tp_size).rank(tp_rank))
     if placement.dim is None or not data:
         return data
     shape, dim = placement.spec.shape, placement.dim
-    inner = DTYPE_BITS[placement.spec.dtype] // 8
+    inner = DTYPES[placement.spec.dtype].bits // 8
     for size in shape[dim + 1 :]:
         inner *= size
     row = shape[dim] * inner
@@ -83,6 +79,11 @@ def assert_shards_hold_their_spans(folder: Path, manifest: Manifest) -> None:
         expected = {
             name: cut_bytes(placement, tp_rank, manifest.tp_size)
             for name, placement in manifest.placements.items()
-            if tp_rank == 0 or placement.style != "ignore"
+            if tp_rank == 0 or placement.style.name != "ignore"
         }
         assert shard_bytes(folder, manifest, tp_rank) == expected
+
+
+def shard_name(tp_rank: int, tp_size: int) -> str:
+    """The name of a rank's file."""
+    return rank_file_name(Mesh(tp_size).rank(tp_rank))

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.dtypes import DTYPES
 from shardkit.output import nonfinite
 from shardkit.output import writer as file_sink
 from shardkit.output.nonfinite import count_nonfinite
 from shardkit.output.publish import JOURNAL
 from shardkit.shards.manifest_json import read_manifest
-from shardkit.tensor import DTYPE_BITS
 from tests.helpers.command_line import run
 from tests.helpers.split_helpers import reshard_folder, split_folder
 from tests.helpers.synthetic_checkpoints import (
@@ -27,7 +27,7 @@ from tests.helpers.synthetic_checkpoints import (
     write_source,
 )
 
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
@@ -47,7 +47,7 @@ def by_torch(data: bytes, dtype: torch.dtype) -> int:
 
 def patterns(dtype: str) -> bytes:
     """Every value of at most 16 bits; of wider ones, every top 16 bits before zeros and ones."""
-    width = DTYPE_BITS[dtype] // 8
+    width = DTYPES[dtype].bits // 8
     if width == 1:
         return bytes(range(256))
     every = [value.to_bytes(2, "little") for value in range(1 << 16)]
@@ -56,17 +56,17 @@ def patterns(dtype: str) -> bytes:
     return b"".join(low * (width - 2) + top for top in every for low in (b"\0", b"\1", b"\xff"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
 def test_every_pattern_is_judged_as_torch_does(dtype: str) -> None:
     data = patterns(dtype)
-    width = DTYPE_BITS[dtype] // 8
+    width = DTYPES[dtype].bits // 8
     for start in range(0, len(data), 1 << 12):
         part = data[start : start + (1 << 12) // width * width]
-        assert count_nonfinite(memoryview(part), dtype) == by_torch(part, DTYPES[dtype])
-    assert count_nonfinite(memoryview(data), dtype) == by_torch(data, DTYPES[dtype]) > 0
+        assert count_nonfinite(memoryview(part), dtype) == by_torch(part, TORCH_DTYPES[dtype])
+    assert count_nonfinite(memoryview(data), dtype) == by_torch(data, TORCH_DTYPES[dtype]) > 0
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS.keys() - DTYPES.keys() - {"C64"}))
+@pytest.mark.parametrize("dtype", sorted(TORCH_DTYPES.keys() - TORCH_DTYPES.keys() - {"C64"}))
 def test_integers_and_floats_without_such_values_have_none(dtype: str) -> None:
     assert count_nonfinite(memoryview(b"\xff" * 64 + b"\x80" * 64), dtype) == 0
 
@@ -83,7 +83,7 @@ def test_values_at_the_seams_of_blocks_are_counted(
 ) -> None:
     monkeypatch.setattr(nonfinite, "BLOCK", 64)
     data = random.Random(3).randbytes(64 * 50 + 32)
-    assert count_nonfinite(memoryview(data), dtype) == by_torch(data, DTYPES[dtype]) > 0
+    assert count_nonfinite(memoryview(data), dtype) == by_torch(data, TORCH_DTYPES[dtype]) > 0
 
 
 def spoiled(folder: Path, values: Mapping[str, list[float]], dtype: str = "F32") -> Path:

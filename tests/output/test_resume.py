@@ -17,6 +17,7 @@ from shardkit.convert.shard_writer import split_checkpoint
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.output import writer as file_sink
 from shardkit.output.destination import Destination
+from shardkit.output.publish import JOURNAL
 from shardkit.output.resume import (
     Journal,
     JournalContents,
@@ -24,12 +25,10 @@ from shardkit.output.resume import (
     RunIdentity,
     parse_journal,
 )
-from shardkit.output.publish import JOURNAL
 from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.shards.manifest import rank_file_name
 from shardkit.strict_json import JsonError, encode_canonical
-from tests.helpers.split_helpers import merge_folder, reshard_folder, split_folder
+from tests.helpers.split_helpers import merge_folder, reshard_folder, shard_name, split_folder
 from tests.helpers.synthetic_checkpoints import (
     contents,
     llama,
@@ -203,7 +202,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_file_that_is_not_what_was_noted_is_written_anew(
     where: str, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    path = stage / rank_file_name(1, 2)
+    path = stage / shard_name(1, 2)
     base = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     flip(path, {"header": 30, "first tensor": base, "last byte noted": base + 12000}[where])
     assert resumed(source, tmp_path / "out") > 0
@@ -228,7 +227,7 @@ def piped(path: Path) -> None:
 def test_a_file_that_is_gone_short_or_no_file_is_written_anew(
     change: Any, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    change(stage / rank_file_name(0, 2))
+    change(stage / shard_name(0, 2))
     resumed(source, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
 
@@ -236,7 +235,7 @@ def test_a_file_that_is_gone_short_or_no_file_is_written_anew(
 def test_a_link_in_what_is_left_is_refused_and_not_written_through(
     source: Path, stage: Path, tmp_path: Path
 ) -> None:
-    linked(stage / rank_file_name(0, 2))
+    linked(stage / shard_name(0, 2))
     before = (tmp_path / "elsewhere").read_bytes()
     with pytest.raises(OutputError, match=r"symbolic links"):
         resumed(source, tmp_path / "out")
@@ -355,7 +354,7 @@ def test_what_is_left_counts_as_room(stage: Path, tmp_path: Path) -> None:
         assert found is not None
         return float(found[1])
 
-    os.truncate(stage / rank_file_name(0, 2), 0)
-    with (stage / rank_file_name(0, 2)).open("r+b") as file:
+    os.truncate(stage / shard_name(0, 2), 0)
+    with (stage / shard_name(0, 2)).open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, 4 << 30)
     assert room(tmp_path / "out") - room(tmp_path / "other") == pytest.approx(4.3, abs=0.5)

@@ -14,14 +14,7 @@ from shardkit.planning.costs import (
     generates_text,
 )
 from shardkit.planning.placement import Plan, make_plan
-from shardkit.planning.summary import (
-    collapse_names,
-    count_replicated_bytes,
-    count_stored_bytes,
-    count_total_bytes,
-    group_by_layout,
-    measure_imbalance,
-)
+from shardkit.planning.summary import summarize_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec
@@ -78,7 +71,7 @@ def test_an_encoder_s_sums_are_counted_once_per_prompt() -> None:
     found = count_collectives(t5(2), T5)
     # Two encoder blocks of two sums and the embedding; one decoder block of three, and its own.
     assert (found.encoder, found.row_parallel, found.embedding) == (5, 3, 1)
-    assert (found.all_gathers, found.tied) == (1, True)
+    assert (found.all_gathers, found.is_tied) == (1, True)
 
 
 def test_a_decoder_s_cache_has_the_decoder_s_layers_and_stated_head_width() -> None:
@@ -160,11 +153,12 @@ def test_a_key_and_a_value_kept_whole_are_one_kv_head_on_every_rank(tmp_path: Pa
     plan = make_plan(specs({"attn.qkv.weight": (24, 16)}), load_recipe(path), config, 2)
     cache = estimate_kv_cache(plan, config)
     assert cache == KvCache(layers=1, head_dim=4, dtype="F16", kv_heads=(1, 1))
-    (group,) = group_by_layout(plan)
+    summary = summarize_plan(plan)
+    (group,) = summary.groups
     assert group.treatment == "partly replicated"
     # Each rank: 2 of 4 heads and both of k and v, 4 rows of 16 floats each; 8 rows are held twice.
-    assert count_stored_bytes([group], 2) == (16 * 16 * 4, 16 * 16 * 4)
-    assert count_replicated_bytes(plan, [group]) == 8 * 16 * 4
+    assert summary.stored_bytes == (16 * 16 * 4, 16 * 16 * 4)
+    assert summary.replicated_bytes == 8 * 16 * 4
 
 
 @pytest.mark.parametrize(
@@ -186,21 +180,21 @@ def test_what_generates_is_told_from_the_architecture(
 
 def test_an_embedding_without_an_output_on_disk_gathers_its_own_logits_once() -> None:
     found = count_collectives(llama(2), LLAMA)
-    assert (found.row_parallel, found.embedding, found.output, found.tied) == (2, 1, 1, True)
+    assert (found.row_parallel, found.embedding, found.output, found.is_tied) == (2, 1, 1, True)
     assert (found.all_reduces, found.all_gathers) == (3, 1)
 
 
 def test_the_imbalance_is_named_by_the_group_that_adds_most_to_it() -> None:
     plan = llama(3)
-    parts = group_by_layout(plan)
-    found = measure_imbalance(plan, parts)
-    stored = count_stored_bytes(parts, 3)
+    summary = summarize_plan(plan)
+    found = summary.imbalance
+    stored = summary.stored_bytes
     assert found.largest == 0
     assert found.ratio == max(stored) * 3 / sum(stored)
     assert found.cause is not None
     # q_proj and o_proj: 8 of 16 rows on rank 0, where 5 1/3 would be even.
     assert found.cause.pattern == "model.layers.0.self_attn.q_proj.weight"
-    assert sum(stored) - count_total_bytes(plan) == count_replicated_bytes(plan, parts)
+    assert sum(stored) - summary.total_bytes == summary.replicated_bytes
 
 
 @pytest.mark.parametrize(
@@ -223,7 +217,7 @@ def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
     names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
     shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
     plan = make_plan(specs(shapes), find_recipe({"model_type": "llama"}), LLAMA, 2)
-    found = [(g.pattern, g.count, g.rank_bytes) for g in group_by_layout(plan)]
+    found = [(g.pattern, g.count, g.rank_bytes) for g in summarize_plan(plan).groups]
     assert found == [
         ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),
         ("model.layers.1.input_layernorm.weight", 1, (96, 96)),

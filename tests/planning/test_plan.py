@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from shardkit.errors import LayoutError, RecipeError
+from shardkit.planning import Mesh
 from shardkit.planning.placement import Placement, Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.tensor import TensorSpec
@@ -18,7 +19,9 @@ def plan_of(shapes: Shapes, config: dict[str, Any], tp_size: int, dtype: str = "
 
 
 def shards_of(plan: Plan, tp_rank: int) -> list[TensorSpec]:
-    shards = (placement.shard_spec(tp_rank, plan.tp_size) for placement in plan.placements)
+    shards = (
+        placement.shard_spec(Mesh(plan.tp_size).rank(tp_rank)) for placement in plan.placements
+    )
     return [shard for shard in shards if shard is not None]
 
 
@@ -107,7 +110,7 @@ SECOND_OF_TWO: dict[str, Shapes] = {  # what is smaller on rank 1 of 2
 def test_each_family_gets_its_local_shapes(family: str) -> None:
     config, shapes = FAMILIES[family]
     plan = plan_of(shapes, config, 2)
-    ignored = {p.spec.name for p in plan.placements if p.style == "ignore"}
+    ignored = {p.spec.name for p in plan.placements if p.style.name == "ignore"}
     expected = {**shapes, **SECOND_OF_TWO[family]}
     assert shapes_of(plan, 1) == {n: s for n, s in expected.items() if n not in ignored}
     assert ignored <= shapes_of(plan, 0).keys(), "rank 0 keeps what nothing loads"
@@ -118,8 +121,10 @@ def test_the_ranks_together_hold_every_divided_byte_once(family: str) -> None:
     config, shapes = FAMILIES[family]
     plan = plan_of(shapes, config, 2)
     for found in plan.placements:
-        sizes = [s.nbytes if (s := found.shard_spec(rank, 2)) else 0 for rank in range(2)]
-        copies = 1 if found.dim is not None or found.style == "ignore" else 2
+        sizes = [
+            s.nbytes if (s := found.shard_spec(Mesh(2).rank(rank))) else 0 for rank in range(2)
+        ]
+        copies = 1 if found.dim is not None or found.style.name == "ignore" else 2
         assert sum(sizes) == copies * found.spec.nbytes, found.spec.name
 
 
@@ -132,42 +137,57 @@ def test_gpt2_takes_the_same_heads_of_q_k_and_v() -> None:
     config, shapes = FAMILIES["gpt2"]
     c_attn = placement(plan_of(shapes, config, 2), "c_attn.weight")
     assert c_attn.dim == 1, "Conv1D is stored [in, out]"
-    assert c_attn.spans(0, 2) == ((0, 8), (12, 20), (24, 32))
-    assert c_attn.spans(1, 2) == ((8, 12), (20, 24), (32, 36))
+    assert c_attn.spans(Mesh(2).rank(0)) == ((0, 8), (12, 20), (24, 32))
+    assert c_attn.spans(Mesh(2).rank(1)) == ((8, 12), (20, 24), (32, 36))
 
 
 def test_a_row_parallel_bias_is_whole_on_every_rank() -> None:
     bias = placement(plan_of(llama(), llama_config(), 4), "o_proj.bias")
-    assert (bias.style, bias.dim) == ("row", None)
-    assert bias.shard_spec(3, 4) == bias.spec
+    assert (bias.style.name, bias.dim) == ("row", None)
+    assert bias.shard_spec(Mesh(4).rank(3)) == bias.spec
 
 
 def test_nine_heads_over_two_ranks_are_five_and_four() -> None:
     plan = plan_of(llama(9, 3, 2), llama_config(9, 3), 2)
-    queries = [placement(plan, "q_proj.weight").shard_spec(rank, 2) for rank in range(2)]
+    queries = [placement(plan, "q_proj.weight").shard_spec(Mesh(2).rank(rank)) for rank in range(2)]
     assert [shard.shape for shard in queries if shard] == [(10, 18), (8, 18)]
     # Of three kv heads shared by three each: 0 0 0 1 1 and 1 2 2 2, one copy for each query head.
-    assert placement(plan, "k_proj.weight").spans(1, 2) == ((2, 6), (4, 6), (4, 6))
+    assert placement(plan, "k_proj.weight").spans(Mesh(2).rank(1)) == ((2, 6), (4, 6), (4, 6))
 
 
 def test_kv_heads_are_replicated_when_tp_exceeds_them() -> None:
     plan = plan_of(llama(8, 2), llama_config(8, 2), 4)
     keys = placement(plan, "k_proj.weight")
-    assert [keys.spans(rank, 4) for rank in range(4)] == [
+    assert [keys.spans(Mesh(4).rank(rank)) for rank in range(4)] == [
         ((0, 4),),
         ((0, 4),),
         ((4, 8),),
         ((4, 8),),
     ]
-    assert [plan.count_local_units("kv_heads", rank) for rank in range(4)] == [1, 1, 1, 1]
-    assert [plan.count_local_units("heads", rank) for rank in range(4)] == [2, 2, 2, 2]
+    assert [plan.count_local_units("kv_heads", plan.mesh.rank(rank)) for rank in range(4)] == [
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert [plan.count_local_units("heads", plan.mesh.rank(rank)) for rank in range(4)] == [
+        2,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_kv_heads_are_expanded_where_ranks_would_use_them_unevenly() -> None:
     plan = plan_of(llama(14, 2), llama_config(14, 2), 4)
-    keys = [placement(plan, "k_proj.weight").shard_spec(rank, 4) for rank in range(4)]
+    keys = [placement(plan, "k_proj.weight").shard_spec(Mesh(4).rank(rank)) for rank in range(4)]
     assert [key.shape[0] // 4 for key in keys if key] == [4, 4, 3, 3]
-    assert [plan.count_local_units("kv_heads", rank) for rank in range(4)] == [4, 4, 3, 3]
+    assert [plan.count_local_units("kv_heads", plan.mesh.rank(rank)) for rank in range(4)] == [
+        4,
+        4,
+        3,
+        3,
+    ]
 
 
 def test_odd_vocabularies_and_mlps_are_divided_without_padding() -> None:
@@ -277,4 +297,4 @@ def test_the_same_layout_over_another_size_needs_no_recipe() -> None:
 
 def test_a_unit_without_a_count_has_no_local_count() -> None:
     with pytest.raises(LayoutError, match="unit 'vocab' has no count"):
-        plan_of(llama(), llama_config(), 2).count_local_units("vocab", 0)
+        plan_of(llama(), llama_config(), 2).count_local_units("vocab", Mesh(2).rank(0))

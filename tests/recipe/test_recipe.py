@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.errors import RecipeError
+from shardkit.layout import STYLES
 from shardkit.layout.axis import Term
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
@@ -152,11 +153,13 @@ def test_an_unknown_model_type_is_refused_with_the_ways_out() -> None:
 
 def test_a_tensor_that_no_rule_names_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^model.extra.weight: no rule .* add a rule"):
-        recipe(Rule("model.norm", "replicate")).rule_for("model.extra.weight")
+        recipe(Rule("model.norm", STYLES["replicate"])).rule_for("model.extra.weight")
 
 
 def test_a_tensor_that_two_rules_name_is_refused_with_both() -> None:
-    both = recipe(Rule("model.*.norm", "replicate"), Rule("model.{0,1}.norm", "ignore"))
+    both = recipe(
+        Rule("model.*.norm", STYLES["replicate"]), Rule("model.{0,1}.norm", STYLES["ignore"])
+    )
     with pytest.raises(
         RecipeError, match=r"^model.0.norm.weight: 2 rules .*'model.\*.norm' and 'model.\{0,1\}"
     ):

@@ -10,6 +10,8 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
+from shardkit.layout.style import RECURRENT
+from shardkit.planning import Mesh
 from shardkit.planning.placement import Placement
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.lstm import ParallelLSTM, make_parallel_lstm
@@ -48,7 +50,7 @@ def groups(tp_size: int) -> list[ThreadGroup]:
 
 def placed(whole: nn.LSTM, sections: tuple[Section, ...]) -> dict[str, Placement]:
     return {
-        name: Placement(TensorSpec(name, "F64", tuple(p.shape)), "column", 0, sections)
+        name: Placement(TensorSpec(name, "F64", tuple(p.shape)), RECURRENT, 0, sections)
         for name, p in whole.named_parameters()
     }
 
@@ -62,7 +64,7 @@ def part(whole: nn.LSTM, group: TensorParallelGroup) -> ParallelLSTM:
     placements = placed(whole, (Section(whole.hidden_size, 1, repeat=4),))
     make_parallel_lstm(local, "lstm", placements, group)
     for name, parameter in whole.named_parameters():
-        held = placements[name].spans(group.tp_rank, group.tp_size)
+        held = placements[name].spans(Mesh(group.tp_size).rank(group.tp_rank))
         rows = torch.cat([parameter[start:stop] for start, stop in held])
         local._parameters[name] = nn.Parameter(rows)
     assert isinstance(local, ParallelLSTM)

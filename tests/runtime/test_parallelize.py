@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from shardkit.errors import ManifestError
+from shardkit.layout import STYLES
 from shardkit.layout.spans import Section
+from shardkit.planning import Mesh
 from shardkit.planning.placement import Placement, Plan
 from shardkit.recipe.recipe import ModuleAttribute
 from shardkit.runtime.parallelize import _set_attribute, keep_local_units
@@ -14,7 +16,7 @@ from shardkit.tensor import TensorSpec
 # Six heads of width 4, and one group of 3 that all of them share: ranks hold 12 + 3 each.
 SECTIONS = (Section(6, 4), Section(1, 3, shared_by=6))
 SPEC = TensorSpec("layers.0.mixer.conv1d.weight", "F32", (27, 1, 4))
-PLACED = {SPEC.name: Placement(SPEC, "column", 0, SECTIONS)}
+PLACED = {SPEC.name: Placement(SPEC, STYLES["column"], 0, SECTIONS)}
 
 
 class Mixer(nn.Module):
@@ -29,19 +31,19 @@ def model_of(conv_dim: int = 27) -> nn.Module:
 
 
 def plan_of(*rules: ModuleAttribute) -> Plan:
-    return Plan(2, tuple(PLACED.values()), {}, rules)
+    return Plan(Mesh(2), tuple(PLACED.values()), {}, rules)
 
 
 def test_an_attribute_is_as_long_as_the_rank_s_part_of_its_tensor() -> None:
     rule, model = ModuleAttribute("layers.*.mixer", "conv_dim", "conv1d.weight"), model_of()
-    _set_attribute(model, rule, plan_of(rule), PLACED, 1)
+    _set_attribute(model, rule, plan_of(rule), PLACED, Mesh(2).rank(1))
     assert model.get_submodule("layers.0.mixer").conv_dim == 15
 
 
 def test_a_buffer_is_cut_as_its_tensor_is() -> None:
     rule, model = ModuleAttribute("layers.*.mixer", "scales", "conv1d.weight"), model_of()
-    _set_attribute(model, rule, plan_of(rule), PLACED, 1)
-    keep_local_units(model, plan_of(rule), PLACED, 1)
+    _set_attribute(model, rule, plan_of(rule), PLACED, Mesh(2).rank(1))
+    keep_local_units(model, plan_of(rule), PLACED, Mesh(2).rank(1))
     scales = model.get_submodule("layers.0.mixer").scales
     assert isinstance(scales, torch.Tensor)
     assert scales.tolist() == [[*range(12, 24), 24, 25, 26]]
@@ -50,11 +52,11 @@ def test_a_buffer_is_cut_as_its_tensor_is() -> None:
 @pytest.mark.parametrize(("length", "tensor"), [(26, "conv1d.weight"), (27, "conv2d.weight")])
 def test_an_attribute_of_another_length_is_refused(length: int, tensor: str) -> None:
     rule, model = ModuleAttribute("layers.*.mixer", "conv_dim", tensor), model_of(length)
-    with pytest.raises(ManifestError, match=rf"conv_dim: {length} is no length of a {tensor}"):
-        _set_attribute(model, rule, plan_of(rule), PLACED, 0)
+    with pytest.raises(ManifestError, match=rf"conv_dim: {length} is not a length of a {tensor}"):
+        _set_attribute(model, rule, plan_of(rule), PLACED, Mesh(2).rank(0))
 
 
 def test_a_module_without_the_tensor_keeps_its_attribute_where_it_may_lack_it() -> None:
     rule, model = ModuleAttribute("layers.*.mixer", "conv_dim?", "out_proj.weight"), model_of()
-    _set_attribute(model, rule, plan_of(rule), PLACED, 1)
+    _set_attribute(model, rule, plan_of(rule), PLACED, Mesh(2).rank(1))
     assert model.get_submodule("layers.0.mixer").conv_dim == 27

@@ -12,17 +12,18 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
+from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.loader import choose_dtype
-from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
+from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
 from tests.helpers.damage import Split, written
 from tests.helpers.split_helpers import split_folder
 from tests.helpers.synthetic_checkpoints import write_source
 
-ORDER = sorted(TORCH_DTYPES)
+ORDER = sorted(name for name, dtype in DTYPES.items() if dtype.torch_name)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,11 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_every_tensor_is_what_the_safetensors_library_reads(split: Split, verify: bool) -> None:
-    found = dict(read_tensors(split.folder, split.manifest, 0, names(split), verify))
+    found = dict(
+        read_tensors(
+            split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), verify
+        )
+    )
     assert found.keys() == set(names(split))
     with safe_open(split.path(0), "pt") as file:
         for name, tensor in found.items():
@@ -69,7 +74,11 @@ def test_every_tensor_is_what_the_safetensors_library_reads(split: Split, verify
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_what_was_read_does_not_change_with_the_file(split: Split, verify: bool) -> None:
-    found = dict(read_tensors(split.folder, split.manifest, 0, names(split), verify))
+    found = dict(
+        read_tensors(
+            split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), verify
+        )
+    )
     before = {name: raw(tensor) for name, tensor in found.items()}
     split.path(0).write_bytes(bytes(len(split.sound[0])))
     os.truncate(split.path(0), 0)
@@ -80,7 +89,9 @@ def test_what_was_read_does_not_change_with_the_file(split: Split, verify: bool)
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(
     split: Split, verify: bool
 ) -> None:
-    reading = read_tensors(split.folder, split.manifest, 0, names(split), verify)
+    reading = read_tensors(
+        split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), verify
+    )
     first, _ = next(reading)
     os.truncate(split.path(0), split.headers[0])
     with pytest.raises(ManifestError, match="became shorter") as caught:
@@ -90,7 +101,9 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(
 
 
 def test_a_file_changed_while_it_is_read_is_found(split: Split) -> None:
-    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    reading = read_tensors(
+        split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), True
+    )
     next(reading)
     at, byte = split.flipped(0, 8 * len(split.sound[0]) - 1)
     with written(split.path(0), at, byte), pytest.raises(VerifyError) as caught:
@@ -99,7 +112,9 @@ def test_a_file_changed_while_it_is_read_is_found(split: Split) -> None:
 
 
 def test_a_file_exchanged_while_it_is_read_is_not_looked_at(split: Split) -> None:
-    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    reading = read_tensors(
+        split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), True
+    )
     next(reading)
     (split.folder / "other").write_bytes(bytes(len(split.sound[0])))
     (split.folder / "other").rename(split.path(0))
@@ -111,7 +126,9 @@ def test_no_file_is_mapped_and_none_left_open(split: Split) -> None:
         links = Path("/proc/self/fd").iterdir()
         return [str(link) for link in links if os.path.realpath(link) == str(split.path(0))]
 
-    reading = read_tensors(split.folder, split.manifest, 0, names(split), True)
+    reading = read_tensors(
+        split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), True
+    )
     next(reading)
     assert len(held()) == 1
     assert split.path(0).name not in Path("/proc/self/maps").read_text()
@@ -124,11 +141,33 @@ def test_what_is_not_loaded_is_hashed_all_the_same(split: Split) -> None:
     at, byte = split.flipped(0, 8 * split.headers[0])
     wanted = names(split)[-1:]
     for verify in (False, True):
-        assert len(list(read_tensors(split.folder, split.manifest, 0, wanted, verify))) == 1
+        assert (
+            len(
+                list(
+                    read_tensors(
+                        split.folder, split.manifest, split.manifest.mesh.rank(0), wanted, verify
+                    )
+                )
+            )
+            == 1
+        )
     with written(split.path(0), at, byte):
-        assert len(list(read_tensors(split.folder, split.manifest, 0, wanted, False))) == 1
+        assert (
+            len(
+                list(
+                    read_tensors(
+                        split.folder, split.manifest, split.manifest.mesh.rank(0), wanted, False
+                    )
+                )
+            )
+            == 1
+        )
         with pytest.raises(VerifyError) as caught:
-            list(read_tensors(split.folder, split.manifest, 0, wanted, True))
+            list(
+                read_tensors(
+                    split.folder, split.manifest, split.manifest.mesh.rank(0), wanted, True
+                )
+            )
     assert split.named(0, at) in str(caught.value)
 
 
@@ -138,7 +177,7 @@ def test_a_wrong_sum_that_no_tensors_mark_shows_is_found(split: Split) -> None:
     digest = replace(rank.digest, sha256=rank.digest.sha256[:16] + tail)
     manifest = replace(split.manifest, ranks=(replace(rank, digest=digest),))
     with pytest.raises(VerifyError, match="is not the manifest's"):
-        list(read_tensors(split.folder, manifest, 0, names(split), True))
+        list(read_tensors(split.folder, manifest, manifest.mesh.rank(0), names(split), True))
 
 
 def test_a_model_computes_in_the_dtype_of_its_weights_not_of_its_tables(split: Split) -> None:

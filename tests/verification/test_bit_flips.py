@@ -47,7 +47,7 @@ def names_of(split: Split, tp_rank: int) -> set[str]:
 def check_data(split: Split, tp_rank: int, at: int, thorough: bool) -> None:
     """Verify names the damage that is in a rank's file from byte `at` on."""
     with pytest.raises((VerifyError, ManifestError)) as caught:
-        check_rank(split.folder, split.manifest, tp_rank, quiet)
+        check_rank(split.folder, split.manifest, split.manifest.mesh.rank(tp_rank), quiet)
     expected = f"{split.path(tp_rank)}: "
     assert expected in str(caught.value)
     assert split.named(tp_rank, at) in str(caught.value)
@@ -57,7 +57,11 @@ def check_data(split: Split, tp_rank: int, at: int, thorough: bool) -> None:
     assert (found.verdict, found.faults) == ("failed", (str(caught.value),))
     with pytest.raises((VerifyError, ManifestError)) as loading:
         for _ in read_tensors(
-            split.folder, split.manifest, tp_rank, names_of(split, tp_rank), True
+            split.folder,
+            split.manifest,
+            split.manifest.mesh.rank(tp_rank),
+            names_of(split, tp_rank),
+            True,
         ):
             pass
     assert str(loading.value) == str(caught.value)
@@ -67,7 +71,7 @@ def check_header_bits(split: Split, tp_rank: int, bits: Iterable[int]) -> None:
     for bit in bits:
         at, byte = split.flipped(tp_rank, bit)
         with written(split.path(tp_rank), at, byte), pytest.raises(ManifestError) as caught:
-            os.close(open_shard(split.folder, split.manifest, tp_rank))
+            os.close(open_shard(split.folder, split.manifest, split.manifest.mesh.rank(tp_rank)))
         assert str(split.path(tp_rank)) in str(caught.value)
         assert split.named(tp_rank, at) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -102,7 +106,9 @@ def test_a_sound_split_passes_and_every_tensor_is_read(small: Split, large: Spli
         assert check_files(split.folder, quiet).verdict == "passed"
         for tp_rank in range(split.manifest.tp_size):
             names = names_of(split, tp_rank)
-            found = read_tensors(split.folder, split.manifest, tp_rank, names, True)
+            found = read_tensors(
+                split.folder, split.manifest, split.manifest.mesh.rank(tp_rank), names, True
+            )
             assert {name for name, _ in found} == names
 
 

@@ -39,7 +39,7 @@ def check_length(split: Split, length: int, thorough: bool = False) -> None:
     path = split.path(0)
     os.truncate(path, length)
     with pytest.raises(ManifestError) as caught:
-        os.close(open_shard(split.folder, split.manifest, 0))
+        os.close(open_shard(split.folder, split.manifest, split.manifest.mesh.rank(0)))
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert ("extended" if length > len(split.sound[0]) else "truncated") in text
@@ -50,7 +50,15 @@ def check_length(split: Split, length: int, thorough: bool = False) -> None:
         assert (found.verdict, found.faults) == ("failed", (text,))
     for verify in (False, True):
         with pytest.raises(ManifestError, match=WORDS):
-            next(read_tensors(split.folder, split.manifest, 0, ["model.norm.weight"], verify))
+            next(
+                read_tensors(
+                    split.folder,
+                    split.manifest,
+                    split.manifest.mesh.rank(0),
+                    ["model.norm.weight"],
+                    verify,
+                )
+            )
     with pytest.raises(ManifestError, match=WORDS):
         open_rank_shard(split.folder, 0, 1)
     with pytest.raises(ManifestError, match=WORDS):

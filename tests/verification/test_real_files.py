@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardkit.convert.shard_writer import merge_shards
+from shardkit.convert import merge_shards
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification.models import LocalRanks

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from shardkit import strict_json
-from shardkit.tensor import DTYPE_BITS
+from shardkit.dtypes import DTYPES
 
 Change = Callable[[list[bytes], Random], None]
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|[A-Za-z_]+|\s+|.', re.DOTALL)
@@ -33,7 +33,7 @@ WORDS = [
 ]  # fmt: skip
 HEADER_WORDS = [
     *WORDS, b'"__metadata__"', b'"dtype"', b'"shape"', b'"data_offsets"',
-    *(b'"%s"' % name.encode() for name in DTYPE_BITS),
+    *(b'"%s"' % name.encode() for name in DTYPES),
 ]  # fmt: skip
 LETTERS = [b"a", b"b", b"0", b"2", b"F", b"", b"aa", b".", b"\xc3\xa9", b"\xf0\x9f\x98\x80", b"\\/"]
 NAMES = ["a", "b", "w.weight", "é", "😀", "a b", "\u202e", "\x7f", "x" * 70, "", "__metadata__"]
@@ -111,7 +111,7 @@ def laid_out(text: bytes) -> bytes:
 def _nbytes(dtype: str, shape: list[int], **_: object) -> int:
     if not all(type(size) is int and abs(size) < 1 << 64 for size in shape):
         raise ValueError("no shape")
-    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+    return math.prod(shape) * DTYPES[dtype].bits // 8
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -129,9 +129,9 @@ def fresh_header(rng: Random) -> bytes:
     table: dict[str, object] = {}
     at = 0
     for _ in range(int(rng.random() * 5)):
-        dtype = rng.choice(tuple(DTYPE_BITS))
+        dtype = rng.choice(tuple(DTYPES))
         shape = _huge_but_empty(rng) if rng.random() < 0.1 else _small(rng)
-        bits = DTYPE_BITS[dtype]
+        bits = DTYPES[dtype].bits
         for size in shape:
             bits *= size
         stop = at + bits // 8
