@@ -144,9 +144,10 @@ def held_units(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]
     if not section.shared_by:
         units = partition(section.units, tp_rank, tp_size)
         return (Span(units.start, units.stop),)
+    mode = kv_head_mode(section.units, section.shared_by, tp_size)
     group_size = section.group_size
     heads = partition(section.shared_by, tp_rank, tp_size)
-    if kv_head_mode(section.units, section.shared_by, tp_size) == "expand":
+    if mode == "expand":
         return coalesce(Span(head // group_size, head // group_size + 1) for head in heads)
     return (Span(heads[0] // group_size, heads[-1] // group_size + 1),)
 
@@ -231,10 +232,11 @@ def _grouped_spans(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
 
     If units are expanded, each local head comes with a copy of its own.
     """
+    mode = kv_head_mode(section.units, section.shared_by, tp_size)
     size, group_size = section.size, section.group_size
     heads = partition(section.shared_by, tp_rank, tp_size)
-    expand = kv_head_mode(section.units, section.shared_by, tp_size) == "expand"
-    runs = [range(h, h + 1) for h in heads] if expand else _split_by_unit(heads, group_size)
+    is_expanded = mode == "expand"
+    runs = [range(h, h + 1) for h in heads] if is_expanded else _split_by_unit(heads, group_size)
     spans = []
     for run in runs:
         unit = run.start // group_size

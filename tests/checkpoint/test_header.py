@@ -72,7 +72,7 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n", ("LFS pointer",),
     ),
     "a pickle": (b"\x80\x02}q\x00X\x05\x00\x00\x00" + bytes(64), ("header of", "safetensors")),
-    "a zip, as torch.save writes": (b"PK\x03\x04" + bytes(200), ("no safetensors file",)),
+    "a zip, as torch.save writes": (b"PK\x03\x04" + bytes(200), ("not a safetensors file",)),
     "an HTML page": (b"<!DOCTYPE html><html>" + b" " * 90, ("header of", "safetensors")),
     "a list": (file_bytes("[]"), ("does not start with '{'",)),
     "leading space": (_file(' {"a":@}'), ("does not start with '{'",)),

@@ -112,9 +112,9 @@ def file(out: Path) -> None:
 
 CHANGES: dict[Callable[[Path], None], str] = {
     foreign: "'notes.md' is in it", signed: "'model.sig' is in it",
-    inner: "'more' in it is no plain file", link: "in it is no plain file",
+    inner: "'more' in it is not a plain file", link: "in it is not a plain file",
     no_manifest: "no manifest.json", other_manifest: "manifest", empty: "no manifest.json",
-    linked: "is no folder", file: "is no folder",
+    linked: "is not a folder", file: "is not a folder",
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_a_merge_replaces_a_folder_of_its_own_files_only(
         with pytest.raises(OutputError, match=words):
             merge_folder(out, tmp_path / target, force=True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OutputError, match="no checkpoint that --force would replace"):
+    with pytest.raises(OutputError, match="not a checkpoint that --force may replace"):
         merge_folder(out, tmp_path / "empty", force=True)
     (tmp_path / "empty").rmdir()
     assert tree(tmp_path) == before
@@ -188,7 +188,7 @@ def test_where_two_folders_cannot_be_exchanged_nothing_is_replaced(
     monkeypatch.setattr(folders, "exchange_folders", no_exchange)
     told: list[int] = []
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="cannot exchange two folders in one step"):
+    with pytest.raises(OutputError, match="atomic rename-exchange"):
         split_folder(source, out, 2, progress=told.append, force=True)
     assert told == [], "refused before the copy"
     assert tree(tmp_path) == before

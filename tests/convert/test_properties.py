@@ -57,7 +57,7 @@ AXES: dict[str, Callable[[Any], int]] = {
 INSIDE = {4: [(2,), (6,)], 6: [(4,)]} | {bits: [(), (1,), (3,), (0,)] for bits in (8, 16, 32, 64)}
 ONCE = list(AXES)[:9]  # each index is held by one rank
 DIVIDED = ("column", "row", "norm", "gather")
-STYLES = (*DIVIDED, "column", "column", "vocab", "replicate", "ignore", "once")
+STYLES = (*DIVIDED, "column", "column", "vocab", "replicate", "ignore", "add_once")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Tensor:
     pattern: str
     style: str
     axis: str = ""
-    in_out: bool = False
+    fan_in_fan_out: bool = False
     dim: int | None = None
 
     def has_style(self, style: str) -> bool:
@@ -106,8 +106,8 @@ class Model:
         """Its recipe: a rule for each tensor."""
         words = {word for t in self.tensors for word in t.axis.replace("(", " ").split()}
         used = words | ({"heads"} if "kv" in words else set())
-        text = 'model_types = ["t"]\n' + self._list("in_out", lambda t: t.in_out)
-        for style in ("vocab", "replicate", "ignore", "once"):
+        text = 'model_types = ["t"]\n' + self._list("fan_in_fan_out", lambda t: t.fan_in_fan_out)
+        for style in ("vocab", "replicate", "ignore", "add_once"):
             text += self._list(style, partial(Tensor.has_style, style=style))
         for key, table in (("units", UNITS), ("counts", COUNTS)):
             text += f"[{key}]\n" + "".join(f"{k} = {v}\n" for k, v in table.items() if k in used)
@@ -139,7 +139,7 @@ def tensors(draw: st.DrawFn, at: int, counts: dict[str, int]) -> Tensor:
     style, dtype = draw(st.sampled_from(STYLES)), draw(st.sampled_from(list(DTYPES)))
     inside = draw(st.sampled_from(INSIDE[DTYPES[dtype].bits]))
     before = tuple(draw(st.lists(st.integers(0, 3), max_size=2)))
-    if style in ("replicate", "ignore", "once"):
+    if style in ("replicate", "ignore", "add_once"):
         return Tensor(TensorSpec(name, dtype, before + inside), pattern, style)
     if style == "vocab":
         return Tensor(TensorSpec(name, dtype, (draw(st.integers(1, 40)), *inside)), pattern, style)
@@ -150,10 +150,10 @@ def tensors(draw: st.DrawFn, at: int, counts: dict[str, int]) -> Tensor:
     stated = style != "norm" and draw(st.booleans())
     if style == "norm" and not inside:
         before = ()
-    in_out = not stated and bool(inside if style == "row" else before and not inside)
+    fan_in_fan_out = not stated and bool(inside if style == "row" else before and not inside)
     spec = TensorSpec(name, dtype, (*before, length, *inside))
     dim = len(before) if stated else None
-    return Tensor(spec, pattern, style, axis, in_out and style != "norm", dim)
+    return Tensor(spec, pattern, style, axis, fan_in_fan_out and style != "norm", dim)
 
 
 @st.composite
@@ -175,8 +175,8 @@ def scratch(block: int) -> Iterator[Path]:
     """A folder in memory where there is one, and buffers of `block` bytes in place of megabytes."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=memory) as folder:
-        patch.setattr(stream, "BLOCK", block)
-        patch.setattr(integrity, "BLOCK", block)
+        patch.setattr(stream, "BUFFER_BYTES", block)
+        patch.setattr(integrity, "READ_BYTES", block)
         yield Path(folder)
 
 

@@ -81,7 +81,7 @@ def test_a_complex_number_counts_by_its_parts() -> None:
 def test_values_at_the_seams_of_blocks_are_counted(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nonfinite, "BLOCK", 64)
+    monkeypatch.setattr(nonfinite, "BLOCK_BYTES", 64)
     data = random.Random(3).randbytes(64 * 50 + 32)
     assert count_nonfinite(memoryview(data), dtype) == by_torch(data, TORCH_DTYPES[dtype]) > 0
 
@@ -150,10 +150,9 @@ def test_a_resumed_split_counts_what_was_written_before(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_finite_source_is_noted_as_before(tmp_path: Path) -> None:
+def test_a_finite_source_has_no_counts(tmp_path: Path) -> None:
     source = spoiled(tmp_path / "source", {NORM: [1.0]}, "BF16")
-    assert split_folder(source, tmp_path / "out", 2, finite=True).nonfinite == {}
-    assert b"nonfinite" not in (tmp_path / "out" / "manifest.json").read_bytes()
+    assert split_folder(source, tmp_path / "out", 2, fail_on_nonfinite=True).nonfinite == {}
 
 
 def test_such_values_are_copied_and_told(source: Path, tmp_path: Path) -> None:

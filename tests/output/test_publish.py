@@ -90,9 +90,9 @@ def test_a_stage_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> N
 HOLD = """
 import sys, time
 from pathlib import Path
-from shardkit.output.publish import publishing
-from shardkit.output.destination import Target
-with publishing(Target(Path(sys.argv[1]))) as stage:
+from shardkit.output.publish import publish_folder
+from shardkit.output.destination import Destination
+with publish_folder(Destination(Path(sys.argv[1]))) as stage:
     stage.write("theirs", b"theirs")
     print("ready", flush=True)
     sys.stdin.read()

@@ -14,7 +14,7 @@ from shardkit.planning.costs import (
     generates_text,
 )
 from shardkit.planning.placement import Plan, make_plan
-from shardkit.planning.summary import summarize_plan
+from shardkit.planning.summary import collapse_names, summarize_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec

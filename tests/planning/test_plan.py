@@ -233,7 +233,7 @@ def test_a_tensor_no_rule_names_is_refused() -> None:
 
 
 def test_an_axis_that_does_not_fit_the_config_is_refused_with_the_tensor() -> None:
-    with pytest.raises(RecipeError, match=r"q_proj.weight: axis of 32 is no multiple of 7 = 7"):
+    with pytest.raises(RecipeError, match=r"q_proj.weight: axis of 32 is not a multiple of 7 = 7"):
         plan_of(llama(), llama_config(7, 7), 1)
 
 

@@ -19,11 +19,11 @@ FAULTS = {
     "misspelled-key": "unknown keys: replicat",
     "list-after-table": "units.ignore: a key of the recipe",
     "list-after-rules": "column.ignore must be a string",
-    "undeclared-unit": "column.model.up_proj: ffn is no unit",
+    "undeclared-unit": "column.model.up_proj: ffn is not a unit",
     "unused-unit": "units.experts: no rule uses it",
     "duplicate-pattern": "more than one rule for model.norm",
-    "in-out-without-rule": "in_out names no column or row rule: model.norm",
-    "in-out-vocab": "in_out names no column or row rule: model.embed",
+    "in-out-without-rule": "fan_in_fan_out names no column or row rule: model.norm",
+    "in-out-vocab": "fan_in_fan_out names no column or row rule: model.embed",
     "shared-row": "row.model.o_proj: kv_heads may be held by several ranks",
     "whole-row": "row.model.o_proj: a section without a unit may be held by several ranks",
     "model-types-string": "model_types must be a list of names, not 'sample'",
@@ -34,15 +34,15 @@ FAULTS = {
     "unit-unknown-key": "units.kv_heads: unknown keys: shares_with",
     "unit-vocab": "units.vocab: a key of the recipe",
     "unit-name": "units.Heads: not a name",
-    "shared-by-nothing": "units.kv_heads.shared_by: 'heads' is no unit",
+    "shared-by-nothing": "units.kv_heads.shared_by: 'heads' is not a unit",
     "shared-by-itself": "units.kv_heads: only a unit with a count",
     "shared-by-countless": "units.kv_heads: only a unit with a count",
-    "local-no-unit": "local.self_attn.num_key_value_groups: 'heads/'",
-    "local-empty": "local.self_attn: is empty",
-    "local-list": "local.ignore must be a table",
-    "argument-keys": "arguments.self_attn.alibi: must be",
-    "argument-dim": "arguments.self_attn.alibi: dim is -1",
-    "argument-axis": "arguments.self_attn.alibi: 'heads *' is no unit",
+    "local-no-unit": "module_attributes.self_attn.num_key_value_groups: 'heads/'",
+    "local-empty": "module_attributes.self_attn: is empty",
+    "local-list": "module_attributes.ignore must be a table",
+    "argument-keys": "forward_arguments.self_attn.alibi: must be",
+    "argument-dim": "forward_arguments.self_attn.alibi: dim is -1",
+    "argument-axis": "forward_arguments.self_attn.alibi: 'heads *' is not a unit",
     "pattern-braces": "replicate: 'model.{input,output_norm'",
     "not-toml": "line 2",
 }
@@ -202,7 +202,7 @@ def test_a_module_pattern_names_the_module_wherever_it_is_nested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("style", "in_out", "dims"),
+    ("style", "fan_in_fan_out", "dims"),
     [
         ("column", False, [None, 0, 0, 1]),
         ("column", True, [None, 0, 1, 2]),
@@ -214,8 +214,8 @@ def test_a_module_pattern_names_the_module_wherever_it_is_nested() -> None:
     ],
 )
 def test_the_divided_dimension_follows_from_style_and_rank(
-    style: str, in_out: bool, dims: list[int | None]
+    style: str, fan_in_fan_out: bool, dims: list[int | None]
 ) -> None:
     terms = () if style in ("replicate", "ignore") else (Term((), "heads"),)
-    rule = Rule("any", style, terms, in_out)  # type: ignore[arg-type]
+    rule = Rule("any", STYLES[style], terms, fan_in_fan_out)
     assert [rule.dim(ndim) for ndim in range(4)] == dims
