@@ -8,7 +8,12 @@ from pathlib import Path
 
 from shardkit.authoring.masked_sum import WEIGHTS, misses
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert import merge_shards, split_checkpoint
+from shardkit.convert import (
+    merge_destination,
+    merge_shards,
+    shard_destination,
+    split_checkpoint,
+)
 from shardkit.errors import ShardkitError
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.planning.summary import summarize_plan
@@ -83,7 +88,9 @@ class _Trial:
     @cached_property
     def manifest(self) -> Manifest:
         with Checkpoint(self.source) as checkpoint:
-            return split_checkpoint(checkpoint, self.plan, self.recipe, self.scratch / "shards")
+            return split_checkpoint(
+                checkpoint, self.plan, self.recipe, shard_destination(self.scratch / "shards")
+            )
 
     @property
     def rules(self) -> dict[str, frozenset[str]]:
@@ -114,7 +121,7 @@ class _Trial:
         """A merge gives back the source's file, bit for bit."""
         assert self.manifest
         with ShardedCheckpoint(self.scratch / "shards") as shards:
-            merge_shards(shards, self.scratch / "merged")
+            merge_shards(shards, merge_destination(shards.manifest, self.scratch / "merged"))
         same = (self.scratch / "merged" / WEIGHTS).read_bytes() == self._whole
         fault = "" if same else "the merged file is not the source's"
         return _check("merge", "bit for bit the source's", fault)

@@ -39,39 +39,30 @@ def demo(keep: Path | None, tp_size: int) -> None:
     quiet_transformers()
     with _open_workplace(keep) as work:
         encoder, decoder = find_encoder(), make_decoder(work / "seeded")
-        for number, (source, name, what) in enumerate(
-            [
-                (encoder, "minilm", "a trained encoder of 6 layers"),
-                (decoder, "decoder", "a decoder of 4 layers, its weights made from a seed"),
-            ]
-        ):
-            out = work / f"{name}-tp{tp_size}"
-            print_line()
-            print_line(f"=== {number + 1}. {name}: {what}")
-            run_step(["plan", str(source), "--tp", str(tp_size)])
-            run_step(["split", str(source), str(out), "--tp", str(tp_size)])
-            run_step(["verify", str(out), "--against", str(source)])
-        run_step(
-            ["generate", str(work / f"decoder-tp{tp_size}"), "1 5 9 2 6", "--max-new-tokens", "12"]
-        )
+        print_line("=== 1. minilm: a trained encoder of 6 layers")
+        _split_and_verify(encoder, work / f"minilm-tp{tp_size}", tp_size)
+        print_line("=== 2. decoder: a decoder of 4 layers, its weights made from a seed")
+        shards, merged = work / f"decoder-tp{tp_size}", work / "merged"
+        _split_and_verify(decoder, shards, tp_size)
+        run_step(["generate", str(shards), "1 5 9 2 6", "--max-new-tokens", "12"])
         _print_similarities(work / f"minilm-tp{tp_size}")
-        run_step(["merge", str(work / f"decoder-tp{tp_size}"), str(work / "merged")])
-        same = _have_same_bytes(
-            decoder / "model.safetensors", work / "merged" / "model.safetensors"
-        )
-        print_line(
-            f"The merged file is {'byte for byte the source' if same else 'NOT the source'}."
-        )
-        print_line()
-        print_line(
-            "Every step passed. For your own model, with the folder or Hub id in place of SOURCE:"
-        )
-        print_line(f"  shardkit plan SOURCE --tp {tp_size}")
-        print_line(f"  shardkit split SOURCE OUT --tp {tp_size}")
-        print_line("  shardkit verify OUT --against SOURCE")
-        print_line('  shardkit generate OUT "Once upon a time"')
-        if not same:
+        run_step(["merge", str(shards), str(merged)])
+        if not _have_same_bytes(decoder / "model.safetensors", merged / "model.safetensors"):
             raise CheckpointError("demo: the merged checkpoint differs from its source")
+    print_line("The merged file is byte for byte the source.")
+    print_line()
+    print_line("Every step passed. For your own model, with its folder or Hub id for SOURCE:")
+    print_line(f"  shardkit plan SOURCE --tp {tp_size}")
+    print_line(f"  shardkit split SOURCE OUT --tp {tp_size}")
+    print_line("  shardkit verify OUT --against SOURCE")
+    print_line('  shardkit generate OUT "Once upon a time"')
+
+
+def _split_and_verify(source: Path, out: Path, tp_size: int) -> None:
+    run_step(["plan", str(source), "--tp", str(tp_size)])
+    run_step(["split", str(source), str(out), "--tp", str(tp_size)])
+    run_step(["verify", str(out), "--against", str(source)])
+    print_line()
 
 
 def run_step(arguments: Sequence[str]) -> None:

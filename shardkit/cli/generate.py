@@ -1,7 +1,7 @@
 """`shardkit generate`: text from shards, as it comes."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from shardkit.cli.options import (
 from shardkit.cli.output import print_json, print_line
 from shardkit.errors import ManifestError
 from shardkit.timeouts import Timeouts
+
+if TYPE_CHECKING:
+    from shardkit.runtime import Engine
 
 
 @click.command()
@@ -78,20 +81,24 @@ def generate(
         options["temperature"] = temperature
     tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
     torch_dtype = getattr(torch, dtype) if dtype else None
-    engine = runtime.launch(
+    with runtime.launch(
         shards, device=device, dtype=torch_dtype, timeouts=timeouts, verify=verify
-    )
-    with engine:
+    ) as engine:
         if as_json:
-            ids = engine.generate(tokens, seed, **options)[0].tolist()
-            text = (
-                engine.tokenizer.decode(ids, skip_special_tokens=True) if tokens is prompt else ""
-            )
-            print_json({"ids": ids, "text": text})
+            _print_ids(engine, tokens, seed, options)
             return
         for part in engine.stream(tokens, seed, **options):
             click.echo(part if isinstance(part, str) else f"{part} ", nl=False)
     print_line()
+
+
+def _print_ids(
+    engine: "Engine", tokens: str | list[int], seed: int | None, options: dict[str, Any]
+) -> None:
+    ids = engine.generate(tokens, seed, **options)[0].tolist()
+    is_text = isinstance(tokens, str)
+    text = engine.tokenizer.decode(ids, skip_special_tokens=True) if is_text else ""
+    print_json({"ids": ids, "text": text})
 
 
 def parse_token_ids(prompt: str) -> list[int]:

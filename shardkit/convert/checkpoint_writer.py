@@ -13,7 +13,7 @@ from shardkit.convert.steps import (
     write_companions,
 )
 from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
-from shardkit.output import OutputFile, TensorCopy, count_file_bytes, identify_run
+from shardkit.output import Destination, OutputFile, TensorCopy, count_file_bytes, identify_run
 from shardkit.planning import Mesh, summarize_plan
 from shardkit.shards import Manifest, ShardedCheckpoint, check_ranks, hash_manifest
 
@@ -63,22 +63,17 @@ def merge(
     with ShardedCheckpoint(Path(shards)) as opened:
         summary = summarize_plan(opened.manifest.plan)
         advance = track_progress(sum(summary.stored_bytes) + summary.total_bytes, progress)
-        merge_shards(opened, Path(out), advance, force=force, resume=resume)
+        destination = merge_destination(opened.manifest, Path(out), force, resume)
+        merge_shards(opened, destination, advance)
         names = tuple(file.name for file in opened.manifest.source.files)
     return MergeResult(Path(out), names, summary.total_bytes)
 
 
 def merge_shards(
-    shards: ShardedCheckpoint,
-    out: Path,
-    progress: Progress = ignore_progress,
-    *,
-    force: bool = False,
-    resume: bool = False,
+    shards: ShardedCheckpoint, destination: Destination, progress: Progress = ignore_progress
 ) -> None:
     """As `merge`, of an open shard folder."""
     manifest, index = shards.manifest, shards.manifest.source.index
-    destination = merge_destination(manifest, out, force, resume)
     destination.check()
     check_ranks(shards, progress)
     files = _plan_source_files(manifest)

@@ -14,13 +14,13 @@ from shardkit.strict_json import quote
 CONFIG = "config.json"
 
 
-def shard_destination(out: Path, force: bool, resume: bool = False) -> Destination:
+def shard_destination(out: Path, force: bool = False, resume: bool = False) -> Destination:
     """Where a split or a reshard goes."""
     return Destination(out, check_shards if force else None, resume)
 
 
 def merge_destination(
-    manifest: Manifest, out: Path, force: bool, resume: bool = False
+    manifest: Manifest, out: Path, force: bool = False, resume: bool = False
 ) -> Destination:
     """Where a merge goes."""
     source = manifest.source

@@ -20,6 +20,7 @@ from shardkit.convert.steps import (
 from shardkit.errors import CheckpointError
 from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
 from shardkit.output import (
+    Destination,
     FileWriter,
     OutputFile,
     StagingFolder,
@@ -81,16 +82,15 @@ def split(
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
 ) -> SplitResult:
-    """Cut a checkpoint into one file per rank, in constant memory.
+    """Split a checkpoint into one file per rank, in constant memory.
 
     Args:
         source: A folder of safetensors files with its config.json, or a Hub id.
         out: The new shard folder. It appears complete or not at all.
         tp_size: The number of ranks.
-        recipe: The name of a bundled recipe, the path of a file ending in `.toml`, or a recipe;
-            by default the one for the config's model_type.
+        recipe: A recipe, or the name or file of one, instead of the one for the model_type.
         revision: A branch, tag or commit of a Hub repository.
-        allow_pickle: Whether pickled `.bin` weights may be converted if there are no safetensors.
+        allow_pickle: Whether to convert pickled `.bin` weights if there are no others.
         force: Whether to replace a shard folder that is there, in one step.
         resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
         fail_on_nonfinite: Whether to refuse weights of which a value is NaN or infinite.
@@ -98,40 +98,23 @@ def split(
         progress: Called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: If the source is missing, damaged or not to be trusted.
-        RecipeError: If no recipe fits, or a tensor has no rule.
-        LayoutError: If the checkpoint cannot be divided over so many ranks.
-        OutputError: If the output exists, cannot be written, or has no room.
-        SourceChanged: If the source was written to meanwhile.
+        ShardkitError: A CheckpointError, RecipeError, LayoutError, OutputError or SourceChanged.
 
     Example:
-        >>> result = split("models/llama", "llama-tp4", tp_size=4)  # doctest: +SKIP
+        >>> split("models/llama", "llama-tp4", tp_size=4).plan.max_tp_size  # doctest: +SKIP
     """
-    out = Path(out)
-    shard_destination(out, force, resume).check()
+    destination = shard_destination(Path(out), force, resume)
+    destination.check()
     with open_source(source, revision, allow_pickle) as checkpoint:
         used, plan = plan_for(checkpoint, tp_size, recipe)
-        makes_text = generates_text(plan, checkpoint.config)
+        result = _describe_result(checkpoint, plan, destination.out)
         nbytes = sum(summarize_plan(plan).stored_bytes)
         if dry_run:
-            needed = nbytes + checkpoint.count_companion_bytes()
-            shard_destination(out, force, resume).check_space(needed)
-            return SplitResult(out, plan, None, checkpoint.warnings, makes_text)
+            destination.check_space(nbytes + checkpoint.count_companion_bytes())
+            return result
         advance = track_progress(checkpoint.download_bytes + nbytes, progress)
-        manifest = split_checkpoint(
-            checkpoint,
-            plan,
-            used,
-            out,
-            advance,
-            force=force,
-            resume=resume,
-            fail_on_nonfinite=fail_on_nonfinite,
-        )
-        warnings = [*checkpoint.warnings]
-    if manifest.nonfinite:
-        warnings.append(f"{describe_nonfinite(manifest.nonfinite)}; copied as they are")
-    return SplitResult(out, plan, manifest, tuple(warnings), makes_text)
+        manifest = split_checkpoint(checkpoint, plan, used, destination, advance, fail_on_nonfinite)
+    return _add_manifest(result, manifest)
 
 
 def reshard(
@@ -159,34 +142,30 @@ def reshard(
         LayoutError: If the checkpoint cannot be divided over so many ranks.
         OutputError: If the output exists, cannot be written, or has no room.
     """
-    out = Path(out)
     with ShardedCheckpoint(Path(shards)) as opened:
         old_plan = opened.manifest.plan
         new_plan = old_plan.with_tp_size(tp_size)
         makes_text = generates_text(old_plan, read_config(opened.folder))
         total = sum(summarize_plan(old_plan).stored_bytes)
         total += sum(summarize_plan(new_plan).stored_bytes)
+        destination = shard_destination(Path(out), force, resume)
         advance = track_progress(total, progress)
-        manifest = reshard_shards(opened, tp_size, out, advance, force=force, resume=resume)
-    return SplitResult(out, manifest.plan, manifest, (), makes_text)
+        manifest = reshard_shards(opened, tp_size, destination, advance)
+    return SplitResult(Path(out), manifest.plan, manifest, (), makes_text)
 
 
 def split_checkpoint(
     source: Checkpoint,
     plan: Plan,
     recipe: Recipe,
-    out: Path,
+    destination: Destination,
     progress: Progress = ignore_progress,
-    *,
-    force: bool = False,
-    resume: bool = False,
     fail_on_nonfinite: bool = False,
 ) -> Manifest:
     """As `split`, of an open checkpoint by a plan of it: one file per rank, the manifest last.
 
     Raises OutputError, SourceChanged or CheckpointError; then nothing is left behind.
     """
-    destination = shard_destination(out, force, resume)
     fingerprint = source.fingerprint()
     split_id = make_split_id(plan, fingerprint, recipe.sha256)
     record = SourceRecord(
@@ -206,17 +185,25 @@ def split_checkpoint(
         return _write_manifest(stage, draft, writers, companions)
 
 
+def _describe_result(source: Checkpoint, plan: Plan, out: Path) -> SplitResult:
+    """What is known of a split before anything is written."""
+    return SplitResult(out, plan, None, source.warnings, generates_text(plan, source.config))
+
+
+def _add_manifest(result: SplitResult, manifest: Manifest) -> SplitResult:
+    warnings = result.warnings
+    if manifest.nonfinite:
+        warnings = (*warnings, f"{describe_nonfinite(manifest.nonfinite)}; copied as they are")
+    return replace(result, manifest=manifest, warnings=warnings)
+
+
 def reshard_shards(
     shards: ShardedCheckpoint,
     tp_size: int,
-    out: Path,
+    destination: Destination,
     progress: Progress = ignore_progress,
-    *,
-    force: bool = False,
-    resume: bool = False,
 ) -> Manifest:
     """As `reshard`, of an open shard folder."""
-    destination = shard_destination(out, force, resume)
     destination.check()
     check_ranks(shards, progress)
     old = shards.manifest

@@ -41,8 +41,10 @@ KEYS = (
     " ranks companion_files sha256"
 )
 MESH_KEYS = "tp_size ep_size pp_size"
+DIGEST_KEYS = "size sha256"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
 ATTRIBUTE_KEYS = "module attribute unit per_unit"
+ARGUMENT_KEYS = "module argument dim unit outer"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -95,7 +97,7 @@ def make_split_id(plan: Plan, fingerprint: str, recipe_sha256: str) -> str:
     digests in the manifest are the proof.
     """
     layout = {p.spec.name: placement_to_json(p) for p in plan.placements}
-    value = [FORMAT, _mesh_to_json(plan.mesh), fingerprint, recipe_sha256, layout]
+    value = [FORMAT, _fields_to_json(plan.mesh, MESH_KEYS), fingerprint, recipe_sha256, layout]
     return hashlib.sha256(encode_canonical(value)).hexdigest()
 
 
@@ -106,7 +108,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, object]:
         "format": FORMAT,
         "shardkit": manifest.shardkit,
         "split_id": manifest.split_id,
-        "mesh": _mesh_to_json(manifest.mesh),
+        "mesh": _fields_to_json(manifest.mesh, MESH_KEYS),
         "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
         "source": _source_to_json(manifest.source),
         "units": {
@@ -114,23 +116,15 @@ def manifest_to_json(manifest: Manifest) -> dict[str, object]:
             for name, unit in plan.units.items()
         },
         "module_attributes": [
-            {key: getattr(rule, key) for key in ATTRIBUTE_KEYS.split()}
-            for rule in plan.module_attributes
+            _fields_to_json(rule, ATTRIBUTE_KEYS) for rule in plan.module_attributes
         ],
         "forward_arguments": [
-            {
-                "module": rule.module,
-                "argument": rule.argument,
-                "dim": rule.dim,
-                "unit": rule.unit,
-                "outer": rule.outer,
-            }
-            for rule in plan.forward_arguments
+            _fields_to_json(rule, ARGUMENT_KEYS) for rule in plan.forward_arguments
         ],
         "tensors": {name: placement_to_json(p) for name, p in manifest.placements.items()},
         "ranks": [_rank_to_json(rank_file) for rank_file in manifest.ranks],
         "companion_files": {
-            name: {"size": digest.size, "sha256": digest.sha256}
+            name: _fields_to_json(digest, DIGEST_KEYS)
             for name, digest in manifest.companion_files.items()
         },
     }
@@ -143,22 +137,19 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
         "shape": list(placement.spec.shape),
         "style": placement.style.name,
         "dim": -1 if placement.dim is None else placement.dim,
-        "sections": [
-            {key: getattr(section, key) for key in SECTION_KEYS.split()}
-            for section in placement.sections
-        ],
+        "sections": [_fields_to_json(s, SECTION_KEYS) for s in placement.sections],
     }
 
 
-def _mesh_to_json(mesh: Mesh) -> dict[str, int]:
-    return {key: getattr(mesh, key) for key in MESH_KEYS.split()}
+def _fields_to_json(value: object, keys: str) -> dict[str, object]:
+    """The fields of a dataclass whose names are the keys of its JSON."""
+    return {key: getattr(value, key) for key in keys.split()}
 
 
 def _rank_to_json(rank_file: RankFile) -> dict[str, object]:
     return {
         "file": rank_file.name,
-        "size": rank_file.digest.size,
-        "sha256": rank_file.digest.sha256,
+        **_fields_to_json(rank_file.digest, DIGEST_KEYS),
         "pieces": {name: [p.offset, p.prefix_sha256] for name, p in rank_file.pieces.items()},
         "nonfinite": dict(rank_file.nonfinite),
     }
@@ -167,10 +158,7 @@ def _rank_to_json(rank_file: RankFile) -> dict[str, object]:
 def _source_to_json(source: SourceRecord) -> dict[str, object]:
     index = source.index
     return {
-        "id": source.id,
-        "revision": source.revision,
-        "model_type": source.model_type,
-        "fingerprint": source.fingerprint,
+        **_fields_to_json(source, "id revision model_type fingerprint"),
         "files": [
             {
                 "name": file.name,
@@ -288,7 +276,7 @@ def _parse_attribute(value: Any, where: str) -> ModuleAttribute:
 
 
 def _parse_argument(value: Any, where: str) -> ForwardArgument:
-    fields = JsonObject(value, where, "module argument dim unit outer")
+    fields = JsonObject(value, where, ARGUMENT_KEYS)
     dim, outer = fields.integer("dim", MAX_RANK), fields.boolean("outer")
     module, argument = fields.string("module"), fields.string("argument")
     return ForwardArgument(module, argument, dim, fields.string("unit"), outer)
@@ -312,5 +300,5 @@ def _parse_piece(value: Any, where: str) -> Piece:
 
 
 def _parse_digest(value: Any, name: str) -> Digest:
-    fields = JsonObject(value, name, "size sha256")
+    fields = JsonObject(value, name, DIGEST_KEYS)
     return Digest(fields.integer("size"), fields.hex("sha256"))

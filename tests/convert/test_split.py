@@ -15,7 +15,7 @@ import pytest
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import encode_header, read_header
-from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.dtypes import DTYPES
 from shardkit.errors import (
     LayoutError,
@@ -340,7 +340,7 @@ def test_each_source_byte_is_read_once_however_many_ranks_hold_it(
         sampled = source.read
         recipe = find_recipe({"model_type": "llama"})
         plan = make_plan(source.specs(), recipe, source.config, 4)
-        split_checkpoint(source, plan, recipe, tmp_path / "shards")
+        split_checkpoint(source, plan, recipe, shard_destination(tmp_path / "shards"))
         assert source.read - 2 * sampled == sum(spec.nbytes for spec in source.specs())
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
@@ -16,7 +16,7 @@ def cut(source: Path, out: Path, tp_size: int, recipe: Recipe | None = None) -> 
     with open_checkpoint(str(source)) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        return split_checkpoint(checkpoint, plan, recipe, out)
+        return split_checkpoint(checkpoint, plan, recipe, shard_destination(out))
 
 
 def altered(name: str, folder: Path, *changes: tuple[str, str]) -> Recipe:

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.header import read_header
-from shardkit.convert import merge_shards, reshard_shards, split_checkpoint
+from shardkit.convert import (
+    merge_destination,
+    merge_shards,
+    reshard_shards,
+    shard_destination,
+    split_checkpoint,
+)
 from shardkit.dtypes import DTYPES
 from shardkit.files import Progress, ignore_progress
 from shardkit.planning import Mesh
@@ -28,7 +34,9 @@ def split_folder(
     with Checkpoint(source) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        return split_checkpoint(checkpoint, plan, recipe, out, progress, **options)
+        finite = options.pop("fail_on_nonfinite", False)
+        destination = shard_destination(out, **options)
+        return split_checkpoint(checkpoint, plan, recipe, destination, progress, finite)
 
 
 def merge_folder(
@@ -36,7 +44,7 @@ def merge_folder(
 ) -> None:
     """Merge a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        merge_shards(opened, out, progress, **options)
+        merge_shards(opened, merge_destination(opened.manifest, out, **options), progress)
 
 
 def reshard_folder(
@@ -44,7 +52,7 @@ def reshard_folder(
 ) -> Manifest:
     """Reshard a shard folder."""
     with ShardedCheckpoint(shards) as opened:
-        return reshard_shards(opened, tp_size, out, progress, **options)
+        return reshard_shards(opened, tp_size, shard_destination(out, **options), progress)
 
 
 def shard_bytes(folder: Path, manifest: Manifest, tp_rank: int) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
@@ -32,7 +32,7 @@ def serve(pipe: Connection) -> None:
         with Checkpoint(source) as checkpoint:
             recipe = find_recipe(checkpoint.config)
             plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, RANKS)
-            split_checkpoint(checkpoint, plan, recipe, out, force=force)
+            split_checkpoint(checkpoint, plan, recipe, shard_destination(out, force))
         pipe.send("done")
 
 

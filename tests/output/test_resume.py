@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.convert.shard_writer import split_checkpoint
+from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.errors import OutputError, SourceChanged
 from shardkit.output import writer as file_sink
 from shardkit.output.destination import Destination
@@ -92,7 +92,7 @@ def resumed(source: Path, out: Path, tp_size: int = 2) -> int:
         sampled = checkpoint.read
         recipe = find_recipe(checkpoint.config)
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-        split_checkpoint(checkpoint, plan, recipe, out, resume=True)
+        split_checkpoint(checkpoint, plan, recipe, shard_destination(out, resume=True))
         return checkpoint.read - 2 * sampled
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardkit.convert import merge_shards
+from shardkit.convert import merge_destination, merge_shards
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification.models import LocalRanks
@@ -72,7 +72,7 @@ def test_it_is_split_run_and_merged_bit_for_bit(kind: str, ranks: Ranks, tmp_pat
     check = check_numerics(tmp_path / "shards", manifest, source, LocalRanks(ranks))
     assert check.verdict == "passed", check
     with ShardedCheckpoint(tmp_path / "shards") as shards:
-        merge_shards(shards, tmp_path / "merged")
+        merge_shards(shards, merge_destination(shards.manifest, tmp_path / "merged"))
     names = ["model.safetensors", "config.json"]
     for file in names:
         assert (tmp_path / "merged" / file).read_bytes() == (source / file).read_bytes()
