@@ -9,7 +9,7 @@ from shardkit.convert.steps import (
     copy_into,
     count_companion_bytes,
     open_output,
-    read_companions,
+    read_shard_companions,
     write_companions,
 )
 from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
@@ -80,7 +80,7 @@ def merge_shards(
     run = identify_run(manifest.split_id, hash_manifest(manifest), files)
     destination.check_space(count_file_bytes(files) + count_companion_bytes(manifest))
     with open_output(destination, run, files, progress) as (stage, writers):
-        write_companions(stage, read_companions(shards))
+        write_companions(stage, read_shard_companions(shards))
         copy_into(stage, files, writers, shards, _plan_source_copies(manifest), progress)
         if index:
             total = sum(placement.spec.nbytes for placement in manifest.plan.placements)

@@ -14,7 +14,7 @@ from shardkit.convert.steps import (
     copy_into,
     count_companion_bytes,
     open_output,
-    read_companions,
+    read_shard_companions,
     write_companions,
 )
 from shardkit.errors import CheckpointError
@@ -100,8 +100,7 @@ def split(
     Raises:
         ShardkitError: A CheckpointError, RecipeError, LayoutError, OutputError or SourceChanged.
 
-    Example:
-        >>> split("models/llama", "llama-tp4", tp_size=4).plan.max_tp_size  # doctest: +SKIP
+    Example: `shardkit.split("models/llama", "llama-tp4", tp_size=4).plan.max_tp_size`
     """
     destination = shard_destination(Path(out), force, resume)
     destination.check()
@@ -109,8 +108,8 @@ def split(
         used, plan = plan_for(checkpoint, tp_size, recipe)
         result = _describe_result(checkpoint, plan, destination.out)
         nbytes = sum(summarize_plan(plan).stored_bytes)
+        destination.check_space(nbytes + checkpoint.count_companion_bytes())
         if dry_run:
-            destination.check_space(nbytes + checkpoint.count_companion_bytes())
             return result
         advance = track_progress(checkpoint.download_bytes + nbytes, progress)
         manifest = split_checkpoint(checkpoint, plan, used, destination, advance, fail_on_nonfinite)
@@ -214,7 +213,7 @@ def reshard_shards(
     run = identify_run(split_id, hash_manifest(old), files)
     destination.check_space(count_file_bytes(files) + count_companion_bytes(old))
     with open_output(destination, run, files, progress) as (stage, writers):
-        companions = write_companions(stage, read_companions(shards))
+        companions = write_companions(stage, read_shard_companions(shards))
         copy_into(stage, files, writers, shards, _plan_rank_copies(draft), progress)
         return _write_manifest(stage, draft, writers, companions)
 

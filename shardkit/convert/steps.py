@@ -56,7 +56,7 @@ def write_companions(
     return digests
 
 
-def read_companions(shards: ShardedCheckpoint) -> Iterator[tuple[str, bytes]]:
+def read_shard_companions(shards: ShardedCheckpoint) -> Iterator[tuple[str, bytes]]:
     """The companion files of a shard folder, their digests checked. Raises ManifestError."""
     for name in shards.manifest.companion_files:
         yield name, read_companion(shards.folder, shards.manifest, name)

@@ -69,9 +69,8 @@ def parse_manifest(data: bytes) -> Manifest:
         raise JsonError(f"format {quote(version)}; this shardkit reads format {FORMAT}")
     manifest = _parse_manifest(JsonObject(value, "manifest", KEYS))
     check_manifest(manifest)
-    if manifest.split_id != make_split_id(
-        manifest.plan, manifest.source.fingerprint, manifest.recipe_sha256
-    ):
+    fingerprint, recipe_sha256 = manifest.source.fingerprint, manifest.recipe_sha256
+    if manifest.split_id != make_split_id(manifest.plan, fingerprint, recipe_sha256):
         raise JsonError("split_id is not that of this source, recipe and layout")
     if data != encode_manifest(manifest):
         raise JsonError("not in canonical form, or not of its own sha256: damaged, or changed")
@@ -91,11 +90,7 @@ def hash_manifest(manifest: Manifest) -> str:
 
 
 def make_split_id(plan: Plan, fingerprint: str, recipe_sha256: str) -> str:
-    """A name for a split that any other layout, mesh, recipe or source changes.
-
-    It is known before the first byte is copied, so it rests on a fingerprint of the source; the
-    digests in the manifest are the proof.
-    """
+    """A name for a split, known before it starts, that any other layout or source changes."""
     layout = {p.spec.name: placement_to_json(p) for p in plan.placements}
     value = [FORMAT, _fields_to_json(plan.mesh, MESH_KEYS), fingerprint, recipe_sha256, layout]
     return hashlib.sha256(encode_canonical(value)).hexdigest()
@@ -277,9 +272,9 @@ def _parse_attribute(value: Any, where: str) -> ModuleAttribute:
 
 def _parse_argument(value: Any, where: str) -> ForwardArgument:
     fields = JsonObject(value, where, ARGUMENT_KEYS)
+    module, argument, unit = map(fields.string, ("module", "argument", "unit"))
     dim, outer = fields.integer("dim", MAX_RANK), fields.boolean("outer")
-    module, argument = fields.string("module"), fields.string("argument")
-    return ForwardArgument(module, argument, dim, fields.string("unit"), outer)
+    return ForwardArgument(module, argument, dim, unit, outer)
 
 
 def _parse_rank(value: Any, where: str) -> RankFile:
