@@ -107,8 +107,7 @@ def split(
     with open_source(source, revision, allow_pickle) as checkpoint:
         used, plan = plan_for(checkpoint, tp_size, recipe)
         result = _describe_result(checkpoint, plan, destination.out)
-        nbytes = sum(summarize_plan(plan).stored_bytes)
-        destination.check_space(nbytes + checkpoint.count_companion_bytes())
+        nbytes = _check_space(checkpoint, plan, destination)
         if dry_run:
             return result
         advance = track_progress(checkpoint.download_bytes + nbytes, progress)
@@ -182,6 +181,13 @@ def split_checkpoint(
         if fail_on_nonfinite:
             _check_finite(source, writers)
         return _write_manifest(stage, draft, writers, companions)
+
+
+def _check_space(source: Checkpoint, plan: Plan, destination: Destination) -> int:
+    """The bytes of tensors that a split writes. Raises OutputError if there is no room for them."""
+    nbytes = sum(summarize_plan(plan).stored_bytes)
+    destination.check_space(nbytes + source.count_companion_bytes())
+    return nbytes
 
 
 def _describe_result(source: Checkpoint, plan: Plan, out: Path) -> SplitResult:
