@@ -180,9 +180,9 @@ class Checkpoint:
     def _add(self, name: str) -> SourceFile:
         path = resolve_file(self.folder, name, CheckpointError)
         self._fds.append(open_regular_file(path, CheckpointError))
-        found = header.read_open_header(self._fds[-1], path)
+        head = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
-        for entry in found.entries:
+        for entry in head.entries:
             tensor = entry.spec.name
             if tensor in self._places:
                 other = self._names[self._places[tensor].file]
@@ -191,8 +191,8 @@ class Checkpoint:
                 )
             self._places[tensor] = _Place(len(self._fds) - 1, entry.start, entry.spec)
         self._names.append(name)
-        tensors = tuple(entry.spec.name for entry in found.entries)
-        return SourceFile(name, self._stats[-1].st_size, found.metadata, tensors)
+        tensors = tuple(entry.spec.name for entry in head.entries)
+        return SourceFile(name, self._stats[-1].st_size, head.metadata, tensors)
 
     def _check_index(self) -> None:
         if self.index is None:
@@ -201,9 +201,9 @@ class Checkpoint:
         actual = {tensor: file.name for file in self.files for tensor in file.tensors}
         for tensor, file in self.index.weight_map.items():
             if actual.get(tensor) != file:
-                found = actual.get(tensor, "no file")
+                holder = actual.get(tensor, "no file")
                 raise CheckpointError(
-                    f"{where}: says {quote(tensor)} is in {file}, but it is in {found}"
+                    f"{where}: says {quote(tensor)} is in {file}, but it is in {holder}"
                 )
         if extra := sorted(actual.keys() - self.index.weight_map.keys()):
             raise CheckpointError(

@@ -45,7 +45,7 @@ def download_snapshot(
 def _download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot folder, with every file of the repository's top folder that fits a pattern."""
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             repo_id,
             revision=revision,
             allow_patterns=list(patterns),
@@ -55,7 +55,7 @@ def _download_files(repo_id: str, revision: str | None, patterns: Sequence[str])
         raise CheckpointError(
             f"{quote(repo_id)}: {_describe_error(error, repo_id, revision)}"
         ) from None
-    return Path(found)
+    return Path(folder)
 
 
 def _list_repository(repo_id: str, commit: str, folder: Path) -> list[str]:
@@ -72,7 +72,7 @@ def _describe_error(error: Exception, repo_id: str, revision: str | None) -> str
     hub = constants.ENDPOINT
     match error:
         case HFValidationError():
-            return "no such folder, and no Hub id either, which is `organisation/name`"
+            return "no such folder, and not a Hub id such as `org/name`"
         case GatedRepoError():
             return f"gated; ask for access at {hub}/{repo_id}, then `hf auth login` or set HF_TOKEN"
         case RepositoryNotFoundError():
@@ -92,7 +92,7 @@ def _describe_error(error: Exception, repo_id: str, revision: str | None) -> str
                 f"not a folder, nor whole in the Hub cache, and {hub} does not answer"
                 f" ({_first_line(error.__cause__ or error)}); check the network and HF_ENDPOINT"
             )
-    return f"not downloaded: {_first_line(error)}; run the same command again to go on"
+    return f"not downloaded: {_first_line(error)}; run the same command again to resume"
 
 
 def _first_line(error: BaseException) -> str:

@@ -62,8 +62,8 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
                 f"{quote(tensor)} is in {quote(file)}, which is no *{suffix} file; convert the"
                 " checkpoint to safetensors first"
             )
-    found = table.get("metadata")
-    metadata = found if isinstance(found, dict) else {}
+    stated = table.get("metadata")
+    metadata = stated if isinstance(stated, dict) else {}
     return Index(name, weight_map, _keep_metadata(metadata), metadata.get("total_size"))
 
 

@@ -17,7 +17,7 @@ PICKLED_SINGLE, PICKLED_INDEX = f"pytorch_model{PICKLED}", f"{PICKLED}.index.jso
 PICKLES = (PICKLED, ".pt", ".pth", ".ckpt")
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 MANIFEST_NAME = "manifest.json"  # shard folders have their own, so none is a companion
-_WAY_OUT = " convert them to safetensors first, or read them apart with --allow-pickle"
+_WAY_OUT = " convert them to safetensors first, or pass --allow-pickle"
 
 
 def list_names(folder: Path) -> list[str]:
@@ -44,13 +44,14 @@ def find_weight_files(
     """The index, if there is one, and the weights files. Raises CheckpointError if in doubt.
 
     `names` are what the folder holds, or will hold; only an index is read. With `pickled`, pickled
-    files are named where there are no others.
+    files are named if there are no others.
     """
     indices = _prefer_hugging_face_files(name for name in names if name.endswith(SUFFIX))
     weights = _prefer_hugging_face_files(name for name in names if name.endswith(WEIGHTS))
     if MANIFEST_NAME in names and any(name.startswith("rank-") for name in weights):
         raise CheckpointError(
-            f"{folder}: a shard folder, no checkpoint; use `shardkit merge` or `shardkit reshard`"
+            f"{folder}: a shard folder, not a checkpoint; use `shardkit merge` or"
+            " `shardkit reshard`"
         )
     if len(indices) > 1:
         raise CheckpointError(
@@ -68,8 +69,8 @@ def find_weight_files(
         )
     if pickled and PICKLED_SINGLE in names:
         return None, [PICKLED_SINGLE]
-    if pickled and (found := [name for name in names if name.endswith(PICKLED_INDEX)]):
-        return _find_indexed_files(folder, found[0], names, PICKLED)
+    if pickled and (pickled_indices := [name for name in names if name.endswith(PICKLED_INDEX)]):
+        return _find_indexed_files(folder, pickled_indices[0], names, PICKLED)
     if any(name.endswith(PICKLES) for name in names):
         read = f" there is neither {PICKLED_SINGLE} nor *{PICKLED_INDEX}" if pickled else ""
         raise CheckpointError(
@@ -97,6 +98,6 @@ def _find_indexed_files(
 
 
 def _prefer_hugging_face_files(names: Iterable[str]) -> list[str]:
-    """Without Mistral's own form of the same weights, where the Hugging Face form is there too."""
-    found = list(names)
-    return [name for name in found if not name.startswith("consolidated")] or found
+    """Without Mistral's own form of the same weights, if the Hugging Face form is there too."""
+    every = list(names)
+    return [name for name in every if not name.startswith("consolidated")] or every

@@ -62,7 +62,7 @@ class _Buffer:
         self.used = 0
 
     def room(self, size: int) -> memoryview:
-        """A part of `packed` to pack `size` bytes into, made anew only where it is short."""
+        """A part of `packed` to pack `size` bytes into, allocated anew only if it is short."""
         if self.used + size > len(self.packed):
             self.packed, self.used = bytearray(max(size, len(self.data))), 0
         self.used += size

@@ -112,7 +112,7 @@ class FileWriter:
 def start_write_back(fd: int, offset: int, count: int) -> None:
     """Have the kernel start writing a range to disk, so that the sync at the end finds little left.
 
-    Only a hint: Linux sync_file_range(2) where there is one, and nothing elsewhere.
+    Only a hint: Linux sync_file_range(2) if there is one, and nothing elsewhere.
     """
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)

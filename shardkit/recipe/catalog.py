@@ -1,4 +1,4 @@
-"""The bundled recipes, and which of them serves a checkpoint."""
+"""The bundled recipes, and which of them matches a checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +24,9 @@ def list_recipe_files() -> list[Path]:
 
 
 def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> Recipe:
-    """The recipe that serves a config's model_type, or the one asked for by name or path.
+    """The recipe for a config's model_type, or the one asked for by name or path.
 
-    Raises RecipeError where there is none: no layout is ever guessed.
+    Raises RecipeError if there is none: no layout is ever guessed.
     """
     model_type = config.get("model_type")
     if name_or_path is not None:
@@ -37,19 +37,21 @@ def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> R
     mentioned = [
         p for p in list_recipe_files() if f'"{model_type}"' in p.read_text(encoding="utf-8")
     ]
-    found = [recipe for recipe in map(load_recipe, mentioned) if model_type in recipe.model_types]
-    fitting = [recipe for recipe in found if matches_config(recipe, config)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if found:
-        names = ", ".join(recipe.name for recipe in fitting or found)
-        what = "more than one of them serves" if fitting else "none of them serves"
+    candidates = [
+        recipe for recipe in map(load_recipe, mentioned) if model_type in recipe.model_types
+    ]
+    matching = [recipe for recipe in candidates if matches_config(recipe, config)]
+    if len(matching) == 1:
+        return matching[0]
+    if candidates:
+        names = ", ".join(recipe.name for recipe in matching or candidates)
+        what = "more than one of them matches" if matching else "none of them matches"
         raise RecipeError(
             f"model_type {model_type!r} has the recipes {names}, but {what} this config;"
             " choose one with --recipe NAME"
         )
     raise RecipeError(
-        f"model_type {model_type!r}: no recipe serves it (`shardkit recipes list` shows those"
+        f"model_type {model_type!r}: no recipe for it (`shardkit recipes list` shows those"
         " known); draft one with `shardkit recipes draft`, or write one (recipes/README.md), and"
         " pass it with --recipe FILE.toml"
     )

@@ -39,8 +39,8 @@ def resolve_counts(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, int]:
 
     One that the config lacks is left out: a recipe may serve configs that have no such axis.
     """
-    found = {name: _resolve_count(rule, config) for name, rule in recipe.counts.items()}
-    return {name: count for name, count in found.items() if count is not None}
+    counts = {name: _resolve_count(rule, config) for name, rule in recipe.counts.items()}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def resolve_unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> int | None:
@@ -87,7 +87,7 @@ def _check_count(value: object, field: str) -> int:
 
 
 def _field_value(config: Mapping[str, Any], field: str) -> Any:
-    """A field of the config, or where it is left out, its class's default."""
+    """A field of the config, or if it is left out, its class's default."""
     return _get_field(config, field) if _has_field(config, field) else _class_default(config, field)
 
 
@@ -111,7 +111,7 @@ def _has_field(config: Mapping[str, Any], field: str) -> bool:
 
 
 def _class_default(config: Mapping[str, Any], field: str) -> Any:
-    """The default that the family's config class declares; None where it has none, or is unknown.
+    """The default that the family's config class declares; None if it has none, or is unknown.
 
     The class is read, never built: building one derives some fields from the defaults of others.
     """

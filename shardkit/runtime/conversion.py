@@ -45,8 +45,8 @@ class Conversion:
         converter = deepcopy(self.converter)
         for name, pattern in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda t=tensors[name]: t)
-        made = converter.convert(self.target, model=model, config=model.config)
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+        converted = converter.convert(self.target, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
 
 def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
@@ -60,7 +60,7 @@ def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conve
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict()
-    found: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
@@ -70,8 +70,8 @@ def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conve
         if target not in state:
             raise ManifestError(f"{name}: {type(model).__name__} has no tensor {target!r} for it")
         group = ("", name) if pattern is None else (target, "")
-        found[group].append((name, target if pattern is None else pattern))
-    return [_conversion(group, sources, by_pattern) for group, sources in found.items()]
+        groups[group].append((name, target if pattern is None else pattern))
+    return [_make_conversion(group, sources, by_pattern) for group, sources in groups.items()]
 
 
 def is_skipped_key(model: PreTrainedModel, name: str) -> bool:
@@ -79,7 +79,7 @@ def is_skipped_key(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
 
 
-def _conversion(
+def _make_conversion(
     group: tuple[str, str],
     sources: Sequence[tuple[str, str]],
     by_pattern: Mapping[str, WeightConverter],

@@ -21,7 +21,7 @@ from shardkit.runtime.config import ShardConfigs, build_config, read_shard_confi
 from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import called_alike
-from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
+from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer
 from shardkit.runtime.materialize import (
     fill_parameters,
@@ -117,7 +117,7 @@ def load_with_warnings(
         error = first_line(fault, 1000)
     notes = group.agree({}, error, slow_experts)
     group.doing("idle")
-    return model, expert_kernel_warning(notes) if notes else ""
+    return model, describe_slow_experts(notes) if notes else ""
 
 
 def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> RankShard:

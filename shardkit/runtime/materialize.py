@@ -15,15 +15,15 @@ MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of posi
 
 
 def placements_by_parameter(
-    model: PreTrainedModel, placements: Mapping[str, Placement], plan: list[Conversion]
+    model: PreTrainedModel, placements: Mapping[str, Placement], conversions: list[Conversion]
 ) -> dict[str, Placement]:
     """Each of the model's tensors that the shards make, and the placement it is made of.
 
-    Converts tensors of the whole shapes, without data, and raises ManifestError where one is not
-    the shape the model has: a config that is not the weights'.
+    Converts tensors of the whole shapes, without data, and raises ManifestError if one has not
+    the shape that the model has: a config that is not the weights'.
     """
-    state, placed = model.state_dict(), {}
-    for conversion in plan:
+    state, by_parameter = model.state_dict(), {}
+    for conversion in conversions:
         sources = [placements[name] for name, _ in conversion.sources]
         whole = {p.spec.name: torch.empty(p.spec.shape, device="meta") for p in sources}
         for name, tensor in conversion.run(whole, model).items():
@@ -33,18 +33,18 @@ def placements_by_parameter(
                     f"{conversion.sources[0][0]}: makes {name} {tuple(tensor.shape)}, but"
                     f" config.json says {have}"
                 )
-            placed[name] = sources[0]
-    return placed
+            by_parameter[name] = sources[0]
+    return by_parameter
 
 
 def find_tied_placements(
-    model: PreTrainedModel, placed: Mapping[str, Placement], missing: set[str]
+    model: PreTrainedModel, by_parameter: Mapping[str, Placement], missing: set[str]
 ) -> dict[str, Placement]:
     """The placements of tensors that are not stored because they are tied to one that is."""
     tied: dict[str, Placement] = {}
     for target, source in (model.all_tied_weights_keys or {}).items():
         names = {target, source}
-        stored = [placed[name] for name in names if name in placed]
+        stored = [by_parameter[name] for name in names if name in by_parameter]
         stored += [tied[name] for name in names if name in tied]
         tied.update({name: stored[0] for name in names & missing if stored})
     return tied
@@ -53,26 +53,26 @@ def find_tied_placements(
 def fill_parameters(
     model: PreTrainedModel,
     tensors: Iterable[tuple[str, torch.Tensor]],
-    plan: list[Conversion],
+    conversions: list[Conversion],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Convert tensors, as soon as all that one is made of have come, and put them in the model."""
+    """Convert each of the model's tensors once all that it is made of are read, and set it."""
     keep = tuple(model._get_dtype_plan(dtype))
-    owner = {name: at for at, part in enumerate(plan) for name, _ in part.sources}
-    waiting: dict[int, dict[str, torch.Tensor]] = {}
-    for source, read in tensors:
-        at = owner[source]
-        waiting.setdefault(at, {})[source] = read.to(device)
-        if len(waiting[at]) < len(plan[at].sources):
+    by_source = {name: at for at, c in enumerate(conversions) for name, _ in c.sources}
+    incomplete: dict[int, dict[str, torch.Tensor]] = {}
+    for source, tensor in tensors:
+        at = by_source[source]
+        conversion, parts = conversions[at], incomplete.setdefault(at, {})
+        parts[source] = tensor.to(device)
+        if len(parts) < len(conversion.sources):
             continue
-        for name, tensor in plan[at].run(waiting.pop(at), model).items():
+        for name, value in conversion.run(incomplete.pop(at), model).items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            wanted = getattr(module, leaf).dtype
-            if any(part in name for part in keep):
-                wanted = torch.float32
-            set_tensor(module, leaf, tensor.to(wanted))
+            keeps_float32 = any(part in name for part in keep)
+            target_dtype = torch.float32 if keeps_float32 else getattr(module, leaf).dtype
+            set_tensor(module, leaf, value.to(target_dtype))
 
 
 def zero_tensors(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -82,7 +82,7 @@ def zero_tensors(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def set_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
-    """Set a parameter or buffer, whatever shape it had, marked as not to be initialised."""
+    """Set a parameter or buffer, whatever shape it had, marked as not to be initialized."""
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
     else:
@@ -96,32 +96,39 @@ def tie_and_initialize(model: PreTrainedModel, missing: set[str], device: torch.
     Raises ManifestError for a weight that is neither stored, tied nor computed: transformers would
     make it up at random.
     """
-    left = set(missing)
-    model.tie_weights(missing_keys=left, recompute_mapping=False)
-    left = {name for name in left if _is_meta(model, name)}
+    untied = set(missing)
+    model.tie_weights(missing_keys=untied, recompute_mapping=False)
+    untied = {name for name in untied if _is_meta(model, name)}
     computed = model._keys_to_ignore_on_load_missing or []
-    for name in sorted(left):
+    for name in sorted(untied):
         if not any(re.search(pattern, name) for pattern in computed):
             raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    made = sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == "meta")
-    if made > MAX_COMPUTED:
+    nbytes = sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == "meta")
+    if nbytes > MAX_COMPUTED:
         raise ManifestError(
-            f"config.json: {type(model).__name__} would compute tables of {made} bytes for itself,"
-            f" more than the {MAX_COMPUTED} allowed"
+            f"config.json: {type(model).__name__} would compute tables of {nbytes} bytes for"
+            f" itself, more than the {MAX_COMPUTED} allowed"
         )
     for name, tensor in tensors:
         if tensor.device.type == "meta":
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            made = torch.empty_like(tensor, device=device)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = made
-            else:
-                owner._parameters[leaf] = nn.Parameter(made, requires_grad=False)
+            _allocate(model, name, tensor, device)
         else:
             tensor._is_hf_initialized = True
     model.initialize_weights()
+
+
+def _allocate(
+    model: PreTrainedModel, name: str, tensor: torch.Tensor, device: torch.device
+) -> None:
+    """Give a tensor on the meta device memory, for the model to initialize."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    memory = torch.empty_like(tensor, device=device)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = memory
+    else:
+        owner._parameters[leaf] = nn.Parameter(memory, requires_grad=False)
 
 
 def _is_meta(model: PreTrainedModel, name: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from shardkit import runtime
 from shardkit.authoring.masked_sum import load
-from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
+from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
 
@@ -29,7 +29,7 @@ def test_experts_run_whatever_their_local_width_and_the_user_is_told(
     with runtime.launch(tmp_path / "shards") as engine:
         logits = engine.logits([5, 6, 7])
     found = [str(w.message) for w in recwarn if w.category is RuntimeWarning]
-    assert found == ([expert_kernel_warning([told])] if told else [])
+    assert found == ([describe_slow_experts([told])] if told else [])
     assert logits.dtype == getattr(torch, dtype)
     assert torch.isfinite(logits).all()
 
@@ -43,5 +43,5 @@ def test_the_plain_loop_is_chosen_only_where_it_must_be(tmp_path: Path) -> None:
 
 
 def test_ranks_of_unequal_widths_are_told_of_together() -> None:
-    line = expert_kernel_warning(["55 wide in float32", "54 wide in float32"])
+    line = describe_slow_experts(["55 wide in float32", "54 wide in float32"])
     assert line.startswith("experts 55 wide in float32 and 54 wide in float32 do not suit")

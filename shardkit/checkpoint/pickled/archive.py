@@ -33,12 +33,12 @@ def check_archive(file: BinaryIO, size: int) -> Extents:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             _check_members(members, size)
-            found = _find_extents(file, members, size)
+            extents = _find_extents(file, members, size)
             if (damaged := archive.testzip()) is not None:
                 raise ArchiveError(f"damaged: the checksum of {damaged[:80]!a} is wrong")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error) as fault:
         raise ArchiveError(f"damaged: {str(fault)[:200]!a}") from None
-    return found
+    return extents
 
 
 def _check_ends(file: BinaryIO, size: int) -> None:
@@ -79,7 +79,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
 
 def _find_extents(file: BinaryIO, members: list[zipfile.ZipInfo], size: int) -> Extents:
     """Where each member's bytes lie, after its own header; no two overlap."""
-    found: Extents = {}
+    extents: Extents = {}
     covered = 0
     for member in sorted(members, key=lambda member: member.header_offset):
         file.seek(member.header_offset)
@@ -88,7 +88,7 @@ def _find_extents(file: BinaryIO, members: list[zipfile.ZipInfo], size: int) -> 
             raise ArchiveError(f"member {member.filename[:80]!a} overlaps another, or is not there")
         start = member.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
         covered = start + member.file_size
-        found[member.filename.partition("/")[2]] = (start, member.file_size)
+        extents[member.filename.partition("/")[2]] = (start, member.file_size)
     if covered > size:
         raise ArchiveError("members beyond the end of the file: truncated")
-    return found
+    return extents

@@ -70,11 +70,11 @@ def _check_same_records(file: BinaryIO, extents: Extents) -> None:
 
     file.seek(0)
     reader = torch._C.PyTorchFileReader(file)
-    seen = {
+    torch_extents = {
         name: (reader.get_record_offset(name), reader.get_record_size(name))  # type: ignore[attr-defined]
         for name in reader.get_all_records()
     }
-    if seen != extents:
+    if torch_extents != extents:
         raise ArchiveError("zipfile and torch disagree about this archive's contents")
 
 

@@ -14,7 +14,7 @@ def choose_expert_kernel(model: PreTrainedModel) -> str:
     """Use transformers' plain loop if stacked experts do not suit torch's grouped matmul.
 
     The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
-    Returns which experts those are, in words; nothing where all suit.
+    Returns which experts those are, in words; nothing if all suit.
     """
     unsuited = [
         (width, torch_name(p.dtype))
@@ -28,10 +28,10 @@ def choose_expert_kernel(model: PreTrainedModel) -> str:
     return f"{width} wide in {dtype}"
 
 
-def expert_kernel_warning(found: Sequence[str]) -> str:
-    """One line that says what `choose_expert_kernel` found, on any rank."""
+def describe_slow_experts(notes: Sequence[str]) -> str:
+    """One line that warns of what `choose_expert_kernel` returned, on any rank."""
     return (
-        f"experts {' and '.join(found)} do not suit torch's grouped matmul (rows of"
+        f"experts {' and '.join(notes)} do not suit torch's grouped matmul (rows of"
         f" {GROUPED_ALIGNMENT} bytes, no float64): transformers' plain loop runs them, more slowly"
     )
 

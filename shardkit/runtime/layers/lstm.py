@@ -2,7 +2,7 @@
 
 A rank computes the gates of its own units. Every unit's next state needs the whole hidden state,
 so each time step of each layer and direction costs one all-gather. So many small exchanges are
-slow: dividing an LSTM saves memory, and time only where it is very wide.
+slow: dividing an LSTM saves memory, and time only if it is very wide.
 """
 
 from collections.abc import Mapping, Sequence
@@ -90,7 +90,7 @@ def make_parallel_lstm(
 ) -> None:
     """Give an LSTM its parallel form.
 
-    Raises ManifestError unless all its weights are divided by hidden units, or where it projects.
+    Raises ManifestError unless all its weights are divided by hidden units, or if it projects.
     """
     units = (Section(module.hidden_size, 1, repeat=GATES),)
     names = [name for name, _ in module.named_parameters()]

@@ -11,7 +11,7 @@ BUILT_IN = (lstm_model,)
 def find_model_class(name: str) -> type[PreTrainedModel] | None:
     """The model class of a name that a config states under `architectures`; None for no model."""
     for module in (transformers, *BUILT_IN):
-        found = getattr(module, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
+        model_class = getattr(module, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            return model_class
     return None
