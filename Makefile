@@ -23,7 +23,7 @@ slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --ignore tests/test_families.py
 
 sweep: $(VENV)/dev
-	$(BIN)/python tests/sweep.py
+	$(BIN)/shardkit recipes check --all --write
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

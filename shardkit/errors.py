@@ -67,3 +67,10 @@ class RanksError(ShardkitError):
 
 class RanksLost(RanksError):
     """A rank died, stalled or never came: what the others were doing is undecided."""
+
+
+# What the model and config classes of transformers raise when they cannot build or run a model.
+MODEL_ERRORS: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from shardkit.authoring.samples import make_sample, samples
+from shardkit.authoring.samples import list_samples, make_sample
 
-VARIANTS = {sample.name: sample for sample in samples()}
+VARIANTS = {sample.name: sample for sample in list_samples()}
 
 
 def make(name: str, folder: Path, dtype: str = "float32") -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.authoring.draft.draft import Draft, make_draft
-from shardkit.authoring.draft.proofs import Bench
+from shardkit.authoring.draft.draft import Draft, draft_recipe
+from shardkit.authoring.draft.proofs import ProofCache
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe
@@ -28,13 +28,13 @@ LARGEST = 0.72  # of the bytes on one of two ranks: small models have wide norms
 
 
 @pytest.fixture(scope="module")
-def bench():
+def proofs():
     with RankPool() as pool:
-        yield Bench(pool)
+        yield ProofCache(pool)
 
 
-def proven(model_type: str, bench: Bench) -> Draft:
-    made = make_draft(model_type, lambda _: None, bench)
+def proven(model_type: str, proofs: ProofCache) -> Draft:
+    made = draft_recipe(model_type, lambda _: None, proofs)
     assert made.passed, made.outcomes
     assert set(made.outcomes) == {2, 4}
     return made
@@ -44,43 +44,45 @@ def proven(model_type: str, bench: Bench) -> Draft:
     "model_type", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
 def test_a_draft_shards_a_model_type_and_passes_every_check(
-    model_type: str, bench: Bench, tmp_path: Path
+    model_type: str, proofs: ProofCache, tmp_path: Path
 ) -> None:
-    made = proven(model_type, bench)
+    made = proven(model_type, proofs)
     assert made.outcomes[2].share < LARGEST
     path = tmp_path / "draft.toml"
     path.write_text(made.text)
     assert load_recipe(path).model_types == (model_type,)
 
 
-def test_a_draft_says_what_it_could_not_shard_and_why(bench: Bench) -> None:
-    made = proven("rwkv", bench)
-    whole = made.content.whole
-    assert any("attention.receptance" in pattern for pattern in whole)
-    assert all(reason for reason in whole.values())
+def test_a_draft_says_what_it_could_not_shard_and_why(proofs: ProofCache) -> None:
+    made = proven("rwkv", proofs)
+    replicated = made.recipe.replicated
+    assert any("attention.receptance" in pattern for pattern in replicated)
+    assert all(reason for reason in replicated.values())
     assert "[whole]" in made.text
     assert made.outcomes[2].share > LARGEST
 
 
 def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
-    bench: Bench, tmp_path: Path
+    proofs: ProofCache, tmp_path: Path
 ) -> None:
-    from shardkit.authoring.draft.tiny_model import make_tiny
+    from shardkit.authoring.draft.tiny_model import make_tiny_model
 
-    made = proven("gpt2", bench)
+    made = proven("gpt2", proofs)
     wrong = made.text.replace('"3 heads"', '"heads 3"')
     assert wrong != made.text
-    outcome = bench.attempt(make_tiny("gpt2", tmp_path).folder, wrong, 2)
-    assert outcome.failed == "masked sum"
+    outcome = proofs.prove_text(make_tiny_model("gpt2", tmp_path).folder, wrong, 2)
+    assert outcome.failed_check == "masked sum"
 
 
 @pytest.mark.parametrize(("model", "told"), [
-    ("no-such-type", "no model_type of transformers"),
+    ("no-such-type", "nor a model_type of transformers"),
     ("dbrx", "no small model of it can be made"),
 ])  # fmt: skip
-def test_what_cannot_be_drafted_is_said_in_one_line(model: str, told: str, bench: Bench) -> None:
+def test_what_cannot_be_drafted_is_said_in_one_line(
+    model: str, told: str, proofs: ProofCache
+) -> None:
     with pytest.raises(RecipeError, match=told) as error:
-        make_draft(model, lambda _: None, bench)
+        draft_recipe(model, lambda _: None, proofs)
     assert "\n" not in str(error.value)
 
 
