@@ -8,7 +8,7 @@ VARIANTS = {sample.name: sample for sample in list_samples()}
 
 
 def make(name: str, folder: Path, dtype: str = "float32") -> Path:
-    """Save a sample's model as transformers does, its weights from a seed.  Returns `folder`."""
+    """Save a sample's model as transformers does, its weights from a seed. Returns `folder`."""
     import torch
 
     return make_sample(VARIANTS[name], folder, getattr(torch, dtype))

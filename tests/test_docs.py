@@ -8,6 +8,8 @@ import click
 import pytest
 
 from shardkit import errors
+from shardkit.authoring.draft.draft_all import read_records
+from shardkit.authoring.draft.drafts_page import render_drafts
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.sweep import list_entries, list_stale, read_results
 from shardkit.cli import COMMANDS, main
@@ -50,6 +52,11 @@ def test_the_page_of_families_is_what_the_sweep_found() -> None:
     recipes = [load_recipe(path) for path in list_recipe_files()]
     entries = list_entries(read_results(PROOFS), recipes)
     assert (PROOFS / "FAMILIES.md").read_text() == render_families(entries)
+
+
+def test_the_page_of_drafts_is_what_the_records_say() -> None:
+    records = list(read_records(PROOFS / "drafts.jsonl").values())
+    assert (PROOFS / "DRAFTS.md").read_text() == render_drafts(records)
 
 
 def test_the_exit_codes_are_the_errors() -> None:

@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[str, *tuple[tuple[str, str], ...]]] = {
     "position biases cut by buckets": ("t5", ("in_out", "# in_out")),
 }
 
-# transformers' name of a style, and ours for it.  What its plans leave whole is left out.
+# transformers' name of a style, and ours for it. What its plans replicate is left out.
 SAME = {
     "colwise": "column", "packed_colwise": "column", "rowwise": "row", "packed_rowwise": "row",
     "embedding_rowwise": "vocab", "rowwise_split_input": "row", "mla_kv_a_proj": "replicate",

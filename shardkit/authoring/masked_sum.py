@@ -1,6 +1,6 @@
 """The masked-sum proof of a layout: transformers alone runs it, without this project's runtime.
 
-For each rank the checkpoint is written whole, but zero outside of the rank's own spans, and loaded
+For each rank the whole checkpoint is written, but zero outside of the rank's own spans, and loaded
 and run by transformers. The outputs of the layers that end a parallel region (row-parallel layers,
 and both ends of the vocabulary) must then sum over the ranks to the outputs of the unsharded model.
 A round trip proves nothing of the kind: a wrong layout merges back bit for bit.

@@ -1,4 +1,4 @@
-"""Samples: small configs of every family, kept as data beside the recipes, and models of them.
+"""Samples: small configs of every family, kept as data with the recipes, and models of them.
 
 A sample file is TOML. Each table is a sample: a model class of transformers and its config's
 fields, on top of those of a `base` table. "none" stands for null, which TOML lacks.

@@ -36,7 +36,7 @@ def print_draft(draft: dict[str, Any]) -> None:
     else:
         click.echo(f"Wrote {escape_text(draft['out'])}: a draft to review before use")
     for pattern, reason in draft["replicated"].items():
-        click.echo(escape_text(f"whole on every rank: {pattern}: {reason}"), err=True)
+        click.echo(escape_text(f"replicated: {pattern}: {reason}"), err=True)
     if unmatched := draft["unmatched_tensors"]:
         count = format_count(len(unmatched), "tensor")
         names = ", ".join(unmatched[:5])

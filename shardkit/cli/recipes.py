@@ -8,7 +8,7 @@ import click
 
 from shardkit.cli.options import FOLDER, JSON
 from shardkit.cli.output import format_count, print_json, print_line
-from shardkit.cli.run_options import quiet_transformers
+from shardkit.cli.run_options import end_on_sigterm, quiet_transformers
 from shardkit.errors import RecipeError, VerifyError
 from shardkit.recipe.catalog import find_recipe_folder, list_recipe_files
 from shardkit.recipe.parse import load_recipe
@@ -238,6 +238,7 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
 def _draft_all(out: Path | None, limit: int | None, seconds: float, as_json: bool) -> None:
     from shardkit.cli.recipe_draft import run_all_drafts
 
+    end_on_sigterm()
     result = run_all_drafts(out, limit, seconds, show=not as_json)
     if as_json:
         print_json(result)

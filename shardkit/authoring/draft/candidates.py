@@ -47,8 +47,8 @@ class Survey:
 def survey_model(loaded: LoadedModel, report: StatusCallback) -> Survey:
     """Look for a region at every layer, twice.
 
-    The second time, the outputs of the row-parallel layers found beside a layer count as constants:
-    what they put out is summed over the ranks, so a rank has all of it.
+    The second time, the outputs of the row-parallel layers next to a layer count as constants: they
+    are summed over the ranks, so that every rank has all of them.
     """
     survey = Survey(list_vocab_patterns(loaded))
     for second_pass in (False, True):
@@ -124,7 +124,7 @@ def list_replicated(
         if pattern in ruled:
             continue
         if tensor is not None and _is_large(tensor):
-            large[pattern] = reasons.get(pattern, "no layer after it takes its parts one by one")
+            large[pattern] = reasons.get(pattern, "no layer after it uses its output in parts")
         elif pattern not in large:
             small[pattern] = None
     return [pattern for pattern in small if pattern not in large], large
@@ -159,7 +159,7 @@ def _find_candidate_region(
         layer = find_dependencies(loaded, candidate)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         fault = str(error).split("\n")[0][:120]
-        survey.rejected.setdefault(pattern, f"it could not be looked into: {fault}")
+        survey.rejected.setdefault(pattern, f"its derivatives could not be computed: {fault}")
         return None
     region = find_region(layer, counts) if layer.dependencies else None
     if region is None and (reason := _explain_rejection(layer)):
@@ -170,12 +170,9 @@ def _find_candidate_region(
 def _explain_rejection(layer: LayerDependencies) -> str:
     """Why a layer ends no region; empty if its features all depend on everything."""
     if not layer.executed:
-        return "nothing ran it, so nothing is known of it"
+        return "the model did not run it"
     if any(_is_divisible(dependency) for dependency in layer.dependencies):
-        return (
-            "what it takes has parts, but no notation for how they lie, or no config field that"
-            " counts them, was found"
-        )
+        return "its input has parts, but no axis or no config field was found that describes them"
     return ""
 
 
@@ -189,14 +186,14 @@ def _is_divisible(dependency: Dependency) -> bool:
 
 
 def _reduced_siblings(last: StoredTensor, survey: Survey) -> tuple[str, ...]:
-    """The row-parallel layers beside a layer, whose output is summed over the ranks."""
+    """The row-parallel layers next to a layer, whose output is summed over the ranks."""
     parent = f"{last.owner.rpartition('.')[0]}."
     rows = {region.row.owner for region in survey.regions}
     return tuple(sorted(owner for owner in rows if owner.startswith(parent)))
 
 
 def _sibling_norms(loaded: LoadedModel, last: StoredTensor) -> tuple[str, ...]:
-    """The norms beside a layer that have one weight for each feature, and no bias."""
+    """The norms next to a layer that have one weight for each feature, and no bias."""
     parent = f"{last.owner.rpartition('.')[0]}."
     norms = []
     for tensor in loaded.tensors:

@@ -101,7 +101,7 @@ def find_dependencies(loaded: LoadedModel, candidate: RowCandidate) -> LayerDepe
     total, activations = derivatives
     sample = sorted({0, len(activations) // PRESCREEN, len(activations) - 1})
     few = _measure(loaded, [activations[index] for index in sample], near)
-    if not any(found.is_partial(dim) for found in few for dim in found.tensor.output_dims):
+    if not any(d.is_partial(dim) for d in few for dim in d.tensor.output_dims):
         return LayerDependencies(candidate, (), ())
     dependencies = _measure(loaded, activations, near)
     added = _added_tensors(loaded, total, candidate, dependencies)

@@ -29,7 +29,7 @@ PLAN_STYLES = {
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """A draft beside transformers' own tensor-parallel plan.
+    """A draft compared with transformers' own tensor-parallel plan.
 
     `entries` is how many entries of the plan can be compared, `differences` says which differ.
     """
@@ -47,7 +47,7 @@ class Draft:
         recipe: What it says.
         outcomes: How the proof over each number of ranks ended.
         unmatched: Tensors of the given checkpoint that no rule names.
-        comparison: The draft beside transformers' own plan.
+        comparison: The draft compared with transformers' own plan.
     """
 
     text: str

@@ -9,11 +9,12 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,6 @@ from typing import Any, Literal
 from shardkit.authoring.draft.draft import Draft, draft_recipe
 from shardkit.authoring.draft.failure import DraftError, Stage, hide_paths
 from shardkit.authoring.draft.proofs import ProofCache, outcomes_to_json
-from shardkit.authoring.draft.search import TP_SIZES
 from shardkit.errors import OutputError, ShardkitError
 
 TASKS = (
@@ -32,7 +32,7 @@ TASKS = (
     "MULTIMODAL_LM",
     "TEXT_TO_WAVEFORM",
 )
-START_SECONDS = 600.0  # for a process to import what it needs and start its ranks
+START_SECONDS = 600.0  # for a process to import what it needs
 MAX_REASON = 240  # characters
 MACHINE_PATH = re.compile(r"(?<![\w:/.])/(?:[\w.+-]+/)+([\w.+-]+)")
 
@@ -183,12 +183,11 @@ class _DraftProcess:
 def _serve_drafts(connection: Connection) -> None:
     """Draft each model type that comes through a connection, until it is closed."""
     os.setsid()  # so that it can be killed together with its ranks
-    os.dup2(2, 1)  # what models print is no result
+    os.dup2(2, 1)  # what models print is not a result
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     from shardkit.authoring.rank_pool import RankPool
 
     with RankPool() as pool:
-        for tp_size in TP_SIZES:
-            pool.of(tp_size)
         connection.send("ready")
         while True:
             try:
@@ -196,6 +195,14 @@ def _serve_drafts(connection: Connection) -> None:
             except EOFError:
                 return
             connection.send(_draft_type(model_type, ProofCache(pool)))
+
+
+def _exit_with_parent() -> None:
+    """Wait until the process that started this one has ended; then kill it and its ranks."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _draft_type(model_type: str, proofs: ProofCache) -> DraftRecord:
