@@ -23,7 +23,7 @@ slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --ignore tests/authoring/test_proof.py
 
 sweep: $(VENV)/dev
-	$(BIN)/python -m tests.sweep
+	$(BIN)/shardkit recipes check --all --write
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

@@ -73,3 +73,10 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an exception's message, printable; its type's name if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "".join(c for c in lines[0][:limit] if c.isprintable())
+
+
+# What the model and config classes of transformers raise when they cannot build or run a model.
+MODEL_ERRORS: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip

@@ -1,113 +1,152 @@
-"""Runs a recipe's proof on its samples, or on a model of one's own, and on recipes made wrong."""
+"""Proves a recipe on its samples or on a model of the user's own, and tries mutants of it."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from shardkit.authoring.mutations import Mutant, mutants
-from shardkit.authoring.proof import FOREIGN, Proof, prove
+from shardkit.authoring.mutations import Mutant, list_mutants
+from shardkit.authoring.proof import Proof, prove_recipe
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.authoring.samples import Sample, make_sample, samples, save_random
-from shardkit.errors import CheckpointError, RecipeError
-from shardkit.recipe.counts import matches_config
+from shardkit.authoring.samples import find_samples, make_sample, save_random_model
+from shardkit.errors import MODEL_ERRORS, CheckpointError, RecipeError
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_model_config
 from shardkit.runtime.loader import resolve_model_class
 
 BEAMS = 3
-MAX_PARAMETERS = 200_000_000  # of a model that is made up to check a recipe: seconds, not minutes
+MAX_PARAMETERS = 200_000_000  # of a random model to check a recipe on: seconds, not minutes
+SCRATCH = "shardkit-"  # how the temporary folders are named
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A recipe's proof on one model at one tp_size."""
+class ModelProof:
+    """The proof of a recipe on one model over one number of ranks."""
 
-    recipe: Recipe
     model: str
     tp_size: int
     proof: Proof
 
 
-def served_samples(recipe: Recipe) -> list[Sample]:
-    """The bundled samples that a recipe serves."""
-    return [
-        sample
-        for sample in samples()
-        if sample.model_type in recipe.model_types and matches_config(recipe, sample.stored_config)
-    ]
+@dataclass(frozen=True)
+class MutantResult:
+    """A mutant, and the last proof that was tried on it, which should have failed."""
+
+    mutant: Mutant
+    proof: Proof
+
+    @property
+    def detected(self) -> bool:
+        """Whether a check failed."""
+        return not self.proof.passed
+
+    @property
+    def detected_by(self) -> str:
+        """The check that failed; empty if none did."""
+        return self.proof.checks[-1].name if self.detected else ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether no check failed, though one should have."""
+        return self.mutant.must_be_detected and not self.detected
+
+    def to_json(self) -> dict[str, object]:
+        """The result as JSON values."""
+        return {
+            "fault": self.mutant.fault,
+            "pattern": self.mutant.pattern,
+            "must_be_detected": self.mutant.must_be_detected,
+            "detected": self.detected,
+            "detected_by": self.detected_by,
+        }
 
 
 def make_models(recipe: Recipe, config: Path | None, folder: Path) -> dict[str, Path]:
-    """Small checkpoints to check a recipe on, by name: its samples, or one of a config's size.
+    """Small checkpoints to check a recipe on, by name.
 
-    Raises RecipeError where there is none, or it would be large.
+    Args:
+        recipe: The recipe.
+        config: A folder with a config.json, or None for the recipe's bundled samples.
+        folder: Where to save them.
+
+    Raises:
+        RecipeError: There is no sample, or the config is that of a large model.
     """
     if config is not None:
-        return {str(config): make_like(config, folder / "model")}
-    found = served_samples(recipe)
-    if not found:
+        return {str(config): make_model(config, folder / "model")}
+    samples = find_samples(recipe)
+    if not samples:
         raise RecipeError(
             f"recipe {recipe.name!r}: no bundled sample has its model_types"
             f" ({', '.join(recipe.model_types)}); give a small config with --config DIR"
         )
-    return {sample.name: make_sample(sample, folder / sample.name) for sample in found}
+    return {sample.name: make_sample(sample, folder / sample.name) for sample in samples}
 
 
-def make_like(config: Path, folder: Path) -> Path:
-    """Save a model with random weights of a folder's config.json.
+def make_model(config_folder: Path, folder: Path) -> Path:
+    """Save a model with random weights of a folder's config.json. Returns `folder`.
 
-    Raises RecipeError if it is large, and CheckpointError for a config that no model can have.
+    Raises:
+        RecipeError: The model is large.
+        CheckpointError: transformers cannot build a model from the config.
     """
-    found = read_model_config(config)
+    config = read_model_config(config_folder)
     try:
-        cls = resolve_model_class(found)
+        cls = resolve_model_class(config)
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in cls(found).parameters())
+            size = sum(parameter.numel() for parameter in cls(config).parameters())
         if size <= MAX_PARAMETERS:
-            return save_random(cls, found, folder)
-    except FOREIGN as fault:  # whatever a model's class makes of a config
-        told = str(fault).split("\n")[0]
-        raise CheckpointError(f"{config}/config.json: no model can have it: {told}") from None
+            return save_random_model(cls, config, folder)
+    except MODEL_ERRORS as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{config_folder}/config.json: transformers cannot build a model from this config:"
+            f" {reason}"
+        ) from None
     raise RecipeError(
-        f"{config}: {size:,} parameters, more than the {MAX_PARAMETERS:,} that a recipe is"
+        f"{config_folder}: {size:,} parameters, more than the {MAX_PARAMETERS:,} that a recipe is"
         " checked on; give a config with fewer layers and smaller widths"
     )
 
 
-def try_recipe(
+def prove_on_models(
     recipe: Recipe, models: Mapping[str, Path], tp_sizes: Iterable[int], pool: RankPool
-) -> Iterator[Trial]:
-    """The recipe's proof on each model at each tp_size, as each is done."""
+) -> Iterator[ModelProof]:
+    """Prove a recipe on each model over each number of ranks; yield each proof as it is done."""
     for tp_size in tp_sizes:
         for name, source in models.items():
-            with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
-                proof = prove(source, recipe, pool.of(tp_size), Path(scratch), BEAMS)
-            yield Trial(recipe, name, tp_size, proof)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+                proof = prove_recipe(source, recipe, pool.of(tp_size), Path(scratch), BEAMS)
+            yield ModelProof(name, tp_size, proof)
 
 
-Models = Sequence[tuple[Path, Mapping[str, frozenset[str]]]]
+def run_mutants(
+    recipe: Recipe,
+    models: Mapping[Path, Mapping[str, frozenset[str]]],
+    tp_size: int,
+    pool: RankPool,
+    limit: int,
+) -> Iterator[MutantResult]:
+    """Try mutants of a recipe, each on the models that use its rule until a check fails.
 
-
-def caught(
-    recipe: Recipe, models: Models, tp_size: int, pool: RankPool, at_most: int
-) -> Iterator[tuple[Mutant, Proof]]:
-    """Errors planted in a recipe, and the proof of each, which must not pass.
-
-    `models` are checkpoints and the rules each uses.  A mutant is tried on each that uses its rule
-    until one fails: some have no bias, and many head counts need no attribute.
+    Args:
+        recipe: The right recipe.
+        models: Checkpoints, and the rules that each uses, with the tensors that they name.
+        tp_size: The number of ranks.
+        pool: The ranks.
+        limit: How many mutants to try at most.
     """
     rules: dict[str, frozenset[str]] = {}
-    for _, used in models:
+    for used in models.values():
         rules |= {pattern: rules.get(pattern, frozenset()) | used[pattern] for pattern in used}
-    for mutant in islice(mutants(recipe, rules), at_most):
-        own = [model for model, used in models if mutant.pattern in used]
-        for source in own or [model for model, _ in models]:
-            with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
-                proof = prove(source, mutant.recipe, pool.of(tp_size), Path(scratch))
+    for mutant in islice(list_mutants(recipe, rules), limit):
+        sources = [source for source, used in models.items() if mutant.pattern in used]
+        for source in sources or models:
+            with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+                proof = prove_recipe(source, mutant.recipe, pool.of(tp_size), Path(scratch))
             if not proof.passed:
-                break
-        yield mutant, proof
+                break  # some models have no bias, and many need no attribute
+        yield MutantResult(mutant, proof)

@@ -1,19 +1,18 @@
 """The masked-sum proof of a layout: transformers alone runs it, without this project's runtime.
 
-For each rank the checkpoint is written whole, zero outside the rank's own spans, and loaded and
-run by transformers.  What the layers that end a parallel region put out (row-parallel ones, and
-both ends of the vocabulary) must then sum over the ranks to what the whole model's put out.  A
-round trip proves nothing of the kind: a wrong layout merges back bit for bit.
+For each rank the whole checkpoint is written, but zero outside of the rank's own spans, and loaded
+and run by transformers. The outputs of the layers that end a parallel region (row-parallel layers,
+and both ends of the vocabulary) must then sum over the ranks to the outputs of the unsharded model.
+A round trip proves nothing of the kind: a wrong layout merges back bit for bit.
 
-Each such layer's output is replaced by the whole model's as it runs, so every region of every rank
-starts from true inputs, whatever residuals and norms lie between.  So is what a norm over a divided
-width puts out, for a rank's own part: alone, it would normalise by that part's mean.  So, too, is
-what an LSTM puts out, whose every step needs all ranks' units: real ranks alone prove it.
+As it runs, each such layer's output is replaced by the unsharded model's, so that every region of
+every rank starts from true inputs, whatever residuals and norms are between. So is the output of a
+norm over a divided width: alone, a rank would normalize by its own part's mean. So is the output of
+a recurrent layer, each step of which needs all ranks' units: only real ranks prove that.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +20,59 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from shardkit.authoring.hooks import Hook, first_output, run_with_hooks
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
-from shardkit.layout.style import Style
-from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Placement, Plan, make_plan
+from shardkit.layout import Style
+from shardkit.planning import Mesh, Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.materialize import placements_by_parameter
-from shardkit.runtime.model_runner import uncached
 from shardkit.verification.dummy_inputs import make_inputs
 
-WEIGHTS = "model.safetensors"
+WEIGHT_FILE = "model.safetensors"
 Outputs = dict[str, list[torch.Tensor]]
-Hook = Callable[[torch.nn.Module, object, Any], Any]
 
 
-def misses(source: Path, recipe: Recipe, tp_size: int, scratch: Path) -> dict[str, float]:
-    """By how much each summed layer of a model misses its output, relative to its largest value.
+def masked_sum_errors(
+    source: Path, recipe: Recipe, tp_size: int, scratch: Path
+) -> dict[str, float]:
+    """The error of the masked sum of each layer that is summed over the ranks.
 
-    `source` is a small checkpoint of one file.  Raises VerifyError for a weight that nothing runs.
+    Args:
+        source: A small checkpoint of one file.
+        recipe: The recipe to prove.
+        tp_size: The number of ranks.
+        scratch: An empty folder for each rank's masked checkpoint.
+
+    Returns:
+        By module, the largest difference of the sum from the unsharded model's output, relative to
+        that output's largest value.
+
+    Raises:
+        VerifyError: The model does not run a layer that has a weight to sum.
     """
-    model, plan = load(source), plan_of(source, recipe, tp_size)
-    layers = owners(model, plan, lambda style: style.is_summed)
-    given = [*owners(model, plan, lambda style: style.needs_full_width)]
+    model, plan = load_reference(source), plan_folder(source, recipe, tp_size)
+    layers = find_owners(model, plan, lambda style: style.is_summed)
+    names = [*layers, *find_owners(model, plan, lambda style: style.needs_full_width)]
     inputs = make_inputs(model)
-    truth = record(model, inputs, [*layers, *given])
+    truth = record_outputs(model, inputs, names)
     if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
         raise VerifyError(f"{source}: nothing ran {idle[0]}, so its layout is not proven")
     sums = {name: [torch.zeros_like(t) for t in truth[name]] for name in layers if name in truth}
     for tp_rank in range(tp_size):
-        local = load(write_masked(source, plan, tp_rank, scratch / str(tp_rank)))
-        found = record(local, inputs, [*layers, *given], truth)
+        local = load_reference(write_masked(source, plan, tp_rank, scratch / str(tp_rank)))
+        outputs = record_outputs(local, inputs, names, truth)
         for name, totals in sums.items():
-            for total, part in zip(totals, found[name], strict=True):
+            for total, part in zip(totals, outputs[name], strict=True):
                 total += part
-    return {name: max(map(miss, totals, truth[name])) for name, totals in sums.items()}
+    return {name: max(map(relative_error, totals, truth[name])) for name, totals in sums.items()}
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load_reference(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, as transformers itself loads it."""
     config = read_source_config(folder)
     model = resolve_model_class(config).from_pretrained(folder, config=config)
@@ -71,45 +81,49 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def plan_of(source: Path, recipe: Recipe, tp_size: int) -> Plan:
+def plan_folder(source: Path, recipe: Recipe, tp_size: int) -> Plan:
     """The plan of a checkpoint folder, from its headers and config alone."""
     with Checkpoint(source) as checkpoint:
         return make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
 
 
-def placed_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
-    """Each of the model's parameters, tied ones by all their names, and its placement on disk."""
+def match_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
+    """The placement on disk of each of the model's parameters; tied ones by all their names."""
     stored = {p.spec.name: p for p in plan.placements if p.style.is_loaded}
-    made = placements_by_parameter(model, stored, find_conversions(model, stored))
-    by_tensor = {id(model.get_parameter_or_buffer(name)): p for name, p in made.items()}
+    placements = placements_by_parameter(model, stored, find_conversions(model, stored))
+    by_id = {id(model.get_parameter_or_buffer(name)): p for name, p in placements.items()}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: by_tensor[id(tensor)] for name, tensor in named if id(tensor) in by_tensor}
+    return {name: by_id[id(tensor)] for name, tensor in named if id(tensor) in by_id}
 
 
-def owners(model: PreTrainedModel, plan: Plan, wanted: Callable[[Style], bool]) -> dict[str, str]:
-    """The modules that own a weight of one of these styles, and its name on disk."""
+def find_owners(
+    model: PreTrainedModel, plan: Plan, wanted: Callable[[Style], bool]
+) -> dict[str, str]:
+    """The modules that own a weight of a wanted style, and that weight's name on disk."""
     return {
         name.rpartition(".")[0]: placement.spec.name
-        for name, placement in placed_parameters(model, plan).items()
+        for name, placement in match_parameters(model, plan).items()
         if wanted(placement.style)
         and (len(placement.spec.shape) > 1 or not placement.style.is_summed)
     }
 
 
 def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
-    """Write the checkpoint again with zeros wherever `tp_rank` holds nothing.  Returns `folder`."""
-    tensors = load_file(source / WEIGHTS)
+    """Write the checkpoint again with zeros wherever `tp_rank` holds nothing. Returns `folder`."""
+    tensors = load_file(source / WEIGHT_FILE)
     for placement in plan.placements:
         name = placement.spec.name
-        tensors[name] = masked(tensors[name], placement, tp_rank, plan.tp_size)
+        tensors[name] = mask_tensor(tensors[name], placement, tp_rank, plan.tp_size)
     folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHT_FILE, {"format": "pt"})
     return folder
 
 
-def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """The tensor, zero outside the rank's spans; a row-parallel bias is rank 0's alone."""
+def mask_tensor(
+    tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """The tensor, zero outside the rank's spans; a row-parallel bias is only on rank 0."""
     if placement.dim is None:
         return tensor * 0 if placement.style.is_added_once and tp_rank else tensor
     shape = [1] * tensor.ndim
@@ -120,42 +134,31 @@ def masked(tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: in
     return tensor * kept.view(shape)
 
 
-def record(
+def record_outputs(
     model: PreTrainedModel,
     inputs: Mapping[str, torch.Tensor],
-    layers: Iterable[str],
+    names: Iterable[str],
     truth: Outputs | None = None,
 ) -> Outputs:
-    """What the named layers put out, call by call; `truth`, where given, takes its place."""
-    found: Outputs = {}
+    """The outputs of the named modules, call by call; if `truth` is given, it replaces them."""
+    outputs: Outputs = {}
 
-    def hook_of(name: str) -> Hook:
-        def hook(_module: object, _args: object, output: Any) -> Any:
-            calls, first = found.setdefault(name, []), output
-            if isinstance(output, tuple):
-                first = output[0]
-            calls.append(first.clone())  # models add residuals in place
+    def make_hook(name: str) -> Hook:
+        def record_output(_module: object, _args: object, output: Any) -> Any:
+            calls = outputs.setdefault(name, [])
+            calls.append(first_output(output).clone())  # models add residuals in place
             if truth is None:
                 return None
-            given = truth[name][len(calls) - 1].clone()
-            return (given, *output[1:]) if isinstance(output, tuple) else given
+            true_output = truth[name][len(calls) - 1].clone()
+            return (true_output, *output[1:]) if isinstance(output, tuple) else true_output
 
-        return hook
+        return record_output
 
-    with torch.inference_mode(), hooks(model, {name: hook_of(name) for name in layers}):
-        model(**inputs, **uncached(model))
-    return found
-
-
-@contextmanager
-def hooks(model: PreTrainedModel, by_name: dict[str, Hook]) -> Iterator[None]:
-    """Forward hooks on the named modules, for a while."""
-    with ExitStack() as stack:
-        for name, hook in by_name.items():
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        yield
+    with torch.inference_mode():
+        run_with_hooks(model, [(name, make_hook(name)) for name in dict.fromkeys(names)], inputs)
+    return outputs
 
 
-def miss(total: torch.Tensor, whole: torch.Tensor) -> float:
+def relative_error(total: torch.Tensor, truth: torch.Tensor) -> float:
     """The largest difference of two tensors, relative to the second's largest value."""
-    return float((total - whole).abs().max() / whole.abs().max())
+    return float((total - truth).abs().max() / truth.abs().max())

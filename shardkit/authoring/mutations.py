@@ -1,30 +1,22 @@
-"""Errors planted in a recipe, to see that the checks catch them.
+"""Injects faults into a recipe, to see that the checks detect them (mutation testing).
 
 Each mutant is the recipe with one rule wrong in a way that someone could write it: another layout,
-a rule left out, a norm that is not reduced, a bias that every rank adds, an argument not cut, an
-attribute that still counts every rank's heads.
+a rule left out, a norm that is not reduced, a bias that every rank adds, an argument that is not
+cut, an attribute that still counts every rank's heads.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
-from shardkit.layout.axis import Term
-from shardkit.layout.style import (
-    ADD_ONCE,
-    COLUMN,
-    GATHER,
-    NORM,
-    RECURRENT,
-    REPLICATE,
-    ROW,
-)
+from shardkit.layout import Term
+from shardkit.layout.style import ADD_ONCE, COLUMN, GATHER, NORM, RECURRENT, REPLICATE, ROW
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
-ANY = "any_even_division"
-HALVES = (Term((2,), ANY),)  # each rank takes a part of either half: right for a fused pair alone
-PLAIN = (Term((), ANY),)
-STYLES = {  # of a rule that should reduce, gather or add once: what is forgotten, and what is left
+ANY_UNIT = "any_even_division"
+AS_HALVES = (Term((2,), ANY_UNIT),)  # a rank takes a part of either half: right for a fused pair
+AS_ONE = (Term((), ANY_UNIT),)
+STYLE_FAULTS = {  # a style that should reduce, gather or add once: what is forgotten, what is left
     NORM: ("norm not reduced", COLUMN),
     ADD_ONCE: ("bias added by every rank", REPLICATE),
     GATHER: ("input not gathered", COLUMN),
@@ -33,55 +25,67 @@ STYLES = {  # of a rule that should reduce, gather or add once: what is forgotte
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong recipe, and the pattern of the rule that is wrong in it.
+    """A recipe with an injected fault.
 
-    `telling` False: some attention functions never read what it leaves whole; then the model
-    computes the same, and nothing is to be caught.
+    Attributes:
+        fault: What is wrong.
+        pattern: The pattern of the rule that is wrong.
+        recipe: The wrong recipe.
+        must_be_detected: Whether the checks must fail. Some attention functions never read the
+            attribute or argument that a mutant leaves whole; the model then computes the same.
     """
 
     fault: str
     pattern: str
     recipe: Recipe
-    telling: bool = True
+    must_be_detected: bool = True
 
 
-def mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mutant]:
-    """Mutants of a recipe, one of each kind in turn.
+def list_mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mutant]:
+    """The mutants of a recipe, one of each kind in turn.
 
-    `rules` are the patterns of those that a model uses, each with the tensors that it names.
+    Args:
+        recipe: The right recipe.
+        rules: The patterns of the rules that a model uses, each with the tensors that it names.
     """
     used = [rule for rule in recipe.rules if rule.pattern in rules]
-    biased = [
-        r for r in used if r.style is ROW and any(t.endswith("bias") for t in rules[r.pattern])
+    with_bias = [
+        rule
+        for rule in used
+        if rule.style is ROW and any(name.endswith("bias") for name in rules[rule.pattern])
     ]
     kinds = [
-        (_with(recipe, r, STYLES[r.style][0], style=STYLES[r.style][1])
-         for r in used if r.style in STYLES),
-        _arguments(recipe),
-        (_with(recipe, r, "layout swapped", terms=_swapped(r)) for r in used if _cut(r)),
-        (_doubled(recipe, rule) for rule in biased),
-        _attributes(recipe),
-        (_without(recipe, rule) for rule in used),
-    ]  # fmt: skip
+        (_mutate_style(recipe, rule) for rule in used if rule.style in STYLE_FAULTS),
+        _omit_arguments(recipe),
+        (_swap_layout(recipe, rule) for rule in used if rule.style in (COLUMN, ROW, RECURRENT)),
+        (_replicate_bias(recipe, rule) for rule in with_bias),
+        _omit_attributes(recipe),
+        (_omit_rule(recipe, rule) for rule in used),
+    ]
     yield from (mutant for mutant in chain(*zip_longest(*kinds)) if mutant)
 
 
-def _arguments(recipe: Recipe) -> Iterator[Mutant]:
+def _mutate_style(recipe: Recipe, rule: Rule) -> Mutant:
+    fault, style = STYLE_FAULTS[rule.style]
+    return _replace_rule(recipe, rule, fault, style=style)
+
+
+def _omit_arguments(recipe: Recipe) -> Iterator[Mutant]:
     for argument in recipe.forward_arguments:
         others = tuple(other for other in recipe.forward_arguments if other != argument)
         fault = f"argument {argument.argument} not cut"
         yield Mutant(fault, argument.module, replace(recipe, forward_arguments=others), False)
 
 
-def _attributes(recipe: Recipe) -> Iterator[Mutant]:
-    """Attributes left out: most attention functions take the head count from the tensors."""
+def _omit_attributes(recipe: Recipe) -> Iterator[Mutant]:
+    """Attributes left out; most attention functions take the head count from the tensors."""
     for attribute in recipe.module_attributes:
         others = tuple(other for other in recipe.module_attributes if other != attribute)
         fault = f"attribute {attribute.attribute} left whole"
         yield Mutant(fault, attribute.module, replace(recipe, module_attributes=others), False)
 
 
-def _doubled(recipe: Recipe, rule: Rule) -> Mutant:
+def _replicate_bias(recipe: Recipe, rule: Rule) -> Mutant:
     """The rule for the weight alone, and the bias replicated like any small tensor."""
     weight = replace(rule, pattern=f"{rule.pattern}.weight")
     bias = Rule(f"{rule.pattern}.bias", REPLICATE)
@@ -90,23 +94,19 @@ def _doubled(recipe: Recipe, rule: Rule) -> Mutant:
     return Mutant("bias added by every rank", rule.pattern, wrong)
 
 
-def _without(recipe: Recipe, rule: Rule) -> Mutant:
-    rest = tuple(other for other in recipe.rules if other != rule)
-    return Mutant("rule left out", rule.pattern, replace(recipe, rules=rest))
+def _omit_rule(recipe: Recipe, rule: Rule) -> Mutant:
+    others = tuple(other for other in recipe.rules if other != rule)
+    return Mutant("rule left out", rule.pattern, replace(recipe, rules=others))
 
 
-def _cut(rule: Rule) -> bool:
-    return rule.style in (COLUMN, ROW, RECURRENT)
+def _swap_layout(recipe: Recipe, rule: Rule) -> Mutant:
+    """Another reading of the same axis: a plain one as two halves, a fused one as plain."""
+    is_fused = len(rule.terms) > 1 or rule.terms[0].outer or rule.terms[0].group_tail
+    return _replace_rule(recipe, rule, "layout swapped", terms=AS_ONE if is_fused else AS_HALVES)
 
 
-def _swapped(rule: Rule) -> tuple[Term, ...]:
-    """Another reading of the same axis: of a plain one as halves, of a fused one as plain."""
-    fused = len(rule.terms) > 1 or rule.terms[0].outer or rule.terms[0].group_tail
-    return PLAIN if fused else HALVES
-
-
-def _with(recipe: Recipe, rule: Rule, fault: str, **changes: object) -> Mutant:
+def _replace_rule(recipe: Recipe, rule: Rule, fault: str, **changes: object) -> Mutant:
     wrong = replace(rule, **changes)  # type: ignore[arg-type]
     rules = tuple(wrong if other == rule else other for other in recipe.rules)
-    units = {**recipe.units, ANY: UnitRule(())}
+    units = {**recipe.units, ANY_UNIT: UnitRule(())}
     return Mutant(fault, rule.pattern, replace(recipe, rules=rules, units=units))

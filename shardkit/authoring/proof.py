@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from shardkit.authoring.masked_sum import WEIGHTS, misses
+from shardkit.authoring.masked_sum import WEIGHT_FILE, masked_sum_errors
 from shardkit.checkpoint import Checkpoint
 from shardkit.convert import (
     merge_destination,
@@ -14,9 +14,8 @@ from shardkit.convert import (
     shard_destination,
     split_checkpoint,
 )
-from shardkit.errors import ShardkitError
-from shardkit.planning.placement import Plan, make_plan
-from shardkit.planning.summary import summarize_plan
+from shardkit.errors import MODEL_ERRORS, ShardkitError
+from shardkit.planning import Plan, make_plan, summarize_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.engine.rank_processes import Ranks
 from shardkit.shards.manifest import Manifest
@@ -25,18 +24,17 @@ from shardkit.verification.models import LocalRanks
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.report import Check, Verdict
 
-ROUNDING = 1e-5  # of a summed layer; sound layouts miss by some 5e-7, the mildest fault by 0.1
-FOREIGN = (
-    AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+MAX_ROUNDING = 1e-5  # of a summed layer: right layouts err by about 5e-7, the mildest fault by 0.1
 
 
 @dataclass(frozen=True)
 class Proof:
     """What was checked of a recipe on one model.
 
-    `rules` are the patterns of those that the model used, each with the tensors that it names;
-    `share` is the largest rank's part of the model's bytes.
+    Attributes:
+        checks: The checks, up to the first that failed.
+        rules: The patterns of the rules that the model used, each with the tensors that it names.
+        share: The largest rank's share of the model's bytes.
     """
 
     checks: tuple[Check, ...]
@@ -49,23 +47,30 @@ class Proof:
         return all(check.verdict == "passed" for check in self.checks)
 
 
-def prove(source: Path, recipe: Recipe, ranks: Ranks, scratch: Path, beams: int = 0) -> Proof:
-    """Check a recipe on a small checkpoint of one file, over `ranks`; the first failure ends it.
+def prove_recipe(
+    source: Path, recipe: Recipe, ranks: Ranks, scratch: Path, beams: int = 0
+) -> Proof:
+    """Check a recipe on a small checkpoint of one file; stop at the first check that fails.
 
-    `beams` also compares beam search, where the model has it.
+    Args:
+        source: The checkpoint folder.
+        recipe: The recipe to prove.
+        ranks: The ranks to run the shards on.
+        scratch: An empty folder for the shards.
+        beams: If not 0, also compare beam search over so many beams, if the model has it.
     """
-    trial = _Trial(source, recipe, ranks, scratch, beams)
+    run = _ProofRun(source, recipe, ranks, scratch, beams)
     checks: list[Check] = []
-    for name, step in trial.steps.items():
-        checks.append(_tried(name, step))
+    for name, step in run.steps.items():
+        checks.append(_run_step(name, step))
         if checks[-1].verdict != "passed":
             return Proof(tuple(checks))
-    return Proof(tuple(checks), trial.rules, trial.share)
+    return Proof(tuple(checks), run.rules, run.share)
 
 
 @dataclass
-class _Trial:
-    """One recipe on one model, step by step: a step uses what those before it made."""
+class _ProofRun:
+    """One recipe on one model, step by step; each step uses what those before it made."""
 
     source: Path
     recipe: Recipe
@@ -76,9 +81,11 @@ class _Trial:
     @property
     def steps(self) -> dict[str, Callable[[], Check]]:
         return {
-            "complete": self.complete, "masked sum": self.masked_sum, "merge": self.merge,
-            "numerics": self.numerics,
-        }  # fmt: skip
+            "complete": self.check_complete,
+            "masked sum": self.check_masked_sum,
+            "merge": self.check_merge,
+            "numerics": self.check_numerics,
+        }
 
     @cached_property
     def plan(self) -> Plan:
@@ -94,61 +101,60 @@ class _Trial:
 
     @property
     def rules(self) -> dict[str, frozenset[str]]:
-        found = defaultdict(set)
+        by_pattern = defaultdict(set)
         for placement in self.plan.placements:
-            found[self.recipe.rule_for(placement.spec.name).pattern].add(placement.spec.name)
-        return {pattern: frozenset(names) for pattern, names in found.items()}
+            rule = self.recipe.rule_for(placement.spec.name)
+            by_pattern[rule.pattern].add(placement.spec.name)
+        return {pattern: frozenset(names) for pattern, names in by_pattern.items()}
 
     @property
     def share(self) -> float:
         summary = summarize_plan(self.plan)
         return max(summary.loaded_bytes) / max(summary.total_bytes, 1)
 
-    def complete(self) -> Check:
+    def check_complete(self) -> Check:
         """Every tensor has one rule, and every rank a part of what is divided."""
-        return _check("complete", f"{len(self.plan.placements)} tensors, one rule each")
+        return _make_check("complete", f"{len(self.plan.placements)} tensors, one rule each")
 
-    def masked_sum(self) -> Check:
+    def check_masked_sum(self) -> Check:
         """Ranks that keep only their own spans sum to the whole model, by transformers alone."""
-        found = misses(self.source, self.recipe, self.ranks.size, self.scratch / "masked")
-        worst = max(found, key=lambda name: found[name], default="")
-        value = found.get(worst, 0.0)
-        fault = "" if value < ROUNDING else f"{worst} misses its sum by {value:.1e}"
-        told = f"{len(found)} layers miss by at most {value:.1e}"
-        return _check("masked sum", told, fault, {"miss": value})
+        folder = self.scratch / "masked"
+        errors = masked_sum_errors(self.source, self.recipe, self.ranks.size, folder)
+        worst = max(errors, key=lambda name: errors[name], default="")
+        error = errors.get(worst, 0.0)
+        fault = "" if error < MAX_ROUNDING else f"the masked sum of {worst} is off by {error:.1e}"
+        summary = f"{len(errors)} layers are off by at most {error:.1e}"
+        return _make_check("masked sum", summary, fault, {"error": error})
 
-    def merge(self) -> Check:
+    def check_merge(self) -> Check:
         """A merge gives back the source's file, bit for bit."""
         assert self.manifest
         with ShardedCheckpoint(self.scratch / "shards") as shards:
             merge_shards(shards, merge_destination(shards.manifest, self.scratch / "merged"))
-        same = (self.scratch / "merged" / WEIGHTS).read_bytes() == self._whole
-        fault = "" if same else "the merged file is not the source's"
-        return _check("merge", "bit for bit the source's", fault)
+        merged = (self.scratch / "merged" / WEIGHT_FILE).read_bytes()
+        is_same = merged == (self.source / WEIGHT_FILE).read_bytes()
+        fault = "" if is_same else "the merged file is not the source's"
+        return _make_check("merge", "bit for bit the source's", fault)
 
-    def numerics(self) -> Check:
+    def check_numerics(self) -> Check:
         """The shards over their ranks compute what the unsharded model does."""
         shards, sharded = self.scratch / "shards", LocalRanks(self.ranks)
         return check_numerics(shards, self.manifest, self.source, sharded, beams=self.beams)
 
-    @property
-    def _whole(self) -> bytes:
-        return (self.source / WEIGHTS).read_bytes()
 
-
-def _check(
+def _make_check(
     name: str, summary: str, fault: str = "", numbers: Mapping[str, object] | None = None
 ) -> Check:
     verdict: Verdict = "failed" if fault else "passed"
     return Check(name, verdict, summary, (fault,) if fault else (), numbers or {})
 
 
-def _tried(name: str, step: Callable[[], Check]) -> Check:
-    """A check; an error it ends in is a failure, whatever library it comes from."""
+def _run_step(name: str, step: Callable[[], Check]) -> Check:
+    """A check; if it raises, whatever library the error comes from, it has failed."""
     try:
         return step()
     except ShardkitError as error:
-        return _check(name, "cannot be run", str(error))
-    except FOREIGN as error:
-        told = str(error).split("\n")[0]
-        return _check(name, "cannot be run", f"{type(error).__name__}: {told}")
+        return _make_check(name, "cannot be run", str(error))
+    except MODEL_ERRORS as error:
+        message = str(error).split("\n")[0]
+        return _make_check(name, "cannot be run", f"{type(error).__name__}: {message}")

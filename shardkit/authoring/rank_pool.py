@@ -1,4 +1,4 @@
-"""Ranks kept running between the models that are tried on them."""
+"""Keeps ranks running between the models that are proven on them."""
 
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -8,7 +8,7 @@ from shardkit.runtime.engine.rank_processes import Ranks
 
 @dataclass
 class RankPool:
-    """CPU ranks of several sizes, each started when it is first needed; to be used in a `with`."""
+    """Groups of CPU ranks by size, started when first needed, stopped at the end of a `with`."""
 
     _running: dict[int, Ranks] = field(default_factory=dict)
 
@@ -19,13 +19,16 @@ class RankPool:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         for ranks in self._running.values():
             ranks.close()
 
     def of(self, size: int) -> Ranks:
-        """Ranks that run: started again once a failure has stopped them.  Raises RanksError."""
+        """A group of `size` running ranks, restarted if a failure has stopped them.
+
+        Raises RanksError.
+        """
         if size not in self._running or not self._running[size].pids:
             self._running[size] = Ranks(size, device="cpu")
         return self._running[size]

@@ -1,7 +1,7 @@
-"""Samples: small configs of every family, kept as data beside the recipes, and models made of them.
+"""Samples: small configs of every family, kept as data with the recipes, and models of them.
 
-A sample file is TOML.  Each table is a sample: a model class of transformers and its config's
-fields, over those of a `base` table.  "none" stands for null, which TOML lacks.
+A sample file is TOML. Each table is a sample: a model class of transformers and its config's
+fields, on top of those of a `base` table. "none" stands for null, which TOML lacks.
 
     [base.decoder]
     hidden_size = 64
@@ -23,100 +23,133 @@ from transformers import PreTrainedModel
 
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe_folder
+from shardkit.recipe.counts import matches_config
+from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.models.registry import find_model_class
 
 NULL = "none"
-KEYS = {"model", "base", "config", "apart", "as_built"}
-SEED = 7
+KEYS = {"model", "base", "config", "limitation", "as_built"}
+WEIGHT_SEED = 0
+NOISE_SEED = 7
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A small config.  `apart` says in a sentence where transformers itself cannot do all of it.
+    """A small config.
 
-    `as_built` saves it under the names that the model has in memory, its experts stacked, as some
-    checkpoints on the Hub are; otherwise it has the names of the first checkpoints.  `group` is the
-    name of its file.
+    Attributes:
+        name: Its name.
+        model: A model class of transformers, or of this package.
+        config: The fields of its config.
+        limitation: A sentence on what transformers itself cannot do of it; usually empty.
+        as_built: Whether it is saved under the names that the model has in memory, its experts
+            stacked, as some checkpoints on the Hub are, or under those of the first checkpoints.
+        group: The name of its file.
     """
 
     name: str
     model: str
     config: Mapping[str, Any]
-    apart: str = ""
+    limitation: str = ""
     as_built: bool = False
     group: str = ""
 
     @property
     def model_class(self) -> Any:
-        """The class of transformers, or built in."""
-        found = find_model_class(self.model)
-        if found is None:
+        """The model class. Raises RecipeError if there is none."""
+        model_class = find_model_class(self.model)
+        if model_class is None:
             raise RecipeError(f"sample {self.name}: transformers has no {self.model}")
-        return found
+        return model_class
 
     @property
     def model_type(self) -> str:
-        """The model_type its config.json has."""
+        """The model_type of its config.json."""
         return str(self.model_class.config_class.model_type)
 
     @property
     def stored_config(self) -> dict[str, Any]:
-        """What its config.json says, defaults included."""
-        found: dict[str, Any] = self.model_class.config_class(**self.config).to_dict()
-        return found
+        """The contents of its config.json, defaults included."""
+        contents: dict[str, Any] = self.model_class.config_class(**self.config).to_dict()
+        return contents
 
 
-def samples() -> list[Sample]:
-    """Every bundled sample, in the order of its file."""
+def list_samples() -> list[Sample]:
+    """Every bundled sample, in the order of the files and within them."""
     files = sorted((find_recipe_folder() / "samples").glob("*.toml"))
     return [sample for path in files for sample in read_samples(path)]
 
 
+def find_samples(recipe: Recipe) -> list[Sample]:
+    """The bundled samples that a recipe is for."""
+    return [
+        sample
+        for sample in list_samples()
+        if sample.model_type in recipe.model_types and matches_config(recipe, sample.stored_config)
+    ]
+
+
 def read_samples(path: Path) -> Iterator[Sample]:
-    """The samples of one file.  Raises RecipeError for one that is not as it should be."""
+    """The samples of one file. Raises RecipeError for an entry that is not a sample."""
     table = tomllib.loads(path.read_text())
     bases = table.pop("base", {})
     for name, entry in table.items():
         base = entry.get("base")
         if not entry.keys() <= KEYS or "model" not in entry or (base and base not in bases):
             raise RecipeError(f"{path.name}: {name}: needs a model, and a base that is there")
-        config = {**bases.get(base, {}), **entry.get("config", {})}
-        apart, as_built = entry.get("apart", ""), entry.get("as_built", False)
-        yield Sample(name, entry["model"], _nulls(config), apart, as_built, path.stem)
+        yield Sample(
+            name=name,
+            model=entry["model"],
+            config=_replace_nulls({**bases.get(base, {}), **entry.get("config", {})}),
+            limitation=entry.get("limitation", ""),
+            as_built=entry.get("as_built", False),
+            group=path.stem,
+        )
 
 
 def make_sample(sample: Sample, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a sample's model as transformers does, its weights from a seed.  Returns `folder`."""
+    """Save a sample's model as transformers does, its weights from a seed. Returns `folder`."""
     cls = sample.model_class
     config = cls.config_class(**sample.config)
-    return save_random(cls, config, folder, dtype, as_built=sample.as_built)
+    return save_random_model(cls, config, folder, dtype, as_built=sample.as_built)
 
 
-def save_random(
+def save_random_model(
     cls: Any,
     config: Any,
     folder: Path,
     dtype: torch.dtype = torch.float32,
     as_built: bool = False,
 ) -> Path:
-    """Save a model with weights from a seed, biases and norms made to matter.  Returns `folder`."""
-    torch.manual_seed(0)
+    """Save a model with random weights from a seed, every parameter of which matters.
+
+    Args:
+        cls: The model class.
+        config: Its config.
+        folder: Where to save it.
+        dtype: The dtype to save the weights in.
+        as_built: Whether to keep the names that the model has in memory.
+
+    Returns:
+        `folder`.
+    """
+    torch.manual_seed(WEIGHT_SEED)
     model = cls(config)
-    shake(model)
+    perturb(model)
     model.to(dtype).save_pretrained(folder, save_original_format=not as_built)
     return folder
 
 
-def shake(model: PreTrainedModel) -> None:
-    """Move every parameter, so that biases, norms and sinks that start at 0 or 1 matter."""
-    generator = torch.Generator().manual_seed(SEED)
+def perturb(model: PreTrainedModel) -> None:
+    """Add noise to every parameter, so that those initialized to 0 or 1 (biases, norms) matter."""
+    generator = torch.Generator().manual_seed(NOISE_SEED)
     with torch.no_grad():
         for parameter in {id(p): p for p in model.parameters()}.values():
-            size = 0.08 if parameter.ndim > 1 else 0.2
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+            scale = 0.08 if parameter.ndim > 1 else 0.2
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def _nulls(value: Any) -> Any:
+def _replace_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _nulls(item) for key, item in value.items()}
+        return {key: _replace_nulls(item) for key, item in value.items()}
     return None if value == NULL else value

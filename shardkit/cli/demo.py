@@ -85,9 +85,9 @@ def find_encoder() -> Path:
 
 def make_decoder(folder: Path) -> Path:
     """The demo's sample, a decoder with grouped-query attention; its weights are from a seed."""
-    from shardkit.authoring.samples import make_sample, samples
+    from shardkit.authoring.samples import list_samples, make_sample
 
-    (sample,) = (sample for sample in samples() if sample.group == "demo")
+    (sample,) = (sample for sample in list_samples() if sample.group == "demo")
     return make_sample(sample, folder)
 
 

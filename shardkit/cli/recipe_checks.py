@@ -1,4 +1,4 @@
-"""What `shardkit recipes check` runs and says."""
+"""What `shardkit recipes check` runs and prints."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,85 +6,132 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shardkit.authoring.check import Trial, caught, make_models, try_recipe
+from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
+from shardkit.authoring.publishing import find_proofs_folder
 from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.sweep import SweepResult, list_stale, read_results, sweep_recipes
 from shardkit.cli.options import status_line
 from shardkit.cli.output import format_count, print_line
+from shardkit.recipe.catalog import list_recipe_files
+from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
 
 def run_checks(
     recipe: Recipe, config: Path | None, tp_sizes: Sequence[int], mutants: int
 ) -> dict[str, Any]:
-    """The proofs of a recipe, and of errors planted in it, as JSON values."""
+    """Prove a recipe on its samples or on a config, and run mutants of it.
+
+    Args:
+        recipe: The recipe.
+        config: A folder with a small config.json, or None for the bundled samples.
+        tp_sizes: The numbers of ranks to prove it over.
+        mutants: How many mutants to run at most, over the first of these numbers of ranks.
+
+    Returns:
+        The results as JSON values.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="shardkit-") as folder,
         RankPool() as pool,
-        status_line() as tell,
+        status_line() as report,
     ):
-        tell("making small models")
+        report("making small models")
         models = make_models(recipe, config, Path(folder))
-        trials = []
-        for trial in try_recipe(recipe, models, tp_sizes, pool):
-            trials.append(trial)
-            tell(f"{len(trials)} of {len(models) * len(tp_sizes)} proofs: {trial.model}")
-        good = all(trial.proof.passed for trial in trials)
-        unused = _unused(recipe, trials) if good else []
-        planted = _plant(recipe, models, trials, pool, mutants) if good else []
+        proofs = []
+        for proof in prove_on_models(recipe, models, tp_sizes, pool):
+            proofs.append(proof)
+            report(f"{len(proofs)} of {len(models) * len(tp_sizes)} proofs: {proof.model}")
+        is_proven = all(proof.proof.passed for proof in proofs)
+        rules = {models[proof.model]: proof.proof.rules for proof in proofs}
+        limit = mutants if is_proven else 0
+        results = [*run_mutants(recipe, rules, tp_sizes[0], pool, limit)]
     return {
         "recipe": recipe.name,
-        "passed": good and all(entry["caught"] for entry in planted if entry["telling"]),
-        "trials": [_trial_json(trial) for trial in trials],
-        "unused_rules": unused,
-        "mutants": planted,
+        "passed": is_proven and not any(result.missed for result in results),
+        "proofs": [_proof_to_json(proof) for proof in proofs],
+        "unused_rules": _list_unused(recipe, proofs) if is_proven else [],
+        "mutants": [result.to_json() for result in results],
     }
 
 
-def say_results(results: dict[str, Any]) -> None:
-    """Every model's verdict, and the first fault of each that failed."""
-    for trial in results["trials"]:
-        verdict = "passed" if trial["passed"] else "FAILED"
-        last = trial["checks"][-1]
-        share = f"largest rank {trial['share']:.0%} of the bytes; " if trial["passed"] else ""
-        where = "" if trial["passed"] else f"{last['name']}: "
-        print_line(
-            f"{verdict} {trial['model']} at tp {trial['tp_size']}: {share}{where}{last['summary']}"
-        )
-        for fault in last["faults"]:
-            print_line(f"  {fault}")
+def print_results(results: dict[str, Any]) -> None:
+    """Print the verdict of every model, the first fault of each that failed, and the mutants."""
+    for proof in results["proofs"]:
+        _print_proof(proof)
     for pattern in results["unused_rules"]:
         print_line(f"not used by any of these models: {pattern}")
-    if planted := results["mutants"]:
-        found = sum(entry["caught"] for entry in planted)
-        print_line(f"{format_count(len(planted), 'error')} planted, {found} caught")
-        for entry in planted:
-            if not entry["caught"]:
-                how = "NOT CAUGHT" if entry["telling"] else "changes nothing here:"
-                print_line(f"  {how} {entry['fault']}: {entry['pattern']}")
+    if mutants := results["mutants"]:
+        detected = sum(mutant["detected"] for mutant in mutants)
+        print_line(f"{detected} of {format_count(len(mutants), 'injected fault')} detected")
+        _print_undetected(mutants)
 
 
-def _plant(
-    recipe: Recipe, models: dict[str, Path], trials: Sequence[Trial], pool: RankPool, at_most: int
-) -> list[dict[str, Any]]:
-    rules = {trial.model: trial.proof.rules for trial in trials}
-    checkpoints = [(models[name], used) for name, used in rules.items()]
-    return [
-        {"fault": mutant.fault, "pattern": mutant.pattern, "caught": not proof.passed,
-         "by": proof.checks[-1].name, "telling": mutant.telling}
-        for mutant, proof in caught(recipe, checkpoints, trials[0].tp_size, pool, at_most)
-    ]  # fmt: skip
+def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
+    """Prove recipes on all samples, run mutants, and publish the results in the checkout.
+
+    Args:
+        names: The recipes; all of them if empty.
+        only_stale: Whether to leave out those whose results are up to date.
+
+    Returns:
+        Whether every proof passed and no mutant was missed.
+    """
+    folder = find_proofs_folder()
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    selected = [recipe for recipe in recipes if not names or recipe.name in names]
+    if only_stale:
+        selected = list_stale(read_results(folder), selected)
+    passed = True
+    for recipe, result in sweep_recipes(selected, recipes, folder):
+        _print_sweep(recipe, result)
+        passed = passed and result.passed
+    print_line(f"{format_count(len(selected), 'recipe')} checked; results in {folder}")
+    return passed
 
 
-def _unused(recipe: Recipe, trials: Sequence[Trial]) -> list[str]:
-    used = {pattern for trial in trials for pattern in trial.proof.rules}
+def _print_sweep(recipe: Recipe, result: SweepResult) -> None:
+    proven = len(result.proofs) - len(result.failed_proofs)
+    print_line(
+        f"{recipe.name}: {proven} of {len(result.proofs)} proofs,"
+        f" {result.detected} of {len(result.mutants)} injected faults detected"
+    )
+    for proof in result.failed_proofs:
+        print_line(f"  FAILED {proof['sample']} at tp {proof['tp_size']}: {proof['fault']}")
+    for mutant in result.missed:
+        print_line(f"  NOT DETECTED {mutant['fault']}: {mutant['pattern']}")
+
+
+def _print_proof(proof: dict[str, Any]) -> None:
+    last = proof["checks"][-1]
+    title = f"{proof['model']} at tp {proof['tp_size']}"
+    if proof["passed"]:
+        print_line(
+            f"passed {title}: largest rank {proof['share']:.0%} of the bytes; {last['summary']}"
+        )
+        return
+    print_line(f"FAILED {title}: {last['name']}: {last['summary']}")
+    for fault in last["faults"]:
+        print_line(f"  {fault}")
+
+
+def _print_undetected(mutants: Sequence[dict[str, Any]]) -> None:
+    for mutant in mutants:
+        if not mutant["detected"]:
+            title = "NOT DETECTED" if mutant["must_be_detected"] else "changes nothing here:"
+            print_line(f"  {title} {mutant['fault']}: {mutant['pattern']}")
+
+
+def _list_unused(recipe: Recipe, proofs: Sequence[ModelProof]) -> list[str]:
+    used = {pattern for proof in proofs for pattern in proof.proof.rules}
     return [rule.pattern for rule in recipe.rules if rule.pattern not in used]
 
 
-def _trial_json(trial: Trial) -> dict[str, Any]:
+def _proof_to_json(proof: ModelProof) -> dict[str, Any]:
     return {
-        "model": trial.model,
-        "tp_size": trial.tp_size,
-        "passed": trial.proof.passed,
-        "share": round(trial.proof.share, 4),
-        "checks": [asdict(check) for check in trial.proof.checks],
+        "model": proof.model,
+        "tp_size": proof.tp_size,
+        "passed": proof.proof.passed,
+        "share": round(proof.proof.share, 4),
+        "checks": [asdict(check) for check in proof.proof.checks],
     }

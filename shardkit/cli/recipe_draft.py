@@ -1,4 +1,4 @@
-"""What `shardkit recipes draft` writes and says."""
+"""What `shardkit recipes draft` writes and prints."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,56 +8,84 @@ from typing import Any
 
 import click
 
-from shardkit.authoring.draft.draft import Draft, make_draft
-from shardkit.authoring.draft.proofs import outcomes_json
+from shardkit.authoring.draft.draft import draft_recipe
+from shardkit.authoring.draft.draft_all import draft_types, list_pending, read_records
+from shardkit.authoring.draft.drafts_page import render_drafts
+from shardkit.authoring.publishing import find_proofs_folder
 from shardkit.cli.options import status_line
-from shardkit.cli.output import format_count
+from shardkit.cli.output import format_count, print_line
 from shardkit.errors import OutputError
 from shardkit.strict_json import escape_line
 
 
 def run_draft(model: str, out: Path | None) -> dict[str, Any]:
-    """Make a draft and write its file, as JSON values. Raises OutputError before any work."""
-    with _new_file(out) as write, status_line() as say:
-        made = make_draft(model, say)
-        write(made.text)
-    return draft_json(made, out)
+    """Draft a recipe and write its file; the draft as JSON values.
+
+    Raises:
+        OutputError: The file exists or cannot be written. Raised before anything is drafted.
+    """
+    with _create_file(out) as write, status_line() as report:
+        draft = draft_recipe(model, report)
+        write(draft.text)
+    return {**draft.to_json(), "out": None if out is None else str(out)}
 
 
-def draft_json(made: Draft, out: Path | None) -> dict[str, Any]:
-    """A draft for a program."""
+def print_draft(draft: dict[str, Any]) -> None:
+    """Print the recipe on stdout unless it is in a file, and notes on it on stderr."""
+    if draft["out"] is None:
+        click.echo(draft["recipe"], nl=False)
+    else:
+        click.echo(f"Wrote {escape_line(draft['out'])}: a draft to review before use")
+    for pattern, reason in draft["replicated"].items():
+        click.echo(escape_line(f"replicated: {pattern}: {reason}"), err=True)
+    if unmatched := draft["unmatched_tensors"]:
+        count = format_count(len(unmatched), "tensor")
+        names = ", ".join(unmatched[:5])
+        click.echo(escape_line(f"{count} of the checkpoint have no rule yet: {names}"), err=True)
+
+
+def run_all_drafts(
+    out: Path | None, limit: int | None, seconds_per_type: float, show: bool
+) -> dict[str, Any]:
+    """Draft every generative model type that has no record yet, and write the page of all.
+
+    Args:
+        out: The file of records, with the page beside it; by default those of the checkout.
+        limit: How many types to draft at most in this run.
+        seconds_per_type: A type that takes longer has failed.
+        show: Whether to print a line for each type.
+
+    Returns:
+        How many types this run drafted, and how many of all recorded ones passed, as JSON values.
+    """
+    records_path, page_path = _list_outputs(out)
+    pending = list_pending(read_records(records_path))[:limit]
+    for record in draft_types(pending, records_path, seconds_per_type):
+        if show:
+            verdict = "passed" if record.passed else f"FAILED {record.stage}: {record.reason}"
+            print_line(f"{record.model_type}: {verdict} ({record.seconds:.1f} s)")
+    records = list(read_records(records_path).values())
+    page_path.write_text(render_drafts(records), encoding="utf-8")
     return {
-        "model_type": made.content.model_type,
-        "passed": made.passed,
-        "out": None if out is None else str(out),
-        "recipe": made.text,
-        "trials": outcomes_json(made.outcomes),
-        "whole": dict(made.content.whole),
-        "plan_entries": made.hints[0],
-        "unlike_the_plan": list(made.hints[1]),
-        "unmatched_tensors": list(made.unmatched),
+        "drafted": len(pending),
+        "model_types": len(records),
+        "passed": sum(record.passed for record in records),
+        "records_file": str(records_path),
+        "page": str(page_path),
     }
 
 
-def say_draft(made: dict[str, Any]) -> None:
-    """The recipe on stdout, unless it is in a file; what a user must know of it on stderr."""
-    if made["out"] is None:
-        click.echo(made["recipe"], nl=False)
-    else:
-        click.echo(f"Wrote {escape_line(made['out'])}: a draft to read before it is used")
-    for pattern, reason in made["whole"].items():
-        click.echo(escape_line(f"whole on every rank: {pattern}: {reason}"), err=True)
-    if unmatched := made["unmatched_tensors"]:
-        told = f"{format_count(len(unmatched), 'tensor')} of the checkpoint have no rule yet: "
-        click.echo(escape_line(told + ", ".join(unmatched[:5])), err=True)
+def _list_outputs(out: Path | None) -> tuple[Path, Path]:
+    """The file of records and the page."""
+    if out is not None:
+        return out, out.with_suffix(".md")
+    folder = find_proofs_folder()
+    return folder / "drafts.jsonl", folder / "DRAFTS.md"
 
 
 @contextmanager
-def _new_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """What writes text to a file that is made now and removed again if nothing is written.
-
-    Raises OutputError where it exists or cannot be made.
-    """
+def _create_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """Create a file, and remove it again if nothing is written to it; yields what writes."""
     if path is None:
         yield lambda text: None
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from shardkit.errors import MODEL_ERRORS
 from shardkit.shards.manifest import Manifest
 from shardkit.verification.divergence import blame
 from shardkit.verification.dummy_inputs import STEPS, make_inputs
@@ -13,8 +14,6 @@ from shardkit.verification.report import Check
 from shardkit.verification.tolerance import Judgement, agreement, divergence, judge, worst
 
 WIDER = {torch.float64: torch.float64, torch.float32: torch.float64}
-# What transformers raises where a class cannot do what is asked of it.
-UNABLE = (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError)
 
 
 def check_numerics(
@@ -74,7 +73,9 @@ def _decode(
     our_ids, ours = sharded.generate(inputs, STEPS)
     try:
         true_ids, truth = reference.generate(inputs, STEPS)
-    except UNABLE:  # a class whose generate is for one dtype: then every token must be the same
+    except (
+        MODEL_ERRORS
+    ):  # a class whose generate is for one dtype: then every token must be the same
         return _same_tokens(our_ids, their_ids, numbers)
     length = ours.shape[1]
     faults = []
@@ -103,7 +104,7 @@ def _beam_search(
     """Beam search gives equal tokens; a model that has none is said to."""
     try:
         theirs = unsharded.search(inputs, STEPS, beams)
-    except UNABLE as error:
+    except MODEL_ERRORS as error:
         numbers["beams"] = f"none unsharded: {type(error).__name__}"
         return []
     ours = sharded.search(inputs, STEPS, beams)

@@ -8,14 +8,18 @@ import pytest
 import torch
 import transformers
 
-from shardkit.authoring.masked_sum import load, misses, placed_parameters, plan_of
+from shardkit.authoring.masked_sum import (
+    load_reference,
+    masked_sum_errors,
+    match_parameters,
+    plan_folder,
+)
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 from tests.helpers.model_samples import VARIANTS, SampleFolder, make
 from tests.helpers.runtime_helpers import altered
 
-ROUNDING = 1e-5  # sound layouts miss by some 5e-7
-WRONG = 0.05  # the mildest fault misses by twice that
+WRONG = 0.05  # the mildest fault is off by twice that
 
 QKV = "heads + kv_heads + kv_heads"
 ANY = ("[units]", '[units]\nany = "*"')
@@ -94,19 +98,19 @@ def test_a_wrong_layout_misses_the_sum_though_it_tiles_every_tensor(
     name, *changes = FAULTS[fault]
     whole = source(name)
     wrong = altered(own_recipe(whole).name, tmp_path, *changes)
-    found = misses(whole, wrong, 2, tmp_path)
-    assert max(found.values()) > WRONG, found
+    errors = masked_sum_errors(whole, wrong, 2, tmp_path)
+    assert max(errors.values()) > WRONG, errors
 
 
 @pytest.mark.parametrize("model", PLANNED)
 def test_recipes_agree_with_transformers_own_plans(model: str, source: SampleFolder) -> None:
     whole = source(PLANNED[model])
-    loaded, recipe = load(whole), own_recipe(whole)
+    loaded, recipe = load_reference(whole), own_recipe(whole)
     ours = {
         re.sub(
             r"\.\d+\.", ".*.", parameter.removesuffix(".bias").removesuffix(".weight")
         ): p.style.name
-        for parameter, p in placed_parameters(loaded, plan_of(whole, recipe, 2)).items()
+        for parameter, p in match_parameters(loaded, plan_folder(whole, recipe, 2)).items()
     }
     both = {entry: (loaded.tp_plan[entry], ours[entry]) for entry in ours.keys() & loaded.tp_plan}
     assert both or not loaded.tp_plan

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shardkit.authoring.proof import prove
+from shardkit.authoring.proof import prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
@@ -56,7 +56,7 @@ def test_a_recipe_is_proven_on_its_sample(
 ) -> None:
     whole = source(name)
     recipe = find_recipe(json.loads((whole / "config.json").read_text()))
-    proof = prove(whole, recipe, pool.of(tp_size), tmp_path, BEAMS)
+    proof = prove_recipe(whole, recipe, pool.of(tp_size), tmp_path, BEAMS)
     assert proof.passed, proof.checks[-1]
 
 

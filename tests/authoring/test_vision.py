@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardkit.authoring.masked_sum import load
-from shardkit.authoring.proof import prove
+from shardkit.authoring.masked_sum import load_reference
+from shardkit.authoring.proof import prove_recipe
 from shardkit.errors import RecipeError
 from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
 from shardkit.planning.placement import Plan, make_plan
@@ -105,7 +105,7 @@ def test_a_model_that_only_sees_produces_no_text() -> None:
 def test_texts_have_as_many_places_as_an_image_fills(
     sample: str, places: int, tmp_path: Path
 ) -> None:
-    model = load(make(sample, tmp_path / "model"))
+    model = load_reference(make(sample, tmp_path / "model"))
     ids = make_inputs(model)["input_ids"]
     # 24 tokens of text, none of which stands for an image, a video or the start of either.
     assert ids.shape == (2, 24 + places)
@@ -161,7 +161,7 @@ def test_names_that_real_checkpoints_have_are_served(what: str, tmp_path: Path) 
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     recipe = find_recipe(json.loads((folder / "config.json").read_text()))
     with Ranks(2) as ranks:
-        proof = prove(folder, recipe, ranks, tmp_path)
+        proof = prove_recipe(folder, recipe, ranks, tmp_path)
     assert proof.passed, proof.checks[-1]
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shardkit.authoring.samples import make_sample, samples
+from shardkit.authoring.samples import list_samples, make_sample
 
 SampleFolder = Callable[[str], Path]  # a sample's checkpoint, saved when first asked for
-VARIANTS = {sample.name: sample for sample in samples()}
+VARIANTS = {sample.name: sample for sample in list_samples()}
 
 
 def make(name: str, folder: Path, dtype: str = "float32") -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardkit import runtime
-from shardkit.authoring.masked_sum import load
+from shardkit.authoring.masked_sum import load_reference
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
@@ -35,7 +35,7 @@ def test_experts_run_whatever_their_local_width_and_the_user_is_told(
 
 
 def test_the_plain_loop_is_chosen_only_where_it_must_be(tmp_path: Path) -> None:
-    model = load(make(SAMPLE, tmp_path / "whole"))
+    model = load_reference(make(SAMPLE, tmp_path / "whole"))
     assert choose_expert_kernel(model) == ""
     assert model.config._experts_implementation == "grouped_mm"
     assert choose_expert_kernel(model.double()) == "40 wide in float64"

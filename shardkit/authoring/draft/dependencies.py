@@ -1,218 +1,255 @@
-"""Which parts of which tensors meet, found by derivatives of the model itself.
+"""Which slices of which tensors depend on each other, found from the model's own derivatives.
 
-A layer may end a parallel region if each of its input features depends on some output features of
-the layers before it only: on one head's, on one feature's of a feed-forward layer.  Its weight's
-gradient for one input feature is, up to a factor, that feature's activation; which elements of
-other tensors that depends on is a second derivative, exact zeros where it depends on none.
+A layer can end a parallel region if each of its input features depends on only some output features
+of the layers before it: those of one head, or one feature of a feed-forward layer. The gradient of
+the layer's weight for one input feature is, up to a factor, that feature's activation. Its own
+gradient, a second derivative of the output, is exactly zero for every element of every tensor that
+the feature does not depend on.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardkit.authoring.draft.tensor_origins import Small, Stored
+from shardkit.authoring.draft.tensor_origins import LoadedModel, StoredTensor
 
-FEW = 3
-MOST = 64  # features that are probed of a wide layer
-NARROW = 64  # of an embedding that may be one of heads, not of the model's width
+PRESCREEN = 3  # features that are tried before all are
+MAX_FEATURES = 64  # features that are tried of a wide layer
+MAX_HEAD_EMBEDDING = 64  # an embedding narrower than this may be one of heads, not of tokens
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """How one tensor meets the input features of a layer.
+class Dependency:
+    """How the input features of a layer depend on one tensor.
 
-    `by_dim[d]` is a boolean matrix `[features probed, length of dimension d]`.
+    Attributes:
+        tensor: The tensor.
+        by_dim: For each dimension of the tensor a boolean matrix of shape `[features, length]`:
+            whether a feature depends on any element at an index of that dimension.
     """
 
-    tensor: Stored
+    tensor: StoredTensor
     by_dim: tuple[Any, ...]
 
-    def partial(self, dim: int) -> bool:
-        """Whether along `dim` some input features meet some indices only."""
-        found = self.by_dim[dim]
-        return bool(found.any()) and not bool(found.all())
+    def is_partial(self, dim: int) -> bool:
+        """Whether some of the features depend on only some indices of dimension `dim`."""
+        matrix = self.by_dim[dim]
+        return bool(matrix.any()) and not bool(matrix.all())
 
 
 @dataclass(frozen=True)
-class Last:
-    """A layer that may end a region: its tensors on disk, and the dimension of its input features.
+class RowCandidate:
+    """A layer that may be row-parallel and so end a region.
 
-    `norms` are modules whose scale is taken as a given factor, as of a norm whose mean is summed
-    over the ranks; `sums` modules whose output is taken as given, as a row-parallel layer's is.
+    Attributes:
+        tensors: Its tensors on disk; several if experts are stored one by one.
+        dim: The dimension of their input features.
+        norms: Modules whose scale counts as a constant factor, as it is for a norm whose mean is
+            reduced over the ranks.
+        reduced: Modules whose output counts as a constant, as it is for a row-parallel layer.
     """
 
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
     dim: int
     norms: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()
+    reduced: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        """The recipe pattern of its tensors."""
+        return self.tensors[0].pattern
+
+    @property
+    def owner(self) -> str:
+        """The module that holds its tensors."""
+        return self.tensors[0].owner
+
+    @property
+    def length(self) -> int:
+        """The number of its input features."""
+        return self.tensors[0].shape[self.dim]
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What is known of one layer that might be row-parallel.
+class LayerDependencies:
+    """What one candidate's input features depend on.
 
-    `summed` are tensors that only add to what its module puts out: biases kept beside its weight.
-    `ran` is whether the model has run it.
+    Attributes:
+        candidate: The layer.
+        features: The indices of the input features that were tried.
+        dependencies: What they depend on; empty if they depend on nothing in part.
+        added: Tensors that only add to the module's output: biases stored beside its weight.
+        executed: Whether the model ran the module.
     """
 
-    last: Last
+    candidate: RowCandidate
     features: tuple[int, ...]
-    meetings: tuple[Meeting, ...]
-    summed: tuple[Stored, ...] = ()
-    ran: bool = True
+    dependencies: tuple[Dependency, ...]
+    added: tuple[StoredTensor, ...] = ()
+    executed: bool = True
 
 
-def probe(small: Small, last: Last) -> Probe:
-    """Find what meets the input features of a layer; no meetings where nothing meets it in part."""
-    near, length = _near(small, last.tensors[0]), last.tensors[0].shape[last.dim]
-    wanted = tuple(range(0, length, -(-length // MOST)))
-    with _outputs(small, last) as first:
-        gradients = _feature_gradients(small, first, last, wanted)
-        if gradients is None:
-            return Probe(last, (), (), ran=False)
-        value, features = gradients
-        few = sorted({0, len(features) // FEW, len(features) - 1})
-        if not any(m.partial(d) for m in _meetings(small, [features[i] for i in few], near)
-                   for d in out_dims(m.tensor)):  # fmt: skip
-            return Probe(last, (), ())
-        found = _meetings(small, features, near)
-        return Probe(last, wanted, tuple(found), _added(small, value, last.tensors, found))
+def find_dependencies(loaded: LoadedModel, candidate: RowCandidate) -> LayerDependencies:
+    """Find which slices of the tensors near a layer its input features depend on."""
+    near = _near_tensors(loaded, candidate.tensors[0])
+    stride = -(-candidate.length // MAX_FEATURES)
+    indices = tuple(range(0, candidate.length, stride))
+    output = _first_output_of(loaded, candidate)
+    derivatives = _feature_activations(loaded, output, candidate, indices)
+    if derivatives is None:
+        return LayerDependencies(candidate, (), (), executed=False)
+    total, activations = derivatives
+    sample = sorted({0, len(activations) // PRESCREEN, len(activations) - 1})
+    few = _measure(loaded, [activations[index] for index in sample], near)
+    if not any(d.is_partial(dim) for d in few for dim in d.tensor.output_dims):
+        return LayerDependencies(candidate, (), ())
+    dependencies = _measure(loaded, activations, near)
+    added = _added_tensors(loaded, total, candidate, dependencies)
+    return LayerDependencies(candidate, indices, tuple(dependencies), added)
 
 
-def _near(small: Small, last: Stored) -> list[Stored]:
-    """The tensors of the layer's own block, and those outside of any block but wide embeddings."""
-    own = [t for t in small.tensors if t.layer == last.layer]
-    other = [t for t in small.tensors if not t.layer and last.layer]
-    return own + [t for t in other if t.kind != "embedding" or t.shape[-1] < NARROW]
+def _near_tensors(loaded: LoadedModel, last: StoredTensor) -> list[StoredTensor]:
+    """The tensors of a layer's block, and those outside of all blocks except wide embeddings."""
+    same_block = [t for t in loaded.tensors if t.layer == last.layer]
+    outside = [t for t in loaded.tensors if not t.layer and last.layer]
+    return same_block + [
+        tensor
+        for tensor in outside
+        if tensor.kind != "embedding" or tensor.shape[-1] < MAX_HEAD_EMBEDDING
+    ]
 
 
-def out_dims(tensor: Stored) -> tuple[int, ...]:
-    """The dimensions that may be output features, the likeliest first; none of a plain norm."""
-    many = len(tensor.shape)
-    if tensor.kind == "norm" and many == 1:
-        return ()
-    if tensor.kind == "conv":
-        return (0,)
-    if tensor.kind == "other" and many > 1:
-        return tuple(dict.fromkeys((many - 2, many - 1, 0)))
-    return (tensor.out_dim,)
-
-
-@contextmanager
-def _outputs(small: Small, last: Last) -> Iterator[Any]:
-    """Run the model; what the module puts out at its first call, with its history."""
+def _first_output_of(loaded: LoadedModel, candidate: RowCandidate) -> Any:
+    """The candidate's output at its first call, with its history; None if it was not called."""
     import torch
 
-    from shardkit.runtime.model_runner import uncached
-    from shardkit.verification.dummy_inputs import make_inputs
+    from shardkit.authoring.hooks import Hook, first_output, run_with_hooks
 
-    calls: list[Any] = []
+    outputs: list[Any] = []
 
-    def keep(_module: Any, _args: Any, output: Any) -> None:
-        calls.append(output[0] if isinstance(output, tuple) else output)
+    def keep_output(_module: Any, _args: Any, output: Any) -> None:
+        outputs.append(first_output(output))
 
-    hooks = [(last.tensors[0].owner, keep), *((name, _as_factor) for name in last.norms),
-             *((name, _as_given) for name in last.sums)]  # fmt: skip
-    handles = [small.model.get_submodule(name).register_forward_hook(h) for name, h in hooks]
-    try:
-        with torch.enable_grad():
-            small.model.requires_grad_(True)
-            small.model(**make_inputs(small.model), **uncached(small.model))
-        yield calls[0] if calls else None
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[tuple[str, Hook]] = [(candidate.owner, keep_output)]
+    hooks += [(name, _scale_as_constant) for name in candidate.norms]
+    hooks += [(name, _output_as_constant) for name in candidate.reduced]
+    with torch.enable_grad():
+        loaded.model.requires_grad_(True)
+        run_with_hooks(loaded.model, hooks)
+    return outputs[0] if outputs else None
 
 
-def _as_factor(module: Any, args: Any, output: Any) -> Any:
-    """A norm's output with the same value, whose derivatives take its scale as a given number."""
+def _scale_as_constant(module: Any, args: Any, output: Any) -> Any:
+    """A norm's output with the same value, but with derivatives as if its scale were a constant."""
     scale = (output / args[0].where(args[0] != 0, 1)).detach()
     weight = module.weight
     return args[0] * scale + args[0].detach() * (weight - weight.detach())
 
 
-def _as_given(_module: Any, _args: Any, output: Any) -> Any:
+def _output_as_constant(_module: Any, _args: Any, output: Any) -> Any:
     return output.detach()
 
 
-def _feature_gradients(small: Small, output: Any, last: Last, wanted: Sequence[int]) -> Any:
-    """The output as one number, and of each input feature a number that only it determines."""
+def _feature_activations(
+    loaded: LoadedModel, output: Any, candidate: RowCandidate, indices: Sequence[int]
+) -> tuple[Any, list[Any]] | None:
+    """The output as one number, and for each input feature a number that only it determines."""
     import torch
 
     if output is None or not torch.is_tensor(output) or output.grad_fn is None:
         return None
-    path = last.tensors[0].owner
-    owner = small.model.get_submodule(path)
-    named = [(f"{path}.{n}", p) for n, p in owner.named_parameters(recurse=False)]
     generator = torch.Generator().manual_seed(1)
-    value = (output * torch.rand(output.shape, generator=generator)).sum()
-    made = torch.autograd.grad(value, [p for _, p in named], create_graph=True, allow_unused=True)
-    flat = {n: (g.flatten(), small.offsets[n]) for (n, _), g in zip(named, made, strict=True)
-            if g is not None and n in small.offsets}  # fmt: skip
-    features: list[Any] = []
-    for index in wanted:
-        parts = [t.positions.select(last.dim, index).flatten() for t in last.tensors]
-        features.append(_weighted(flat, torch.cat(parts), generator))
-    return None if any(f is None for f in features) else (value, features)
+    total = (output * torch.rand(output.shape, generator=generator)).sum()
+    flat = {
+        name: (gradient.flatten(), loaded.offsets[name])
+        for name, gradient in _own_gradients(loaded, candidate.owner, total, True).items()
+        if name in loaded.offsets
+    }
+    activations: list[Any] = []
+    for index in indices:
+        positions = [t.positions.select(candidate.dim, index).flatten() for t in candidate.tensors]
+        activations.append(_weighted_sum(flat, torch.cat(positions), generator))
+    return None if any(value is None for value in activations) else (total, activations)
 
 
-def _weighted(flat: dict[str, Any], positions: Any, generator: Any) -> Any:
-    """The gradients at these positions, each times a random number, summed."""
+def _own_gradients(
+    loaded: LoadedModel, owner: str, total: Any, create_graph: bool
+) -> dict[str, Any]:
+    """The gradients of a number for a module's own parameters, of those that it depends on."""
+    import torch
+
+    module = loaded.model.get_submodule(owner)
+    named = [(f"{owner}.{name}", p) for name, p in module.named_parameters(recurse=False)]
+    gradients = torch.autograd.grad(
+        total, [p for _, p in named], retain_graph=True, create_graph=create_graph,
+        allow_unused=True,
+    )  # fmt: skip
+    pairs = zip(named, gradients, strict=True)
+    return {name: gradient for (name, _), gradient in pairs if gradient is not None}
+
+
+def _weighted_sum(flat: Mapping[str, Any], positions: Any, generator: Any) -> Any:
+    """The sum of the gradients at these positions, each times a random number."""
     import torch
 
     for gradient, start in flat.values():
         if start <= int(positions.min()) and int(positions.max()) < start + len(gradient):
-            own = gradient[positions - start]
-            return (own * torch.rand(own.shape, generator=generator)).sum()
+            values = gradient[positions - start]
+            return (values * torch.rand(values.shape, generator=generator)).sum()
     return None
 
 
-def _meetings(small: Small, features: Sequence[Any], near: Sequence[Stored]) -> list[Meeting]:
-    """Which indices of the near tensors each feature depends on."""
+def _measure(
+    loaded: LoadedModel, activations: Sequence[Any], near: Sequence[StoredTensor]
+) -> list[Dependency]:
+    """Which indices of the near tensors each activation depends on."""
     import torch
 
-    owners = {t.owner for t in near}
-    names = [n for n in small.offsets if n.rpartition(".")[0] in owners]
-    parameters = [small.model.get_parameter(name) for name in names]
-    total = sum(p.numel() for p in small.model.parameters())
-    rows = torch.zeros((len(features), total), dtype=torch.bool)
-    for row, feature in zip(rows, features, strict=True):
-        if feature.grad_fn is None:
+    owners = {tensor.owner for tensor in near}
+    names = [name for name in loaded.offsets if name.rpartition(".")[0] in owners]
+    parameters = [loaded.model.get_parameter(name) for name in names]
+    total = sum(p.numel() for p in loaded.model.parameters())
+    rows = torch.zeros((len(activations), total), dtype=torch.bool)
+    for row, activation in zip(rows, activations, strict=True):
+        if activation.grad_fn is None:
             continue
-        made = torch.autograd.grad(feature, parameters, retain_graph=True, allow_unused=True)
-        for name, gradient in zip(names, made, strict=True):
+        gradients = torch.autograd.grad(
+            activation, parameters, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                start = small.offsets[name]
+                start = loaded.offsets[name]
                 row[start : start + gradient.numel()] = gradient.flatten() != 0
-    return [Meeting(t, _by_dim(rows, t)) for t in near]
+    return [Dependency(tensor, _reduce_by_dim(rows, tensor)) for tensor in near]
 
 
-def _by_dim(rows: Any, tensor: Stored) -> tuple[Any, ...]:
-    own = rows[:, tensor.positions]
-    dims = range(1, own.ndim)
-    return tuple(
-        own.any(dim=tuple(o for o in dims if o != d)) if own.ndim > 2 else own for d in dims
-    )
+def _reduce_by_dim(rows: Any, tensor: StoredTensor) -> tuple[Any, ...]:
+    """For each dimension of a tensor, whether a row is set anywhere at each of its indices."""
+    elements = rows[:, tensor.positions]
+    dims = range(1, elements.ndim)
+    if len(dims) <= 1:
+        return (elements,) * len(dims)
+    return tuple(elements.any(dim=tuple(other for other in dims if other != dim)) for dim in dims)
 
 
-def _added(
-    small: Small, value: Any, lasts: Sequence[Stored], found: Sequence[Meeting]
-) -> tuple[Stored, ...]:
-    """Tensors of the same module that add to its output and meet none of its input features."""
-    import torch
-
-    names = {t.name for t in lasts}
-    beside = [
-        m.tensor for m in found
-        if m.tensor.owner == lasts[0].owner and m.tensor.name not in names
-        and m.tensor.kind == "other" and not any(bool(d.any()) for d in m.by_dim)
-    ]  # fmt: skip
-    if not beside:
+def _added_tensors(
+    loaded: LoadedModel,
+    total: Any,
+    candidate: RowCandidate,
+    dependencies: Sequence[Dependency],
+) -> tuple[StoredTensor, ...]:
+    """Tensors of the same module that add to its output and that no input feature depends on."""
+    names = {tensor.name for tensor in candidate.tensors}
+    unrelated = [
+        dependency.tensor
+        for dependency in dependencies
+        if dependency.tensor.owner == candidate.owner
+        and dependency.tensor.name not in names
+        and dependency.tensor.kind == "other"
+        and not any(bool(matrix.any()) for matrix in dependency.by_dim)
+    ]
+    if not unrelated:
         return ()
-    parameters = dict(small.model.get_submodule(lasts[0].owner).named_parameters(recurse=False))
-    made = torch.autograd.grad(value, list(parameters.values()), retain_graph=True,
-                               allow_unused=True)  # fmt: skip
-    used = {f"{lasts[0].owner}.{n}" for n, g in zip(parameters, made, strict=True) if g is not None}
-    starts = {small.offsets[n] for n in used if n in small.offsets}
-    return tuple(t for t in beside if int(t.positions.min()) in starts)
+    gradients = _own_gradients(loaded, candidate.owner, total, False)
+    starts = {loaded.offsets[name] for name in gradients if name in loaded.offsets}
+    return tuple(tensor for tensor in unrelated if int(tensor.positions.min()) in starts)

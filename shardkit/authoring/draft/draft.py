@@ -1,126 +1,179 @@
-"""Writes a first recipe for a model type, proven on a small model of it."""
+"""Writes a first recipe for a model type, proven on a tiny model of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from shardkit.authoring.draft.candidates import survey
-from shardkit.authoring.draft.proofs import Bench, Outcome, unmatched
-from shardkit.authoring.draft.render import Content, written
-from shardkit.authoring.draft.search import Say, Search, final
-from shardkit.authoring.draft.tensor_origins import NUMBER, Small, open_small
-from shardkit.authoring.draft.tiny_model import Tiny, make_tiny
-from shardkit.errors import RecipeError
+from shardkit.authoring.draft.candidates import StatusCallback, survey_model
+from shardkit.authoring.draft.failure import SCRATCH, DraftError
+from shardkit.authoring.draft.proofs import (
+    ProofCache,
+    ProofOutcome,
+    list_unmatched,
+    outcomes_to_json,
+)
+from shardkit.authoring.draft.render import DraftRecipe, render_recipe
+from shardkit.authoring.draft.search import Search, prove_over_sizes
+from shardkit.authoring.draft.tensor_origins import LoadedModel, load_tiny_model, star_numbers
+from shardkit.authoring.draft.tiny_model import TinyModel, make_tiny_model
 
-SAME = {"colwise": "column", "rowwise": "row", "packed_colwise": "column", "packed_rowwise": "row"}
+# The styles of transformers' own tensor-parallel plans that a draft's can be compared with.
+PLAN_STYLES = {
+    "colwise": "column",
+    "rowwise": "row",
+    "packed_colwise": "column",
+    "packed_rowwise": "row",
+}
+
+
+@dataclass(frozen=True)
+class PlanComparison:
+    """A draft compared with transformers' own tensor-parallel plan.
+
+    `entries` is how many entries of the plan can be compared, `differences` says which differ.
+    """
+
+    entries: int = 0
+    differences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe's text, what it holds, and what became of the checks by number of ranks.
+    """A drafted recipe and its proofs.
 
-    `unmatched` are tensors of the given checkpoint that no rule names; `hints` is how many entries
-    transformers' own tensor-parallel plan has, and those of them that are done otherwise here.
+    Attributes:
+        text: The recipe file.
+        recipe: What it says.
+        outcomes: How the proof over each number of ranks ended.
+        unmatched: Tensors of the given checkpoint that no rule names.
+        comparison: The draft compared with transformers' own plan.
     """
 
     text: str
-    content: Content
-    outcomes: Mapping[int, Outcome]
+    recipe: DraftRecipe
+    outcomes: Mapping[int, ProofOutcome]
     unmatched: tuple[str, ...] = ()
-    hints: tuple[int, tuple[str, ...]] = (0, ())
+    comparison: PlanComparison = PlanComparison()
 
     @property
     def passed(self) -> bool:
-        """Whether something is sharded and every check passed, over every number of ranks tried."""
+        """Whether every check passed over every number of ranks that was tried."""
         return bool(self.outcomes) and all(o.passed for o in self.outcomes.values())
 
+    def to_json(self) -> dict[str, object]:
+        """The draft as JSON values."""
+        return {
+            "model_type": self.recipe.model_type,
+            "passed": self.passed,
+            "recipe": self.text,
+            "proofs": outcomes_to_json(self.outcomes),
+            "replicated": dict(self.recipe.replicated),
+            "plan_entries": self.comparison.entries,
+            "plan_differences": list(self.comparison.differences),
+            "unmatched_tensors": list(self.unmatched),
+        }
 
-def make_draft(model: str, say: Say, bench: Bench | None = None) -> Draft:
-    """Draft a recipe for a model type of transformers, or for that of a folder's config.json.
 
-    The bundled recipes are not looked at.  Raises RecipeError where nothing can be proven.
+def draft_recipe(model: str, report: StatusCallback, proofs: ProofCache | None = None) -> Draft:
+    """Draft a recipe, without looking at the bundled ones.
+
+    Args:
+        model: A model type of transformers, or a folder with a config.json.
+        report: Called with a line for each step.
+        proofs: The ranks to prove on; by default some are started and stopped again.
+
+    Raises:
+        DraftError: Nothing could be proven.
     """
-    if bench is None:
+    if proofs is None:
         from shardkit.authoring.rank_pool import RankPool
 
         with RankPool() as pool:
-            return make_draft(model, say, Bench(pool))
-    with TemporaryDirectory(prefix="shardkit-draft-") as folder:
-        say(f"making a small model of {model}")
-        tiny = make_tiny(model, Path(folder))
-        small = open_small(tiny.folder)
-        search = Search(small, survey(small, say), bench, say)
+            return draft_recipe(model, report, ProofCache(pool))
+    with TemporaryDirectory(prefix=SCRATCH) as folder:
+        report(f"making a small model of {model}")
+        tiny = make_tiny_model(model, Path(folder))
+        loaded = load_tiny_model(tiny.folder)
+        search = Search(loaded, survey_model(loaded, report), proofs, report)
         search.run()
-        content = search.content()
-        if not content.vocab and not content.parts:
-            reasons = "; ".join(f"{p}: {r}" for p, r in list(content.whole.items())[:3])
-            raise RecipeError(f"{model}: nothing of it could be sharded; {reasons}")
-        outcomes = final(small, written(content), bench, say)
-        hints = compared(small, content)
-    content = replace(content, comment=tuple(_comment(tiny, content, outcomes, hints)))
-    text = written(content)
-    return Draft(text, content, outcomes, _unmatched(model, text), hints)
+        recipe = search.to_recipe()
+        if not recipe.vocab and not recipe.regions:
+            reasons = "; ".join(f"{p}: {r}" for p, r in list(recipe.replicated.items())[:3])
+            raise DraftError("nothing", f"{model}: nothing of it could be sharded; {reasons}")
+        outcomes = prove_over_sizes(loaded, render_recipe(recipe), proofs, report)
+        comparison = compare_with_plan(loaded, recipe)
+    recipe = replace(recipe, comment=_make_comment(tiny, recipe, outcomes, comparison))
+    text = render_recipe(recipe)
+    return Draft(text, recipe, outcomes, _list_unmatched(model, text), comparison)
 
 
-def compared(small: Small, content: Content) -> tuple[int, tuple[str, ...]]:
-    """Transformers' own plan against the draft: its entries that can be compared, and differ."""
-    styles = {axis.pattern: axis.style for part in content.parts for axis in part.region.rules}
-    styles |= dict.fromkeys(content.vocab, "vocab")
-    ours: dict[str, str] = {}
-    for tensor in small.tensors:
-        ours.setdefault(_starred(tensor.owner), styles.get(tensor.pattern, "whole"))
-    plan = dict(getattr(small.model, "tp_plan", None) or {})
-    known = {entry: SAME[how] for entry, how in plan.items() if how in SAME and entry in ours}
-    differ = tuple(
-        f"{entry}: {how} there, {ours[entry]} here"
-        for entry, how in known.items()
-        if ours[entry] != how
+def compare_with_plan(loaded: LoadedModel, recipe: DraftRecipe) -> PlanComparison:
+    """Compare a draft with the tensor-parallel plan that transformers has for the model."""
+    styles = {rule.pattern: rule.style for rule in recipe.rules}
+    styles |= dict.fromkeys(recipe.vocab, "vocab")
+    drafted: dict[str, str] = {}
+    for tensor in loaded.tensors:
+        drafted.setdefault(star_numbers(tensor.owner), styles.get(tensor.pattern, "replicated"))
+    plan = dict(getattr(loaded.model, "tp_plan", None) or {})
+    planned = {
+        entry: PLAN_STYLES[style]
+        for entry, style in plan.items()
+        if style in PLAN_STYLES and entry in drafted
+    }
+    differences = tuple(
+        f"{entry}: {style} there, {drafted[entry]} here"
+        for entry, style in planned.items()
+        if drafted[entry] != style
     )
-    return len(known), differ
+    return PlanComparison(len(planned), differences)
 
 
-def _starred(path: str) -> str:
-    return NUMBER.sub("*", path)
-
-
-def _comment(
-    tiny: Tiny,
-    content: Content,
-    outcomes: Mapping[int, Outcome],
-    hints: tuple[int, tuple[str, ...]],
-) -> list[str]:
-    """The head of the file: that it is a draft, of what, what was proven, and what is whole."""
+def _make_comment(
+    tiny: TinyModel,
+    recipe: DraftRecipe,
+    outcomes: Mapping[int, ProofOutcome],
+    comparison: PlanComparison,
+) -> tuple[str, ...]:
+    """The head of the file: that it is a draft, of what, what was proven, what is replicated."""
+    changes = f" with {', '.join(tiny.changes)}" if tiny.changes else ""
     lines = [
-        "A DRAFT, made by `shardkit recipes draft`; read it before you use it.",
-        f"Made from a small random {tiny.model_class}: {tiny.made_from}"
-        + (f" with {', '.join(tiny.changed)}." if tiny.changed else "."),
+        "A DRAFT, written by `shardkit recipes draft`; review it before you use it.",
+        f"Made from a small random {tiny.class_name}: {tiny.origin}{changes}.",
+        *(_describe_outcome(size, outcome) for size, outcome in outcomes.items()),
     ]
-    for size, outcome in outcomes.items():
-        how = "passed every check" if outcome.passed else f"FAILED {outcome.failed!r}"
-        lines.append(
-            f"Over {size} ranks it {how}"
-            + (f": {outcome.fault[:200]}" if outcome.fault else
-               f"; the largest rank holds {outcome.share:.0%} of the small model's bytes.")
-        )  # fmt: skip
-    if content.whole:
-        lines.append("What could not be sharded is under [whole], with what stood in the way.")
-    if hints[0]:
-        told = f": {'; '.join(hints[1])}" if hints[1] else ""
-        lines.append(
-            f"Of {hints[0]} entries of transformers' own tensor-parallel plan,"
-            f" {len(hints[1])} are done otherwise here{told}."
-        )
+    if recipe.replicated:
+        lines.append("Modules that could not be sharded are under [whole], with the reason.")
+    if comparison.entries:
+        lines.append(_describe_comparison(comparison.entries, comparison.differences))
     lines.append(
-        "Not looked at: tensors that only some checkpoints have (old buffers, other heads), and"
+        "Not covered: tensors that only some checkpoints have (old buffers, other heads), and"
         " options that the config above turns off."
     )
-    return lines
+    return tuple(lines)
 
 
-def _unmatched(model: str, text: str) -> tuple[str, ...]:
-    """The tensors of a checkpoint folder without a rule; none where it has no weights."""
+def _describe_outcome(tp_size: int, outcome: ProofOutcome) -> str:
+    verdict = "passed every check" if outcome.passed else f"FAILED {outcome.failed_check!r}"
+    detail = (
+        f": {outcome.fault[:200]}"
+        if outcome.fault
+        else f"; the largest rank holds {outcome.share:.0%} of the small model's bytes."
+    )
+    return f"Over {tp_size} ranks it {verdict}{detail}"
+
+
+def _describe_comparison(entries: int, differences: Sequence[str]) -> str:
+    listed = f": {'; '.join(differences)}" if differences else ""
+    return (
+        f"Of {entries} entries of transformers' own tensor-parallel plan, {len(differences)}"
+        f" differ here{listed}."
+    )
+
+
+def _list_unmatched(model: str, text: str) -> tuple[str, ...]:
+    """The tensors of a checkpoint folder without a rule; none if it has no weights."""
     folder = Path(model)
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         return ()
-    return tuple(unmatched(folder, text))
+    return tuple(list_unmatched(folder, text))

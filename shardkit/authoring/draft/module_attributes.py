@@ -1,4 +1,4 @@
-"""Which attributes and arguments of a region's modules count what is divided."""
+"""Which attributes and forward arguments of a region's modules count what is divided."""
 
 import ast
 import inspect
@@ -9,24 +9,24 @@ from functools import cache
 from itertools import takewhile
 from typing import Any
 
-from shardkit.authoring.draft.regions import ANY, Region
-from shardkit.authoring.draft.tensor_origins import NUMBER, Small
+from shardkit.authoring.draft.regions import ParallelRegion
+from shardkit.authoring.draft.tensor_origins import NUMBER, LoadedModel, star_numbers
 
-NOT_COUNTS = ("head_dim", "layer_idx", "padding_idx")
+NO_COUNTS = ("head_dim", "layer_idx", "padding_idx")
 
 
 @dataclass(frozen=True)
-class Attribute:
-    """An attribute of the modules a pattern names, and the unit or ratio it shrinks as."""
+class DraftAttribute:
+    """An attribute of the modules a pattern names, and the unit or ratio it shrinks with."""
 
     module: str
     name: str
-    text: str
+    unit: str
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A forward argument of the modules a pattern names, which has all units along `dim`."""
+class DraftArgument:
+    """A forward argument of the modules a pattern names, which holds all units along `dim`."""
 
     module: str
     name: str
@@ -34,79 +34,73 @@ class Argument:
     axis: str
 
 
-def attributes_of(small: Small, region: Region) -> tuple[Attribute, ...]:
-    """The integers that a region's modules read as they run, whose values say what they count."""
-    texts = _texts(region)
-    found = []
-    for path in modules_of(small, region):
-        module = small.model.get_submodule(path)
-        for name in sorted(read_names(module.__class__) | {"num_key_value_groups"}):
-            value = _value(module, name)
-            if type(value) is not int or value < 2 or name.endswith(NOT_COUNTS):
+def find_attributes(loaded: LoadedModel, region: ParallelRegion) -> tuple[DraftAttribute, ...]:
+    """The integers that a region's modules read as they run and whose values are its counts."""
+    names = _unit_names(region)
+    attributes = []
+    for path in list_modules(loaded, region):
+        module = loaded.model.get_submodule(path)
+        for name in sorted(list_read_attributes(module.__class__) | {"num_key_value_groups"}):
+            value = _read_attribute(module, name)
+            if type(value) is not int or value < 2 or name.endswith(NO_COUNTS):
                 continue
-            text = texts.get(value, "")
-            if ("/" in text) == ("group" in name or "rep" in name) and text:
-                found.append(Attribute(pattern_of(small, path), name, text))
-    return tuple(dict.fromkeys(found))
+            unit = names.get(value, "")
+            if unit and ("/" in unit) == ("group" in name or "rep" in name):
+                attributes.append(DraftAttribute(module_pattern(loaded, path), name, unit))
+    return tuple(dict.fromkeys(attributes))
 
 
-def arguments_of(small: Small, region: Region) -> tuple[Argument, ...]:
-    """The tensors that a region's modules are given that have a dimension of its units."""
-    if region.unit.fields == (ANY,):
+def find_arguments(loaded: LoadedModel, region: ParallelRegion) -> tuple[DraftArgument, ...]:
+    """The tensor arguments of a region's modules that have a dimension of its units."""
+    if region.unit.is_any:
         return ()
-    many, found = region.unit.value, []
-    for path in modules_of(small, region):
-        for name, shape in _given(small, path).items():
+    count, arguments = region.unit.value, []
+    for path in list_modules(loaded, region):
+        for name, shape in _argument_shapes(loaded, path).items():
             for dim, length in enumerate(shape):
-                if length in (many, 2 * many):
-                    axis = region.unit.name if length == many else f"* {region.unit.name}"
-                    found.append(Argument(pattern_of(small, path), name, dim, axis))
+                if length in (count, 2 * count):
+                    axis = region.unit.name if length == count else f"* {region.unit.name}"
+                    pattern = module_pattern(loaded, path)
+                    arguments.append(DraftArgument(pattern, name, dim, axis))
                     break
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(arguments))
 
 
-def modules_of(small: Small, region: Region) -> list[str]:
-    """The modules around a region's own: those that hold its layers, or all of its columns."""
-    columns = {axis.owner for axis in region.columns}
+def list_modules(loaded: LoadedModel, region: ParallelRegion) -> list[str]:
+    """The modules around a region: those that hold its layers, and the one around its columns."""
+    columns = {rule.owner for rule in region.columns}
     owners = columns | {region.row.owner}
-    common = _common([owner.split(".") for owner in columns])
-    paths = {owner.rpartition(".")[0] for owner in owners} | {common}
-    paths |= {o for o in owners if not _is_leaf_layer(small, o)}
-    named = dict(small.model.named_modules())
-    return sorted(path for path in paths if path in named and NUMBER.search(path))
+    paths = {owner.rpartition(".")[0] for owner in owners}
+    paths.add(_common_path([owner.split(".") for owner in columns]))
+    paths |= {owner for owner in owners if not _is_plain_layer(loaded, owner)}
+    existing = dict(loaded.model.named_modules())
+    return sorted(path for path in paths if path in existing and NUMBER.search(path))
 
 
-def _common(paths: Sequence[Sequence[str]]) -> str:
-    """The longest path that all of them begin with."""
-    same = takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))
-    return ".".join(words[0] for words in same)
-
-
-def pattern_of(small: Small, path: str) -> str:
-    """A module's path as a `[local]` pattern, which names it wherever the model nests it."""
-    prefix = f"{small.model.base_model_prefix}."
-    return NUMBER.sub("*", path.removeprefix(prefix) if prefix != "." else path)
+def module_pattern(loaded: LoadedModel, path: str) -> str:
+    """A module's path as a recipe pattern, which names it wherever the model nests it."""
+    prefix = f"{loaded.model.base_model_prefix}."
+    return star_numbers(path.removeprefix(prefix) if prefix != "." else path)
 
 
 @cache
-def read_names(cls: type[Any]) -> frozenset[str]:
-    """The attributes `self.x` and `self.config.x` that a class's methods read, but for building."""
-    found: set[str] = set()
-    for method in _methods(cls):
+def list_read_attributes(cls: type) -> frozenset[str]:
+    """The attributes `self.x` and `self.config.x` that a class reads outside of its constructor."""
+    names: set[str] = set()
+    for method in _list_methods(cls):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError):
-            continue  # made in memory: nothing to read
+            continue  # made in memory: it has no source
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
-                told = ast.unparse(node)
-                parts = told.split(".")
-                if parts[0] == "self" and (len(parts) == 2 or parts[1:2] == ["config"]):
-                    found.add(".".join(parts[1:]))
-    return frozenset(found)
+                owner, *path = ast.unparse(node).split(".")
+                if owner == "self" and (len(path) == 1 or path[:1] == ["config"]):
+                    names.add(".".join(path))
+    return frozenset(names)
 
 
-def _methods(cls: type) -> Iterator[Any]:
+def _list_methods(cls: type) -> Iterator[Any]:
     for base in cls.__mro__:
         if base.__module__.startswith("torch.") or base is object:
             continue
@@ -115,47 +109,50 @@ def _methods(cls: type) -> Iterator[Any]:
                 yield inspect.unwrap(value)
 
 
-def _texts(region: Region) -> dict[int, str]:
-    """What an integer counts, by its value."""
+def _common_path(paths: Sequence[Sequence[str]]) -> str:
+    """The longest path that all of them begin with."""
+    same = takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))
+    return ".".join(words[0] for words in same)
+
+
+def _unit_names(region: ParallelRegion) -> dict[int, str]:
+    """What an integer counts, by its value in the tiny model."""
     unit, shared = region.unit, region.shared
-    texts: dict[int, str] = {}
-    for axis in region.rules:
-        if axis.text in (unit.name, shared.name if shared else unit.name):
-            texts.setdefault(axis.length, axis.text)
-    if unit.fields != (ANY,):
-        texts[unit.value] = unit.name
+    names: dict[int, str] = {}
+    for rule in region.rules:
+        if rule.axis in (unit.name, shared.name if shared else unit.name):
+            names.setdefault(rule.length, rule.axis)
+    if not unit.is_any:
+        names[unit.value] = unit.name
     if shared:
-        texts[shared.value] = shared.name
-        texts.setdefault(unit.value // shared.value, f"{unit.name}/{shared.name}")
-    return texts
+        names[shared.value] = shared.name
+        names.setdefault(unit.value // shared.value, f"{unit.name}/{shared.name}")
+    return names
 
 
-def _value(module: Any, name: str) -> Any:
+def _read_attribute(module: Any, name: str) -> Any:
     owner, _, last = name.rpartition(".")
     return getattr(getattr(module, owner, None) if owner else module, last, None)
 
 
-def _is_leaf_layer(small: Small, owner: str) -> bool:
-    return not any(True for _ in small.model.get_submodule(owner).children()) and hasattr(
-        small.model.get_submodule(owner), "weight"
-    )
+def _is_plain_layer(loaded: LoadedModel, owner: str) -> bool:
+    """Whether a module is a layer of its own: with a weight, and without modules inside."""
+    module = loaded.model.get_submodule(owner)
+    return not any(True for _ in module.children()) and hasattr(module, "weight")
 
 
-def _given(small: Small, path: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors a module is given by name, at its first call."""
+def _argument_shapes(loaded: LoadedModel, path: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a module is given by name, at its first call."""
     import torch
 
-    from shardkit.runtime.model_runner import uncached
-    from shardkit.verification.dummy_inputs import make_inputs
+    from shardkit.authoring.hooks import run_with_hooks
 
-    found: list[dict[str, tuple[int, ...]]] = []
+    calls: list[dict[str, tuple[int, ...]]] = []
 
-    def keep(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        found.append({k: tuple(v.shape) for k, v in kwargs.items() if torch.is_tensor(v)})
+    def keep_shapes(_module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        tensors = {name: value for name, value in kwargs.items() if torch.is_tensor(value)}
+        calls.append({name: tuple(value.shape) for name, value in tensors.items()})
 
-    module = small.model.get_submodule(path)
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.inference_mode():
-        small.model(**make_inputs(small.model), **uncached(small.model))
-    handle.remove()
-    return found[0] if found else {}
+        run_with_hooks(loaded.model, [(path, keep_shapes)], with_kwargs=True)
+    return calls[0] if calls else {}

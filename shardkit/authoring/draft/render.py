@@ -2,170 +2,196 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from textwrap import wrap
 
-from shardkit.authoring.draft.module_attributes import Argument, Attribute
-from shardkit.authoring.draft.regions import Axis, Count, Region
+from shardkit.authoring.draft.module_attributes import DraftArgument, DraftAttribute
+from shardkit.authoring.draft.regions import DraftRule, ParallelRegion
+from shardkit.authoring.draft.unit_counts import UnitCount
 
 WIDTH = 96
 
 
 @dataclass(frozen=True)
-class Part:
-    """A region, and what counts its units in the modules."""
+class DraftRegion:
+    """A parallel region, and what counts its units in the modules around it."""
 
-    region: Region
-    attributes: tuple[Attribute, ...] = ()
-    arguments: tuple[Argument, ...] = ()
+    region: ParallelRegion
+    attributes: tuple[DraftAttribute, ...] = ()
+    arguments: tuple[DraftArgument, ...] = ()
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a draft says."""
+class DraftRecipe:
+    """What a draft's recipe file says.
+
+    Attributes:
+        model_type: The model type that it is for.
+        base_model_prefix: The prefix that checkpoints of the base model lack; empty if none.
+        vocab: Patterns of the vocabulary's modules.
+        regions: The regions that are divided.
+        replicate: Patterns of small modules that every rank holds.
+        replicated: Patterns of large modules that every rank holds, and why.
+        comment: Paragraphs at the head of the file.
+    """
 
     model_type: str
-    prefix: str
+    base_model_prefix: str
     vocab: tuple[str, ...]
-    parts: tuple[Part, ...]
+    regions: tuple[DraftRegion, ...]
     replicate: tuple[str, ...]
-    whole: Mapping[str, str]
-    comment: tuple[str, ...] = field(default=())
+    replicated: Mapping[str, str]
+    comment: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> list[DraftRule]:
+        """The rules that divide a tensor, of all regions."""
+        return [rule for region in self.regions for rule in region.region.rules]
 
 
-def written(content: Content) -> str:
+def render_recipe(recipe: DraftRecipe) -> str:
     """The text of the recipe file."""
-    rules = [axis for part in content.parts for axis in part.region.rules]
-    in_out = [axis.pattern for axis in rules if axis.in_out]
-    lines = [f"# {line}".rstrip() for told in content.comment for line in wrap(told, WIDTH) or [""]]
-    lines.append(f"model_types = [{_quoted(content.model_type)}]")
-    if content.prefix:
-        lines.append(f"base_model_prefix = {_quoted(content.prefix)}")
-    lines.append("")
-    once = [p for part in content.parts for p in part.region.once]
-    for key, patterns in (
-        ("vocab", content.vocab), ("replicate", content.replicate), ("once", once),
-    ):  # fmt: skip
-        lines += _list(key, joined(patterns))
-    lines += _list("in_out", list(_values(rules, in_out)))
-    lines += _units(content.parts)
+    rules = recipe.rules
+    flipped = [rule.pattern for rule in rules if rule.fan_in_fan_out]
+    add_once = [p for region in recipe.regions for p in region.region.add_once]
+    lines = _render_head(recipe)
+    lines += _render_list("vocab", merge_patterns(recipe.vocab))
+    lines += _render_list("replicate", merge_patterns(recipe.replicate))
+    lines += _render_list("add_once", merge_patterns(add_once))
+    lines += _render_list("fan_in_fan_out", list(_merge_flipped(rules, flipped)))
+    lines += _render_table("units", _unit_entries(recipe.regions))
     for style in ("column", "row", "norm"):
-        own = {axis.pattern: _axis(axis) for axis in rules if axis.style == style}
-        lines += _table(style, grouped(own, in_out))
-    lines += _table("whole", {p: _quoted(reason) for p, reason in _by_reason(content.whole)})
-    lines += _table("local", grouped(_attributes(content.parts)))
-    lines += _table("arguments", grouped(_arguments(content.parts)))
+        axes = {rule.pattern: _axis_value(rule) for rule in rules if rule.style == style}
+        lines += _render_table(style, group_by_value(axes, flipped))
+    lines += _render_table("replicated", _reason_entries(recipe.replicated))
+    lines += _render_table("module_attributes", group_by_value(_attribute_entries(recipe.regions)))
+    lines += _render_table("forward_arguments", group_by_value(_argument_entries(recipe.regions)))
     return "\n".join(lines) + "\n"
 
 
-def joined(patterns: Iterable[str]) -> list[str]:
-    """The patterns, those that differ in one word put together with braces."""
-    found: list[str] = []
+def merge_patterns(patterns: Iterable[str]) -> list[str]:
+    """The patterns, those that differ in one word merged with braces."""
+    merged: list[str] = []
     for pattern in dict.fromkeys(patterns):
-        for at, other in enumerate(found):
-            if both := _together(other, pattern):
-                found[at] = both
+        for index, other in enumerate(merged):
+            if both := _merge_pair(other, pattern):
+                merged[index] = both
                 break
         else:
-            found.append(pattern)
-    return found
+            merged.append(pattern)
+    return merged
 
 
-def grouped(table: Mapping[str, str], apart: Sequence[str] = ()) -> dict[str, str]:
-    """A table with the patterns of one value joined; those in `apart` by themselves."""
+def group_by_value(entries: Mapping[str, str], flipped: Sequence[str] = ()) -> dict[str, str]:
+    """A table with the patterns of equal values merged; those in `flipped` among themselves."""
     by_value: dict[tuple[str, bool], list[str]] = {}
-    for pattern, value in table.items():
-        by_value.setdefault((value, pattern in apart), []).append(pattern)
-    return {p: value for (value, _), same in by_value.items() for p in joined(same)}
+    for pattern, value in entries.items():
+        by_value.setdefault((value, pattern in flipped), []).append(pattern)
+    return {p: value for (value, _), same in by_value.items() for p in merge_patterns(same)}
 
 
-def _values(rules: Sequence[Axis], in_out: Sequence[str]) -> Iterable[str]:
-    """The in_out patterns as the tables of rules spell them."""
+def _merge_flipped(rules: Sequence[DraftRule], flipped: Sequence[str]) -> Iterable[str]:
+    """The patterns of weights stored `[in, out]`, spelled as the tables of rules spell them."""
     for style in ("column", "row"):
-        own = {axis.pattern: _axis(axis) for axis in rules if axis.style == style}
-        flipped = {p: value for p, value in own.items() if p in in_out}
-        yield from grouped(flipped, in_out)
+        yield from group_by_value(
+            {
+                rule.pattern: _axis_value(rule)
+                for rule in rules
+                if rule.style == style and rule.pattern in flipped
+            },
+            flipped,
+        )
 
 
-def _together(one: str, other: str) -> str:
-    """Two patterns as one, where they differ in one word between dots; else nothing."""
+def _merge_pair(one: str, other: str) -> str:
+    """Two patterns as one if they differ in one word between dots; else an empty string."""
     left, right = one.split("."), other.split(".")
     if len(left) != len(right):
         return ""
-    differ = [at for at, (a, b) in enumerate(zip(left, right, strict=True)) if a != b]
-    if len(differ) != 1:
+    differing = [i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b]
+    if len(differing) != 1:
         return ""
-    at = differ[0]
-    words = [*left[at].strip("{}").split(","), *right[at].strip("{}").split(",")]
-    if "*" in words or any(len(w) == 0 for w in words):
+    (index,) = differing
+    words = [*left[index].strip("{}").split(","), *right[index].strip("{}").split(",")]
+    if "*" in words or "" in words:
         return ""
-    return ".".join([*left[:at], "{" + ",".join(dict.fromkeys(words)) + "}", *left[at + 1 :]])
+    left[index] = "{" + ",".join(dict.fromkeys(words)) + "}"
+    return ".".join(left)
 
 
-def _axis(axis: Axis) -> str:
-    text = _quoted(axis.text)
-    return text if axis.dim is None else f"{{ axis = {text}, dim = {axis.dim} }}"
+def _render_head(recipe: DraftRecipe) -> list[str]:
+    lines = [
+        f"# {line}".rstrip()
+        for paragraph in recipe.comment
+        for line in wrap(paragraph, WIDTH) or [""]
+    ]
+    lines.append(f"model_types = [{_quote(recipe.model_type)}]")
+    if recipe.base_model_prefix:
+        lines.append(f"base_model_prefix = {_quote(recipe.base_model_prefix)}")
+    return [*lines, ""]
 
 
-def _units(parts: Sequence[Part]) -> list[str]:
-    units: dict[str, str] = {}
-    for part in parts:
-        unit, shared = part.region.unit, part.region.shared
-        units.setdefault(unit.name, _fields(unit))
+def _axis_value(rule: DraftRule) -> str:
+    axis = _quote(rule.axis)
+    return axis if rule.dim is None else f"{{ axis = {axis}, dim = {rule.dim} }}"
+
+
+def _unit_entries(regions: Sequence[DraftRegion]) -> dict[str, str]:
+    entries: dict[str, str] = {}
+    for region in regions:
+        unit, shared = region.region.unit, region.region.shared
+        entries.setdefault(unit.name, _count_value(unit))
         if shared:
-            shares = f"{{ count = {_fields(shared)}, shared_by = {_quoted(unit.name)} }}"
-            units.setdefault(shared.name, shares)
-    return _table("units", units)
+            value = f"{{ count = {_count_value(shared)}, shared_by = {_quote(unit.name)} }}"
+            entries.setdefault(shared.name, value)
+    return entries
 
 
-def _fields(count: Count) -> str:
+def _count_value(count: UnitCount) -> str:
     return json.dumps(count.fields[0] if len(count.fields) == 1 else list(count.fields))
 
 
-def _attributes(parts: Sequence[Part]) -> dict[str, str]:
+def _attribute_entries(regions: Sequence[DraftRegion]) -> dict[str, str]:
     by_module: dict[str, dict[str, str]] = {}
-    for part in parts:
-        for a in part.attributes:
-            by_module.setdefault(a.module, {})[a.name] = a.text
+    for region in regions:
+        for attribute in region.attributes:
+            by_module.setdefault(attribute.module, {})[attribute.name] = attribute.unit
     return {
-        module: "{ " + ", ".join(f"{_key(n)} = {_quoted(t)}" for n, t in own.items()) + " }"
-        for module, own in by_module.items()
+        module: "{ " + ", ".join(f"{_key(n)} = {_quote(u)}" for n, u in units.items()) + " }"
+        for module, units in by_module.items()
     }
 
 
-def _arguments(parts: Sequence[Part]) -> dict[str, str]:
+def _argument_entries(regions: Sequence[DraftRegion]) -> dict[str, str]:
     return {
-        a.module: f"{{ {_key(a.name)} = {{ dim = {a.dim}, axis = {_quoted(a.axis)} }} }}"
-        for part in parts
-        for a in part.arguments
+        a.module: f"{{ {_key(a.name)} = {{ dim = {a.dim}, axis = {_quote(a.axis)} }} }}"
+        for region in regions
+        for a in region.arguments
     }
 
 
-def _by_reason(whole: Mapping[str, str]) -> list[tuple[str, str]]:
-    by_reason: dict[str, list[str]] = {}
-    for pattern, reason in whole.items():
-        by_reason.setdefault(reason, []).append(pattern)
-    return [(p, reason) for reason, same in by_reason.items() for p in joined(same)]
+def _reason_entries(replicated: Mapping[str, str]) -> dict[str, str]:
+    return {p: _quote(reason) for p, reason in group_by_value(replicated).items()}
 
 
-def _list(key: str, values: Sequence[str]) -> list[str]:
+def _render_list(key: str, values: Sequence[str]) -> list[str]:
     if not values:
         return []
-    line = f"{key} = [{', '.join(map(_quoted, values))}]"
+    line = f"{key} = [{', '.join(map(_quote, values))}]"
     if len(line) <= WIDTH:
         return [line]
-    return [f"{key} = [", *(f"    {_quoted(value)}," for value in values), "]"]
+    return [f"{key} = [", *(f"    {_quote(value)}," for value in values), "]"]
 
 
-def _table(name: str, entries: Mapping[str, str]) -> list[str]:
+def _render_table(name: str, entries: Mapping[str, str]) -> list[str]:
     if not entries:
         return []
     return ["", f"[{name}]", *(f"{_key(key)} = {value}" for key, value in entries.items())]
 
 
 def _key(text: str) -> str:
-    return text if text.replace("_", "").isalnum() and text.isascii() else _quoted(text)
+    return text if text.replace("_", "").isalnum() and text.isascii() else _quote(text)
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

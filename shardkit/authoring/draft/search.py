@@ -1,128 +1,140 @@
-"""Proves what a survey found, region by region, and keeps only what passes."""
+"""Proves what a survey suggests, region by region, and keeps only what passes."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardkit.authoring.draft.candidates import Survey, leftovers
-from shardkit.authoring.draft.module_attributes import arguments_of, attributes_of
-from shardkit.authoring.draft.proofs import Bench, Outcome, most_ranks
-from shardkit.authoring.draft.render import Content, Part, written
-from shardkit.authoring.draft.tensor_origins import Small
-from shardkit.errors import RecipeError
+from shardkit.authoring.draft.candidates import StatusCallback, Survey, list_replicated
+from shardkit.authoring.draft.failure import DraftError, hide_paths
+from shardkit.authoring.draft.module_attributes import find_arguments, find_attributes
+from shardkit.authoring.draft.proofs import ProofCache, ProofOutcome, max_tp_size
+from shardkit.authoring.draft.render import DraftRecipe, DraftRegion, render_recipe
+from shardkit.authoring.draft.tensor_origins import LoadedModel
 
-MOST_VARIANTS = 12
-SIZES = (2, 4)
-Say = Callable[[str], object]
+MAX_VARIANTS = 12
+TP_SIZES = (2, 4)
 
 
 @dataclass
 class Search:
     """What has passed so far, and why the rest has not."""
 
-    small: Small
+    loaded: LoadedModel
     survey: Survey
-    bench: Bench
-    say: Say
+    proofs: ProofCache
+    report: StatusCallback
     vocab: tuple[str, ...] = ()
-    parts: tuple[Part, ...] = ()
+    regions: tuple[DraftRegion, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Try everything at once; if that fails, each thing by itself on top of what passed.
+        """Try everything at once; if that fails, each region by itself on top of what passed.
 
-        Raises RecipeError where the model cannot be run over ranks even whole.
+        Raises:
+            DraftError: The model fails over ranks even if every rank holds all of it.
         """
-        guesses = tuple(Part(r, attributes_of(self.small, r)) for r in self.survey.regions)
-        self.say(f"proving {len(guesses)} regions and the vocabulary together")
-        if self._passes(self.survey.vocab, guesses).passed:
-            self.vocab, self.parts = self.survey.vocab, guesses
+        regions = tuple(
+            DraftRegion(region, find_attributes(self.loaded, region))
+            for region in self.survey.regions
+        )
+        self.report(f"proving {len(regions)} regions and the vocabulary together")
+        if self._prove(self.survey.vocab, regions).passed:
+            self.vocab, self.regions = self.survey.vocab, regions
             return
-        if not (outcome := self._passes((), ())).passed:
-            raise RecipeError(
-                f"even whole on every rank it fails the check {outcome.failed!r}: {outcome.fault}"
+        if not (outcome := self._prove((), ())).passed:
+            raise DraftError(
+                "replicated",
+                "even if every rank holds all of it, it fails the check"
+                f" {outcome.failed_check!r}: {hide_paths(outcome.fault)}",
+                f"{outcome.failed_check}: {outcome.fault}",
             )
         self._add_vocab()
-        for part in guesses:
-            self.say(f"proving {part.region.row.pattern}")
-            self._add(part)
+        for region in regions:
+            self.report(f"proving {region.region.row.pattern}")
+            self._add_region(region)
 
-    def content(self) -> Content:
-        """What passed, as the content of a draft."""
-        return self._content(self.vocab, self.parts)
+    def to_recipe(self) -> DraftRecipe:
+        """What passed, as a recipe."""
+        return self._make_recipe(self.vocab, self.regions)
 
     def _add_vocab(self) -> None:
-        """The whole vocabulary, or as much of it as passes."""
+        """Keep the whole vocabulary, or as much of it as passes."""
         vocab = self.survey.vocab
         if not vocab:
             return
-        outcome = self._passes(vocab, ())
+        outcome = self._prove(vocab, ())
         if outcome.passed:
             self.vocab = vocab
             return
-        for own in (vocab[:1], vocab[1:]):
-            if own and len(vocab) > 1 and self._passes(own, ()).passed:
-                self.vocab = own
+        for part in (vocab[:1], vocab[1:]):
+            if part and len(vocab) > 1 and self._prove(part, ()).passed:
+                self.vocab = part
                 break
-        self.reasons |= {p: _reason(outcome) for p in vocab if p not in self.vocab}
+        self.reasons |= {p: _explain_failure(outcome) for p in vocab if p not in self.vocab}
 
-    def _add(self, part: Part) -> None:
-        """Keep the first way of counting a region's units that passes, if any does."""
-        first: Outcome | None = None
-        for variant in self._variants(part):
-            outcome = self._passes(self.vocab, (*self.parts, variant))
+    def _add_region(self, region: DraftRegion) -> None:
+        """Keep the first variant of a region that passes, if any does."""
+        first: ProofOutcome | None = None
+        for variant in self._list_variants(region):
+            outcome = self._prove(self.vocab, (*self.regions, variant))
             if outcome.passed:
-                self.parts = (*self.parts, variant)
+                self.regions = (*self.regions, variant)
                 return
             first = first or outcome
-            if outcome.failed in ("complete", "masked sum"):
+            if outcome.failed_check in ("complete", "masked sum"):
                 break  # no attribute makes a wrong layout right
         assert first is not None
-        self.reasons |= {p: _reason(first) for p in part.region.patterns}
+        self.reasons |= {p: _explain_failure(first) for p in region.region.patterns}
 
-    def _variants(self, part: Part) -> Iterator[Part]:
-        """The guess, the guess with arguments, fewer attributes, none."""
-        own = part.attributes
-        yield part
-        if arguments := arguments_of(self.small, part.region):
-            yield replace(part, arguments=arguments)
-        fewer = [tuple(a for a in own if a != gone) for gone in own] + [(a,) for a in own] + [()]
-        for attributes in [*dict.fromkeys(fewer)][:MOST_VARIANTS]:
-            if attributes != own:
-                yield replace(part, attributes=attributes)
+    def _list_variants(self, region: DraftRegion) -> Iterator[DraftRegion]:
+        """The region as it is, with arguments, with fewer attributes, with none."""
+        attributes = region.attributes
+        yield region
+        if arguments := find_arguments(self.loaded, region.region):
+            yield replace(region, arguments=arguments)
+        subsets = [tuple(a for a in attributes if a != omitted) for omitted in attributes]
+        subsets += [(attribute,) for attribute in attributes]
+        for subset in [*dict.fromkeys([*subsets, ()])][:MAX_VARIANTS]:
+            if subset != attributes:
+                yield replace(region, attributes=subset)
 
-    def _passes(self, vocab: Sequence[str], parts: Sequence[Part]) -> Outcome:
-        text = written(self._content(vocab, parts))
-        return self.bench.attempt(self.small.folder, text, SIZES[0])
+    def _prove(self, vocab: Sequence[str], regions: Sequence[DraftRegion]) -> ProofOutcome:
+        text = render_recipe(self._make_recipe(vocab, regions))
+        return self.proofs.prove_text(self.loaded.folder, text, TP_SIZES[0])
 
-    def _content(self, vocab: Sequence[str], parts: Sequence[Part]) -> Content:
-        taken = {*vocab, *(p for part in parts for p in part.region.patterns)}
-        reasons = self.survey.in_vain | self.reasons
-        little, large = leftovers(self.small, taken, reasons)
-        gone = [p for p in self.survey.vocab if p not in vocab and p not in (*little, *large)]
-        return Content(
-            str(self.small.config["model_type"]), _prefix(self.small), tuple(vocab), tuple(parts),
-            (*little, *gone), large,
-        )  # fmt: skip
-
-
-def final(small: Small, text: str, bench: Bench, say: Say) -> dict[int, Outcome]:
-    """Prove the draft over as many ranks as its counts allow, of the sizes that are tried."""
-    most = most_ranks(small.folder, text)
-    found = {}
-    for size in SIZES:
-        if size <= most:
-            say(f"proving the draft over {size} ranks")
-            found[size] = bench.attempt(small.folder, text, size)
-    return found
+    def _make_recipe(self, vocab: Sequence[str], regions: Sequence[DraftRegion]) -> DraftRecipe:
+        ruled = {*vocab, *(p for region in regions for p in region.region.patterns)}
+        reasons = self.survey.rejected | self.reasons
+        small, large = list_replicated(self.loaded, ruled, reasons)
+        listed = {*vocab, *small, *large}
+        return DraftRecipe(
+            model_type=str(self.loaded.config["model_type"]),
+            base_model_prefix=_base_model_prefix(self.loaded),
+            vocab=tuple(vocab),
+            regions=tuple(regions),
+            replicate=(*small, *(p for p in self.survey.vocab if p not in listed)),
+            replicated=large,
+        )
 
 
-def _prefix(small: Small) -> str:
-    prefix = str(small.model.base_model_prefix)
-    return prefix if any(name.startswith(f"{prefix}.") for name in small.shapes) else ""
+def prove_over_sizes(
+    loaded: LoadedModel, text: str, proofs: ProofCache, report: StatusCallback
+) -> dict[int, ProofOutcome]:
+    """Prove a draft over each number of ranks that is tried and that its counts allow."""
+    limit = max_tp_size(loaded.folder, text)
+    outcomes = {}
+    for tp_size in TP_SIZES:
+        if tp_size <= limit:
+            report(f"proving the draft over {tp_size} ranks")
+            outcomes[tp_size] = proofs.prove_text(loaded.folder, text, tp_size)
+    return outcomes
 
 
-def _reason(outcome: Outcome) -> str:
-    """A check's fault as a sentence of a file: on one line, short."""
-    told = re.sub(r"\S*/shardkit-draft-\S*", "the draft", outcome.fault)
-    return f"sharded, it fails the check {outcome.failed!r}: {' '.join(told.split())[:160]}"
+def _base_model_prefix(loaded: LoadedModel) -> str:
+    prefix = str(loaded.model.base_model_prefix)
+    return prefix if any(name.startswith(f"{prefix}.") for name in loaded.shapes) else ""
+
+
+def _explain_failure(outcome: ProofOutcome) -> str:
+    """A failed check as a short sentence on one line, without temporary paths."""
+    fault = " ".join(hide_paths(outcome.fault).split())
+    return f"sharded, it fails the check {outcome.failed_check!r}: {fault[:160]}"

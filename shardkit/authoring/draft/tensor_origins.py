@@ -1,7 +1,7 @@
-"""What is on disk, and where in the model's own tensors each of its elements comes to lie."""
+"""Where each element of a tensor on disk lies among the parameters of the model in memory."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,17 @@ LEAF = re.compile(r"\.(?:weight|bias)$")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor on disk.
+class StoredTensor:
+    """A tensor on disk, and the module that it becomes a parameter of.
 
-    `owner` is the module that holds its elements, `kind` that module's: linear, conv1d, conv,
-    embedding, norm or other.  `depth` is the number of dimensions it has there.  `positions` has
-    its shape: where each element lies among the model's, one after another.
+    Attributes:
+        name: Its name on disk.
+        shape: Its shape on disk.
+        owner: The module that holds its elements in memory.
+        kind: That module's kind: linear, conv1d, conv, embedding, norm or other.
+        depth: The number of dimensions of the parameter that holds its elements.
+        positions: An int64 tensor of `shape`: the index of each element among all elements of the
+            model's parameters, one parameter after another.
     """
 
     name: str
@@ -32,41 +37,54 @@ class Stored:
 
     @property
     def pattern(self) -> str:
-        """The rule pattern of its module, numbers as `*`."""
-        return NUMBER.sub("*", LEAF.sub("", self.name))
+        """The recipe pattern of its module, each number written as `*`."""
+        return name_pattern(self.name)
 
     @property
     def layer(self) -> str:
-        """The name as far as its first number; empty for what lies outside of layers."""
-        found = NUMBER.search(self.name)
-        return self.name[: found.end()] if found else ""
+        """Its name up to the first number; empty if it is in no numbered layer."""
+        number = NUMBER.search(self.name)
+        return self.name[: number.end()] if number else ""
 
     @property
-    def in_dim(self) -> int | None:
-        """The dimension of the input features, where one can tell."""
+    def input_dim(self) -> int | None:
+        """The dimension of the input features, if the module's kind says which it is."""
         if len(self.shape) < 2 or self.kind == "embedding":
             return None
         return len(self.shape) - 2 if self.kind == "conv1d" else len(self.shape) - 1
 
     @property
-    def last_dims(self) -> tuple[int, ...]:
-        """The dimensions that may be the input features of a layer that ends a region."""
-        many = len(self.shape)
-        if self.kind in ("linear", "conv1d") and self.in_dim is not None:
-            return (self.in_dim,)
-        return (many - 1, many - 2) if self.kind == "other" and many > 1 and self.depth > 2 else ()
+    def row_dims(self) -> tuple[int, ...]:
+        """The dimensions that may be the input features of a row-parallel layer."""
+        ndim = len(self.shape)
+        if self.kind in ("linear", "conv1d") and self.input_dim is not None:
+            return (self.input_dim,)
+        is_stacked = self.kind == "other" and ndim > 1 and self.depth > 2
+        return (ndim - 1, ndim - 2) if is_stacked else ()
 
     @property
-    def out_dim(self) -> int:
-        """The dimension that a column rule divides, as far as the kind of module tells."""
+    def output_dim(self) -> int:
+        """The dimension of the output features, which a column rule divides."""
         if len(self.shape) < 2:
             return 0
         return len(self.shape) - (1 if self.kind in ("conv1d", "embedding") else 2)
 
+    @property
+    def output_dims(self) -> tuple[int, ...]:
+        """The dimensions that may be output features, likeliest first; none for a plain norm."""
+        ndim = len(self.shape)
+        if self.kind == "norm" and ndim == 1:
+            return ()
+        if self.kind == "conv":
+            return (0,)
+        if self.kind == "other" and ndim > 1:
+            return tuple(dict.fromkeys((ndim - 2, ndim - 1, 0)))
+        return (self.output_dim,)
+
 
 @dataclass(frozen=True)
-class Small:
-    """A small model in memory, with what it is on disk."""
+class LoadedModel:
+    """A tiny model in memory, and the names and shapes of its tensors on disk."""
 
     folder: Path
     model: Any
@@ -75,79 +93,104 @@ class Small:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each of the model's own parameters begins, all laid one after another."""
-        at, found = 0, {}
+        """The index of each parameter's first element among all elements of all parameters."""
+        offsets, next_offset = {}, 0
         for name, parameter in self.model.named_parameters():
-            found[name] = at
-            at += parameter.numel()
-        return found
+            offsets[name] = next_offset
+            next_offset += parameter.numel()
+        return offsets
 
     @cached_property
-    def tensors(self) -> tuple[Stored, ...]:
-        """Every tensor on disk that makes parameters of the model.
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Every tensor on disk that becomes a parameter of the model, in the order on disk.
 
-        Raises RecipeError where transformers does more than move elements as it loads.
+        Raises:
+            RecipeError: transformers does more than move elements when it loads the checkpoint.
         """
         from shardkit.runtime.conversion import find_conversions
 
-        found: list[Stored] = []
+        tensors: list[StoredTensor] = []
         for conversion in find_conversions(self.model, self.shapes):
             names = [name for name, _ in conversion.sources]
-            found += self._placed(names, conversion)
-        order = {name: at for at, name in enumerate(self.shapes)}
-        return tuple(sorted(found, key=lambda t: order[t.name]))
+            tensors += self._trace_conversion(names, conversion)
+        order = {name: index for index, name in enumerate(self.shapes)}
+        return tuple(sorted(tensors, key=lambda tensor: order[tensor.name]))
 
-    def _placed(self, names: list[str], conversion: Any) -> list[Stored]:
-        """The tensors of one conversion: it is run on numbers that tell where they came from."""
+    def _trace_conversion(self, names: Sequence[str], conversion: Any) -> list[StoredTensor]:
+        """The tensors of one conversion, found by converting element numbers in their place."""
         import torch
 
-        numbered, start = {}, 0
-        for name in names:
-            count = torch.Size(self.shapes[name]).numel()
-            ids = torch.arange(start, start + count, dtype=torch.float64)
-            numbered[name], start = ids.reshape(self.shapes[name]), start + count
-        places, owners, depth = torch.full((start,), -1), set(), 0
-        for target, made in conversion.run(numbered, self.model).items():
+        numbered, total = self._number_elements(names)
+        positions, owners, depth = torch.full((total,), -1), set(), 0
+        for target, numbers in conversion.run(numbered, self.model).items():
             if target not in self.offsets:
-                continue  # a buffer, or tied to another
-            there = made.flatten().long()
-            places[there] = torch.arange(there.numel()) + self.offsets[target]
+                continue  # a buffer, or tied to another parameter
+            flat = numbers.flatten().long()
+            positions[flat] = torch.arange(flat.numel()) + self.offsets[target]
             owners.add(target.rpartition(".")[0])
-            depth = made.ndim
+            depth = numbers.ndim
         if not owners:
             return []
-        if len(owners) > 1 or bool((places < 0).any()):
+        if len(owners) > 1 or bool((positions < 0).any()):
             raise RecipeError(
-                f"{names[0]}: transformers changes it as it loads, so nothing is told"
+                f"{names[0]}: transformers does not only move its elements when it loads them, so"
+                " they cannot be traced"
             )
         owner = owners.pop()
+        kind = module_kind(self.model.get_submodule(owner))
         return [
-            Stored(
-                name, tuple(self.shapes[name]), owner, kind_of(self.model.get_submodule(owner)),
-                depth, places[numbered[name].long()],
+            StoredTensor(
+                name=name,
+                shape=tuple(self.shapes[name]),
+                owner=owner,
+                kind=kind,
+                depth=depth,
+                positions=positions[numbered[name].long()],
             )
             for name in names
-        ]  # fmt: skip
+        ]
+
+    def _number_elements(self, names: Sequence[str]) -> tuple[dict[str, Any], int]:
+        """The elements of these tensors numbered from 0, in float64, and how many there are."""
+        import torch
+
+        numbered, total = {}, 0
+        for name in names:
+            count = torch.Size(self.shapes[name]).numel()
+            numbers = torch.arange(total, total + count, dtype=torch.float64)
+            numbered[name] = numbers.reshape(self.shapes[name])
+            total += count
+        return numbered, total
 
 
-def open_small(folder: Path) -> Small:
-    """Load a small model's folder, in a form that derivatives can be taken of."""
-    from shardkit.authoring.masked_sum import load
+def load_tiny_model(folder: Path) -> LoadedModel:
+    """Load a tiny model's folder with implementations that second derivatives can be taken of."""
+    from shardkit.authoring.masked_sum import load_reference
 
     with Checkpoint(folder) as checkpoint:
         shapes = {spec.name: tuple(spec.shape) for spec in checkpoint.specs()}
         config = dict(checkpoint.config)
-    model = load(folder)
-    for choose in ("set_attn_implementation", "set_experts_implementation"):
+    model = load_reference(folder)
+    for choose_implementation in ("set_attn_implementation", "set_experts_implementation"):
         try:
-            getattr(model, choose)("eager")
+            getattr(model, choose_implementation)("eager")
         except (AttributeError, ValueError, NotImplementedError):
-            continue  # it has no choice, and what it has is tried
-    return Small(folder, model, config, shapes)
+            continue  # the class offers no choice; the one it has is tried
+    return LoadedModel(folder, model, config, shapes)
 
 
-def kind_of(module: Any) -> str:
-    """What a module is: linear, conv1d (transformers' linear), conv, embedding, norm, or other."""
+def name_pattern(name: str) -> str:
+    """The recipe pattern of a tensor's module: without `.weight` or `.bias`, numbers as `*`."""
+    return star_numbers(LEAF.sub("", name))
+
+
+def star_numbers(path: str) -> str:
+    """A dotted path with each number written as `*`."""
+    return NUMBER.sub("*", path)
+
+
+def module_kind(module: Any) -> str:
+    """What a module is: linear, conv1d (transformers' linear), conv, embedding, norm or other."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 

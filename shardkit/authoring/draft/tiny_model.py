@@ -1,4 +1,4 @@
-"""A small random model of the kind that is asked for, saved as transformers saves it."""
+"""A tiny random model of a given type, saved as transformers saves models."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,72 +6,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardkit.authoring.draft.shrink_config import shrunk, ways
+from shardkit.authoring.draft.failure import DraftError
+from shardkit.authoring.draft.shrink_config import list_strategies, shrink_config
 from shardkit.checkpoint import read_config
 from shardkit.checkpoint.config_check import check_config
-from shardkit.errors import RecipeError
+from shardkit.errors import MODEL_ERRORS
 
-SMALL = 3_000_000  # parameters
-AS_IS = 2_000_000
-CLASSES = (
-    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT",
-    "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "PRETRAINING", "",
-)  # fmt: skip
-UNBUILT = (
-    AttributeError, AssertionError, ArithmeticError, ImportError, IndexError, KeyError, LookupError,
-    NotImplementedError, RuntimeError, TypeError, ValueError, OSError,
-)  # fmt: skip
+MAX_PARAMETERS = 3_000_000
+MAX_PARAMETERS_AS_IS = 2_000_000  # of a given config that is not shrunk
+ENCODER_DECODER_TASKS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+TASKS = (
+    *ENCODER_DECODER_TASKS,
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "IMAGE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "PRETRAINING",
+    "",
+)
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """A small model's folder, its class, and in words the config that it was made from."""
+class TinyModel:
+    """A tiny model's folder, its class, and in words the config that it is made from.
+
+    `changes` are the fields that were made small, as `name = value`.
+    """
 
     folder: Path
-    model_class: str
-    made_from: str
-    changed: tuple[str, ...] = ()
+    class_name: str
+    origin: str
+    changes: tuple[str, ...] = ()
 
 
-def make_tiny(model: str, work: Path) -> Tiny:
-    """Save a small model of a type, or of the type of the config.json in a folder.
+def make_tiny_model(model: str, folder: Path) -> TinyModel:
+    """Save a tiny random model.
 
-    Raises RecipeError where transformers knows no such type, or no small one can be built and run,
-    and CheckpointError for a config that should reach no builder.
+    Args:
+        model: A model type of transformers, or a folder with a config.json.
+        folder: Where to put the model's own folder.
+
+    Raises:
+        DraftError: transformers does not know the type, or no tiny model of it can be built and
+            run.
+        CheckpointError: The folder's config.json is not to be trusted.
     """
-    folder = Path(model)
-    source = read_config(folder) if (folder / "config.json").is_file() else {}
-    check_config(source, (), folder)
+    source_folder = Path(model)
+    source = read_config(source_folder) if (source_folder / "config.json").is_file() else {}
+    check_config(source, (), source_folder)
     model_type = str(source.get("model_type", "")) or model
-    cls, config = _config(model_type, source)
-    name = class_name(config, source)
-    what = f"the config of {folder.resolve().name}" if source else "the type's default config"
-    fault = ""
-    refused: tuple[type[Exception], ...] = (*UNBUILT, *_strict_errors())
-    for way, table in enumerate(_tables(config.to_dict(), source, cls, name)):
+    config_class, config = _load_config(model_type, source)
+    class_name = choose_class_name(config, source)
+    origin = (
+        f"the config of {source_folder.resolve().name}" if source else "the type's default config"
+    )
+    fault, errors = "", _model_errors()
+    full = config.to_dict()
+    for index, table in enumerate(_list_tables(full, source, config_class, class_name)):
         try:
-            small = cls.from_dict(table)
-            _save(name, small, work / f"tiny-{way}")
-            return Tiny(work / f"tiny-{way}", name, what, _changes(config.to_dict(), table))
-        except refused as error:
+            tiny_folder = folder / f"tiny-{index}"
+            _save_model(class_name, config_class.from_dict(table), tiny_folder)
+            return TinyModel(tiny_folder, class_name, origin, _list_changes(full, table))
+        except errors as error:
             fault = fault or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise RecipeError(
+    raise DraftError(
+        "tiny model",
         f"{model}: no small model of it can be made ({fault}); give a folder with the config.json"
-        " of a small one"
+        " of a small one",
+        fault,
     )
 
 
-def _strict_errors() -> tuple[type[Exception], ...]:
-    """What config classes that check their fields raise."""
-    from huggingface_hub.errors import StrictDataclassError
+def choose_class_name(config: Any, source: Mapping[str, Any]) -> str:
+    """The model class: the config's own, or that of the type's most usual task.
 
-    return (StrictDataclassError,)
-
-
-def class_name(config: Any, source: Mapping[str, Any]) -> str:
-    """The model class: the config's own, or what this type is mostly used as.
-
-    Raises RecipeError for a type of which transformers has no model.
+    Raises:
+        DraftError: transformers has no model class for the type.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -79,72 +90,86 @@ def class_name(config: Any, source: Mapping[str, Any]) -> str:
     for name in source.get("architectures") or ():
         if hasattr(transformers, str(name)):
             return str(name)
-    for task in CLASSES:
+    for task in TASKS:
         table = getattr(modeling_auto, f"MODEL_{f'FOR_{task}_' if task else ''}MAPPING_NAMES")
-        found = table.get(config.model_type)
-        if found and (config.is_encoder_decoder or task not in CLASSES[:2]):
-            return str(found if isinstance(found, str) else found[0])
-    raise RecipeError(f"{config.model_type}: transformers has no model class for it alone")
+        names = table.get(config.model_type)
+        if names and (config.is_encoder_decoder or task not in ENCODER_DECODER_TASKS):
+            return str(names if isinstance(names, str) else names[0])
+    raise DraftError(
+        "model class", f"{config.model_type}: transformers has no model class for it alone"
+    )
 
 
-def _config(model_type: str, source: Mapping[str, Any]) -> tuple[Any, Any]:
+def _model_errors() -> tuple[type[Exception], ...]:
+    """What may be raised by a model class, or by a config class that checks its fields."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (*MODEL_ERRORS, OSError, StopIteration, StrictDataclassError)
+
+
+def _load_config(model_type: str, source: Mapping[str, Any]) -> tuple[Any, Any]:
     """The config class of a type, and its config: the source's own or the default one."""
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
-        raise RecipeError(
-            f"{model_type}: no folder with a config.json, and no model_type of transformers"
+        raise DraftError(
+            "model class",
+            f"{model_type}: neither a folder with a config.json nor a model_type of transformers",
         )
-    cls: Any = CONFIG_MAPPING[model_type]
-    refused: tuple[type[Exception], ...] = (*UNBUILT, *_strict_errors())
+    config_class: Any = CONFIG_MAPPING[model_type]
+    errors = _model_errors()
     try:
-        return cls, cls.from_dict(dict(source)) if source else cls()
-    except refused as error:
-        told = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{model_type}: its config cannot be made: {told}") from None
+        config = config_class.from_dict(dict(source)) if source else config_class()
+    except errors as error:
+        fault = " ".join(str(error).split())[:200]
+        raise DraftError(
+            "tiny model", f"{model_type}: transformers cannot build its config: {fault}", fault
+        ) from None
+    return config_class, config
 
 
-def _tables(
-    full: dict[str, Any], source: Mapping[str, Any], cls: Any, name: str
+def _list_tables(
+    full: dict[str, Any], source: Mapping[str, Any], config_class: Any, class_name: str
 ) -> Iterator[dict[str, Any]]:
-    """The configs to try: a folder's own where it is small, then smaller and smaller changes."""
-    if source and _parameters(name, cls.from_dict(dict(source))) <= AS_IS:
-        yield dict(source)
-    for way in ways():
-        yield shrunk(full, way)
+    """The configs to try: the folder's own if it is small, then one of each strategy."""
+    if source:
+        parameters = _count_parameters(class_name, config_class.from_dict(dict(source)))
+        if parameters <= MAX_PARAMETERS_AS_IS:
+            yield dict(source)
+    for strategy in list_strategies():
+        yield shrink_config(full, strategy)
 
 
-def _save(name: str, config: Any, folder: Path) -> None:
-    """Save a random model, and see that it runs."""
+def _save_model(class_name: str, config: Any, folder: Path) -> None:
+    """Save a random model, and run it once."""
     import torch
     import transformers
 
-    from shardkit.authoring.masked_sum import load
-    from shardkit.authoring.samples import save_random
-    from shardkit.runtime.model_runner import uncached
-    from shardkit.verification.dummy_inputs import make_inputs
+    from shardkit.authoring.hooks import run_with_hooks
+    from shardkit.authoring.masked_sum import load_reference
+    from shardkit.authoring.samples import save_random_model
 
-    if (count := _parameters(name, config)) > SMALL:
+    if (count := _count_parameters(class_name, config)) > MAX_PARAMETERS:
         raise ValueError(f"{count} parameters are not small")
-    save_random(getattr(transformers, name), config, folder)
-    model = load(folder)
+    save_random_model(getattr(transformers, class_name), config, folder)
+    model = load_reference(folder)
     with torch.inference_mode():
-        model(**make_inputs(model), **uncached(model))
+        run_with_hooks(model)
 
 
-def _parameters(name: str, config: Any) -> int:
+def _count_parameters(class_name: str, config: Any) -> int:
     import torch
     import transformers
 
     with torch.device("meta"):
-        model = getattr(transformers, name)._from_config(config)
+        model = getattr(transformers, class_name)._from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
-def _changes(full: Mapping[str, Any], small: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_changes(full: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields that were made small, as `name = value`."""
     return tuple(
         f"{key} = {json.dumps(value)}"
-        for key, value in small.items()
+        for key, value in table.items()
         if type(value) in (int, list) and full.get(key) != value
     )

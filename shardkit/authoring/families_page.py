@@ -1,0 +1,167 @@
+"""The page of all families: what each recipe is for, and how it was proven."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from shardkit.authoring.publishing import format_table
+from shardkit.recipe.recipe import Recipe
+
+Entry = tuple[Recipe, Mapping[str, Any]]  # a recipe and its stored results
+
+
+def render_families(entries: Sequence[Entry]) -> str:
+    """The page in Markdown."""
+    sections = (
+        _render_head(entries),
+        _render_recipes(entries),
+        _render_replicated(entries),
+        _render_proofs(entries),
+    )
+    return "\n".join(line for section in sections for line in section) + "\n"
+
+
+def _render_head(entries: Sequence[Entry]) -> Iterator[str]:
+    proofs = [proof for _, entry in entries for proof in entry["proofs"]]
+    samples = {proof["sample"] for proof in proofs}
+    failed = {proof["sample"] for proof in proofs if not proof["passed"]}
+    model_types = {name for recipe, _ in entries for name in recipe.model_types}
+    yield "# Families"
+    yield ""
+    yield "Written by `make sweep` (`shardkit recipes check --all --write`); do not edit."
+    yield ""
+    yield (
+        f"{len(entries)} recipes support {len(model_types)} model types."
+        f" {len(samples - failed)} of {len(samples)} small random models pass every check over 2"
+        " and 4 ranks, and those with sizes that divide unevenly over 3, too:"
+        f" {sum(proof['passed'] for proof in proofs)} of {len(proofs)} proofs, in float32, from"
+        " checkpoints that `save_pretrained` writes."
+    )
+    yield ""
+    yield _summarize_mutants([mutant for _, entry in entries for mutant in entry["mutants"]])
+    yield ""
+
+
+def _summarize_mutants(mutants: Sequence[Mapping[str, Any]]) -> str:
+    by_check = Counter(m["detected_by"] for m in mutants if m["detected"])
+    checks = ", ".join(f"{count} by {name!r}" for name, count in by_check.most_common())
+    undetected = [mutant for mutant in mutants if not mutant["detected"]]
+    missed = sum(mutant["must_be_detected"] for mutant in undetected)
+    return (
+        f"{len(mutants)} faults were injected into the recipes (mutants), one at a time, and"
+        f" {sum(by_check.values())} were detected: {checks}. {len(undetected) - missed} others"
+        " change nothing: each leaves an attribute or argument whole that the attention functions"
+        f" of these models do not read. {missed} were missed."
+    )
+
+
+def _render_recipes(entries: Sequence[Entry]) -> Iterator[str]:
+    yield "## Recipes"
+    yield ""
+    yield (
+        "*Largest rank*: its share of the bytes of the recipe's first sample, over 2 and 4 ranks."
+    )
+    yield ""
+    titles = ("recipe", "model types", "samples:", "largest rank:", "mutants detected:")
+    yield from format_table(titles, [_recipe_row(recipe, entry) for recipe, entry in entries])
+    yield ""
+
+
+def _recipe_row(recipe: Recipe, entry: Mapping[str, Any]) -> tuple[object, ...]:
+    samples = _list_samples(entry)
+    detected = sum(mutant["detected"] for mutant in entry["mutants"])
+    missed = sum(m["must_be_detected"] and not m["detected"] for m in entry["mutants"])
+    return (
+        recipe.name,
+        ", ".join(recipe.model_types),
+        len(samples),
+        _format_shares(entry["proofs"], samples[0]),
+        f"{detected} of {detected + missed}",
+    )
+
+
+def _list_samples(entry: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(proof["sample"] for proof in entry["proofs"]))
+
+
+def _format_shares(proofs: Sequence[Mapping[str, Any]], sample: str) -> str:
+    shares = {p["tp_size"]: p["share"] for p in proofs if p["sample"] == sample}
+    return " / ".join(f"{shares[size]:.0%}" for size in (2, 4) if size in shares)
+
+
+def _render_replicated(entries: Sequence[Entry]) -> Iterator[str]:
+    yield "## What every rank holds whole"
+    yield ""
+    yield (
+        "The large modules that a recipe replicates, and why. Anything else that is replicated is"
+        " small: norms, routers, positions, and a matrix or two of a head or next to the"
+        " embeddings. *Largest rank*: its share of the bytes over 2 and 4 ranks, of the sample that"
+        " divides least."
+    )
+    yield ""
+    titles = ("recipe", "module", "why", "largest rank:")
+    rows = []
+    for recipe, entry in entries:
+        shares = _format_shares(entry["proofs"], _least_divided(entry["proofs"]))
+        rows += [
+            (recipe.name, f"`{rule.pattern}`", rule.reason, shares)
+            for rule in recipe.rules
+            if rule.reason
+        ]
+    yield from format_table(titles, rows)
+    yield ""
+
+
+def _least_divided(proofs: Sequence[Mapping[str, Any]]) -> str:
+    """The first sample with the largest share on one rank."""
+    largest = max(proofs, key=lambda proof: float(proof["share"]))
+    return str(largest["sample"])
+
+
+def _render_proofs(entries: Sequence[Entry]) -> Iterator[str]:
+    yield "## Proofs"
+    yield ""
+    yield (
+        "*Masked sum*: the largest difference of a layer that is summed over the ranks from"
+        " transformers' own, relative to its largest value. *Error*: the largest difference of any"
+        " output from the unsharded model in float64; *allowed*: four times the unsharded float32"
+        " model's own, or half a unit in the last place. *Decoding*: 12 steps with the cache,"
+        " greedy, and with three beams."
+    )
+    yield ""
+    titles = (
+        "sample", "model type", "tp:", "verdict", "masked sum:", "error:", "allowed:", "decoding",
+        "largest rank:",
+    )  # fmt: skip
+    proofs = [proof for _, entry in entries for proof in entry["proofs"]]
+    yield from format_table(titles, map(_proof_row, proofs))
+    yield ""
+    limitations = {p["sample"]: p["limitation"] for p in proofs if p["limitation"]}
+    for sample, limitation in limitations.items():
+        yield f"\\* {sample}: {limitation}."
+        yield ""
+
+
+def _proof_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
+    numbers = proof["numerics"]
+    return (
+        proof["sample"] + ("\\*" if proof["limitation"] else ""),
+        proof["model_type"],
+        proof["tp_size"],
+        "passed" if proof["passed"] else f"FAILED {proof['fault'][:80]}",
+        _format_number(proof["masked_sum"]),
+        _format_number(numbers.get("error", {}).get("max")),
+        _format_number(numbers.get("allowed", {}).get("max")),
+        _describe_decoding(numbers),
+        f"{proof['share']:.0%}",
+    )
+
+
+def _format_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _describe_decoding(numbers: Mapping[str, Any]) -> str:
+    if "greedy" not in numbers:
+        return "none"
+    return f"{numbers['greedy']}; beams {numbers.get('beams', 'not run')}"

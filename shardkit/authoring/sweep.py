@@ -1,0 +1,162 @@
+"""Proves recipes on all of their samples, runs mutants of each, and stores the results.
+
+The results are published in `recipes/proofs/results.json`, and the page made of them beside it.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
+from shardkit.authoring.families_page import render_families
+from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.samples import Sample, find_samples, make_sample
+from shardkit.recipe.recipe import Recipe
+
+TP_SIZES = (2, 4)
+AWKWARD_TP_SIZES = (2, 3, 4)  # of samples whose sizes divide unevenly
+MAX_MUTANTS = 16
+MUTANT_TP_SIZE = 2
+MIN_DETECTED = 3  # mutants of a recipe that must have been detected at least
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The results of one recipe, as they are stored.
+
+    Attributes:
+        digest: The digest of the recipe and the samples that the results are of.
+        proofs: A JSON object for each proof.
+        mutants: A JSON object for each mutant.
+    """
+
+    digest: str
+    proofs: Sequence[Mapping[str, Any]]
+    mutants: Sequence[Mapping[str, Any]]
+
+    @property
+    def failed_proofs(self) -> list[Mapping[str, Any]]:
+        """The proofs that failed."""
+        return [proof for proof in self.proofs if not proof["passed"]]
+
+    @property
+    def detected(self) -> int:
+        """How many mutants were detected."""
+        return sum(mutant["detected"] for mutant in self.mutants)
+
+    @property
+    def missed(self) -> list[Mapping[str, Any]]:
+        """The mutants that should have been detected and were not."""
+        return [m for m in self.mutants if m["must_be_detected"] and not m["detected"]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every proof passed and no mutant was missed."""
+        is_proven = bool(self.proofs) and not self.failed_proofs
+        return is_proven and not self.missed and self.detected >= MIN_DETECTED
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as JSON values."""
+        return {"digest": self.digest, "proofs": [*self.proofs], "mutants": [*self.mutants]}
+
+
+def sweep_recipe(recipe: Recipe, pool: RankPool) -> SweepResult:
+    """Prove a recipe on every sample over 2 and 4 ranks, and run mutants of it."""
+    samples = find_samples(recipe)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        models = {s.name: make_sample(s, Path(scratch) / s.name) for s in samples}
+        proofs: list[Mapping[str, Any]] = []
+        rules = {}
+        for sample in samples:
+            sizes = AWKWARD_TP_SIZES if "awkward" in sample.group else TP_SIZES
+            source = models[sample.name]
+            for proof in prove_on_models(recipe, {sample.name: source}, sizes, pool):
+                proofs.append(_proof_to_json(proof, sample))
+                if proof.tp_size == MUTANT_TP_SIZE:
+                    rules[source] = proof.proof.rules
+        results = run_mutants(recipe, rules, MUTANT_TP_SIZE, pool, MAX_MUTANTS)
+        mutants = [result.to_json() for result in results]
+    return SweepResult(digest_inputs(recipe), proofs, mutants)
+
+
+def digest_inputs(recipe: Recipe) -> str:
+    """The digest of a recipe and of the samples that prove it; results of another are stale."""
+    parts = [recipe.sha256]
+    for sample in find_samples(recipe):
+        values = sample.name, sample.model, sample.config, sample.limitation, sample.as_built
+        parts.append(json.dumps([*values, sample.group]))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def read_results(folder: Path) -> dict[str, SweepResult]:
+    """The stored results by recipe; none if there are none yet."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    return {name: SweepResult(**entry) for name, entry in json.loads(path.read_text()).items()}
+
+
+def write_results(
+    folder: Path, results: Mapping[str, SweepResult], recipes: Sequence[Recipe]
+) -> None:
+    """Store the results of these recipes, and the page made of them; drop those of any other."""
+    kept = {recipe.name: results[recipe.name] for recipe in recipes if recipe.name in results}
+    lines = [f"{json.dumps(name)}: {json.dumps(r.to_json())}" for name, r in kept.items()]
+    (folder / "results.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (folder / "FAMILIES.md").write_text(render_families(list_entries(kept, recipes)))
+
+
+def list_entries(
+    results: Mapping[str, SweepResult], recipes: Sequence[Recipe]
+) -> list[tuple[Recipe, dict[str, Any]]]:
+    """The recipes that have results, each with these as JSON values."""
+    return [(r, results[r.name].to_json()) for r in recipes if r.name in results]
+
+
+def list_stale(results: Mapping[str, SweepResult], recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes that have no results, or have changed since, or whose samples have."""
+    return [
+        recipe
+        for recipe in recipes
+        if recipe.name not in results or results[recipe.name].digest != digest_inputs(recipe)
+    ]
+
+
+def sweep_recipes(
+    selected: Sequence[Recipe], recipes: Sequence[Recipe], folder: Path
+) -> Iterator[tuple[Recipe, SweepResult]]:
+    """Sweep the selected recipes and store each result as it is done.
+
+    Args:
+        selected: The recipes to sweep.
+        recipes: All recipes; the stored results of the others are kept.
+        folder: Where the results are stored.
+    """
+    results = read_results(folder)
+    with RankPool() as pool:
+        for recipe in selected:
+            results[recipe.name] = result = sweep_recipe(recipe, pool)
+            write_results(folder, results, recipes)
+            yield recipe, result
+
+
+def _proof_to_json(proof: ModelProof, sample: Sample) -> dict[str, Any]:
+    """One proof's numbers."""
+    checks = proof.proof.checks
+    numbers = {check.name: dict(check.numbers) for check in checks}
+    fault = "" if proof.proof.passed else f"{checks[-1].name}: {' '.join(checks[-1].faults)}"
+    return {
+        "sample": sample.name,
+        "model_type": sample.model_type,
+        "limitation": sample.limitation,
+        "tp_size": proof.tp_size,
+        "passed": proof.proof.passed,
+        "fault": fault,
+        "share": round(proof.proof.share, 4),
+        "masked_sum": numbers.get("masked sum", {}).get("error"),
+        "numerics": numbers.get("numerics", {}),
+    }
