@@ -12,9 +12,7 @@ from shardkit.errors import ShardkitError
 def make_shards(source: str, out: str, tp_size: int) -> None:
     """Split `source` into `out`; exit unless the shards compute what the source computes."""
     report = shardkit.plan(source, tp_size)
-    print(
-        f"{max(report.summary.loaded_bytes):,} bytes per rank, {report.max_tp_size} ranks at most"
-    )
+    print(f"{max(report.summary.loaded_bytes):,} bytes on the largest of {tp_size} ranks")
     shardkit.split(source, out, tp_size)
     result = shardkit.verify(out, source)
     if result is None or not result.passed:
