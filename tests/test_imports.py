@@ -17,9 +17,9 @@ from tests.helpers.synthetic_checkpoints import llama, llama_config, specs_of, w
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shardkit"
 LAYERS = [  # a module imports from the rows above its own only; a package counts as one
-    {"config_fields", "dtypes", "errors", "strict_json"},
+    {"errors", "strict_json"},
     {"files", "layout", "tensor", "timeouts"},
-    {"checkpoint", "recipe"},
+    {"checkpoint", "json_fields", "recipe"},
     {"output", "planning"},
     {"shards"},
     {"convert", "runtime"},
