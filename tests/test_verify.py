@@ -15,10 +15,10 @@ from harness import altered, cut
 import shardkit
 from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification import Check, check_files, check_weights
-from shardkit.verification.models import LocalRanks
+from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 
 
@@ -27,14 +27,14 @@ def quiet(_: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(2) as started:
+def ranks() -> Iterator[RankProcesses]:
+    with RankProcesses(2) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
+def four_ranks() -> Iterator[RankProcesses]:
+    with RankProcesses(4) as started:
         yield started
 
 
@@ -54,10 +54,10 @@ def weights(shards: Path, source: Path) -> Check:
         return check_weights(shards, checkpoint, quiet)
 
 
-def numerics(shards: Path, source: Path, ranks: Ranks) -> Check:
+def numerics(shards: Path, source: Path, ranks: RankProcesses) -> Check:
     with ShardedCheckpoint(shards) as opened:
         manifest = opened.manifest
-    return check_numerics(shards, manifest, source, LocalRanks(ranks))
+    return check_numerics(shards, manifest, source, ShardedModel(ranks))
 
 
 LAYOUT_FAULTS = {
@@ -76,7 +76,7 @@ LAYOUT_FAULTS = {
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
-    fault: str, models, ranks: Ranks, tmp_path: Path
+    fault: str, models, ranks: RankProcesses, tmp_path: Path
 ) -> None:
     name, right, wrong, module, tensor = LAYOUT_FAULTS[fault]
     source = models(name)
@@ -91,12 +91,12 @@ def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
 
 ROW_BIAS_ON_EVERY_RANK = """
 import torch.nn.functional as F
-from shardkit.runtime import layers
+from shardkit.runtime.layers import linear
 
 def forward(self, x):
     return self.group.all_reduce(F.linear(x, self.weight, self.bias))
 
-layers.RowParallelLinear.forward = forward
+linear.RowParallelLinear.forward = forward
 """
 
 
@@ -107,7 +107,7 @@ def test_a_row_bias_added_on_every_rank_is_named(
     cut(source, tmp_path / "shards", 2)
     (tmp_path / "sitecustomize.py").write_text(ROW_BIAS_ON_EVERY_RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Ranks(2) as faulty:
+    with RankProcesses(2) as faulty:
         found = numerics(tmp_path / "shards", source, faulty)
     assert found.verdict == "failed"
     assert "module: bert.encoder.layer.0.attention.output.dense" in found.faults[1]
@@ -115,18 +115,18 @@ def test_a_row_bias_added_on_every_rank_is_named(
 
 
 def test_rotated_kv_replicas_are_found_on_their_rank(
-    models, four_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models, four_ranks: RankProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = models("llama-two-kv-heads")
     right = layout.held_units
 
     def rotated(section, tp_rank, tp_size):
-        if section.sharers and tp_size == 4:
+        if section.shared_by and tp_size == 4:
             return right(section, (tp_rank + 1) % tp_size, tp_size)
         return right(section, tp_rank, tp_size)
 
     with monkeypatch.context() as planted:
-        planted.setattr(layout, "held", rotated)
+        planted.setattr(layout, "held_units", rotated)
         cut(source, tmp_path / "shards", 4)
     assert check_files(tmp_path / "shards", quiet).verdict == "passed"
     found = weights(tmp_path / "shards", source)
@@ -149,7 +149,7 @@ def test_two_ranks_files_swapped_fail_as_files(models, tmp_path: Path) -> None:
 
 
 def test_swapped_experts_are_named_by_weights_and_by_numerics(
-    models, ranks: Ranks, tmp_path: Path
+    models, ranks: RankProcesses, tmp_path: Path
 ) -> None:
     source = models("mixtral")
     swapped = swap_experts(source, tmp_path / "swapped")
@@ -193,7 +193,7 @@ def test_one_flipped_bit_is_located_to_rank_and_tensor(at: float, models, tmp_pa
         assert "rank-00001-of-00002.safetensors" in found.faults[0]
 
 
-def test_a_nan_on_one_rank_fails(models, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_nan_on_one_rank_fails(models, ranks: RankProcesses, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 

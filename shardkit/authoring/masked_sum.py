@@ -30,7 +30,7 @@ from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.load import resolve_model_class
 from shardkit.runtime.materialize import placements_by_parameter
-from shardkit.runtime.model_runner import uncached
+from shardkit.runtime.model_runner import no_cache_options
 from shardkit.verification.dummy_inputs import make_inputs
 
 WEIGHTS = "model.safetensors"
@@ -148,7 +148,7 @@ def record(
         return hook
 
     with torch.inference_mode(), hooks(model, {name: hook_of(name) for name in layers}):
-        model(**inputs, **uncached(model))
+        model(**inputs, **no_cache_options(model))
     return found
 
 

@@ -13,10 +13,10 @@ from shardkit.errors import ShardkitError
 from shardkit.planning.plan import Plan, make_plan
 from shardkit.planning.summary import count_loaded_bytes, count_total_bytes, group_by_layout
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verification.models import LocalRanks
+from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.report import Check, Verdict
 
@@ -44,7 +44,9 @@ class Proof:
         return all(check.verdict == "passed" for check in self.checks)
 
 
-def prove(source: Path, recipe: Recipe, ranks: Ranks, scratch: Path, beams: int = 0) -> Proof:
+def prove(
+    source: Path, recipe: Recipe, ranks: RankProcesses, scratch: Path, beams: int = 0
+) -> Proof:
     """Check a recipe on a small checkpoint of one file, over `ranks`; the first failure ends it.
 
     `beams` also compares beam search, where the model has it.
@@ -64,7 +66,7 @@ class _Trial:
 
     source: Path
     recipe: Recipe
-    ranks: Ranks
+    ranks: RankProcesses
     scratch: Path
     beams: int
 
@@ -121,7 +123,7 @@ class _Trial:
 
     def numerics(self) -> Check:
         """The shards over their ranks compute what the unsharded model does."""
-        shards, sharded = self.scratch / "shards", LocalRanks(self.ranks)
+        shards, sharded = self.scratch / "shards", ShardedModel(self.ranks)
         return check_numerics(shards, self.manifest, self.source, sharded, beams=self.beams)
 
     @property

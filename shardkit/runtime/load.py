@@ -16,8 +16,8 @@ from shardkit.errors import ManifestError
 from shardkit.runtime.config import build_config
 from shardkit.runtime.configs import checked_copy, read_configs
 from shardkit.runtime.conversion import find_conversions
-from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
-from shardkit.runtime.distributed.input_check import called_alike
+from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, expert_kernel_warning
 from shardkit.runtime.layers.linear import fit_widths
 from shardkit.runtime.materialize import (
@@ -33,7 +33,7 @@ from shardkit.runtime.weights import TORCH_DTYPES, read_tensors
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard
-from shardkit.timeouts import Timeouts
+from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 COMPUTED = ("F64", "F32", "F16", "BF16")  # dtypes that a model computes in
 
@@ -44,7 +44,7 @@ def load(
     group: TensorParallelGroup | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    timeouts: Timeouts = DEFAULT,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     check_inputs: bool = True,
 ) -> PreTrainedModel:
@@ -61,38 +61,42 @@ def load(
     warns of what makes the model slow here.
     """
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify)
-    if check_inputs:
-        called_alike(model, group)
+    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
 
 
 def load_with_warnings(
-    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
+    folder: Path,
+    group: TensorParallelGroup,
+    dtype: torch.dtype | None,
+    verify: bool = False,
+    check_inputs: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
-    group.doing("preparing to load")
+    group.set_status("preparing to load")
     manifest, model, unsuited, error = None, None, "", ""
     try:
         manifest = open_rank_shard(folder, group.tp_rank, group.tp_size)
         model = build_on_meta(folder, manifest, dtype)
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
-    group.agree(
-        group.itself() | (load_signature(manifest, model) if manifest and model else {}), error
+    group.all_agree(
+        group.software_versions() | (load_signature(manifest, model) if manifest and model else {}),
+        error,
     )
     assert manifest is not None
     assert model is not None
-    group.doing("loading")
+    group.set_status("loading")
     try:
         load_into(model, folder, manifest, group, verify)
         unsuited = choose_expert_kernel(model)
     except Exception as fault:
         error = str(fault).split("\n")[0] or type(fault).__name__
-    found = group.agree({}, error, unsuited)
-    group.doing("idle")
+    found = group.all_agree({}, error, unsuited)
+    coordinate_calls(model, group, check_inputs)
+    group.set_status("idle")
     return model, expert_kernel_warning(found) if found else ""
 
 
@@ -164,8 +168,6 @@ def load_into(
     if model.can_generate() and "generation_config.json" in manifest.companion_files:
         with checked_copy(folder, manifest) as checked:
             model.generation_config = GenerationConfig.from_pretrained(checked)
-    if model.can_generate() and group.tp_size > 1:
-        sample_alike(model, group)
 
 
 def resolve_model_class(config: PreTrainedConfig) -> Any:
@@ -185,17 +187,3 @@ def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
         return config.dtype
     stored = Counter(p.spec.dtype for p in manifest.plan.placements if p.spec.dtype in COMPUTED)
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else torch.float32
-
-
-def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:
-    """Make every rank sample as rank 0 does: its random state is shared before each generate."""
-    generate = model.generate
-
-    def generate_alike(*args: Any, **kwargs: Any) -> Any:
-        torch.set_rng_state(group.broadcast(torch.get_rng_state()).cpu())
-        if group.device.type == "cuda":
-            state = group.broadcast(torch.cuda.get_rng_state(group.device)).cpu()
-            torch.cuda.set_rng_state(state, group.device)
-        return generate(*args, **kwargs)
-
-    model.generate = generate_alike

@@ -104,7 +104,7 @@ def _outputs(small: Small, last: Last) -> Iterator[Any]:
     """Run the model; what the module puts out at its first call, with its history."""
     import torch
 
-    from shardkit.runtime.model_runner import uncached
+    from shardkit.runtime.model_runner import no_cache_options
     from shardkit.verification.dummy_inputs import make_inputs
 
     calls: list[Any] = []
@@ -118,7 +118,7 @@ def _outputs(small: Small, last: Last) -> Iterator[Any]:
     try:
         with torch.enable_grad():
             small.model.requires_grad_(True)
-            small.model(**make_inputs(small.model), **uncached(small.model))
+            small.model(**make_inputs(small.model), **no_cache_options(small.model))
         yield calls[0] if calls else None
     finally:
         for handle in handles:

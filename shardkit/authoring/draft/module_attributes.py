@@ -145,7 +145,7 @@ def _given(small: Small, path: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors a module is given by name, at its first call."""
     import torch
 
-    from shardkit.runtime.model_runner import uncached
+    from shardkit.runtime.model_runner import no_cache_options
     from shardkit.verification.dummy_inputs import make_inputs
 
     found: list[dict[str, tuple[int, ...]]] = []
@@ -156,6 +156,6 @@ def _given(small: Small, path: str) -> dict[str, tuple[int, ...]]:
     module = small.model.get_submodule(path)
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.inference_mode():
-        small.model(**make_inputs(small.model), **uncached(small.model))
+        small.model(**make_inputs(small.model), **no_cache_options(small.model))
     handle.remove()
     return found[0] if found else {}

@@ -121,7 +121,7 @@ def _save(name: str, config: Any, folder: Path) -> None:
 
     from shardkit.authoring.masked_sum import load
     from shardkit.authoring.samples import save_random
-    from shardkit.runtime.model_runner import uncached
+    from shardkit.runtime.model_runner import no_cache_options
     from shardkit.verification.dummy_inputs import make_inputs
 
     if (count := _parameters(name, config)) > SMALL:
@@ -129,7 +129,7 @@ def _save(name: str, config: Any, folder: Path) -> None:
     save_random(getattr(transformers, name), config, folder)
     model = load(folder)
     with torch.inference_mode():
-        model(**make_inputs(model), **uncached(model))
+        model(**make_inputs(model), **no_cache_options(model))
 
 
 def _parameters(name: str, config: Any) -> int:
