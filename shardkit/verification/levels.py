@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.pickled.convert import open_source
 from shardkit.errors import LayoutError, ManifestError, RanksLost, ShardkitError, UsageError
-from shardkit.planning.summary import count_total_bytes
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from shardkit.verification.files import check_files
@@ -253,8 +252,8 @@ def _count_bytes(request: _Request) -> int:
     total = sum(manifest.ranks[rank].digest.size for rank in ranks)
     if request.source is None or request.level == "files":
         return total
-    downloaded = 0 if Path(request.source).is_dir() else count_total_bytes(manifest.plan)
-    return total * 2 + downloaded
+    source_bytes = sum(placement.spec.nbytes for placement in manifest.plan.placements)
+    return total * 2 + (0 if Path(request.source).is_dir() else source_bytes)
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
