@@ -1,6 +1,7 @@
 """Every error a user can meet, and the exit code each one ends the command with.
 
     ShardkitError          1
+    ├── UsageError         2   arguments that contradict each other
     ├── RecipeError        1   a recipe is malformed, missing, or does not fit the checkpoint
     ├── LayoutError        1   an axis cannot be divided as asked
     ├── CheckpointError    3   a source is missing, damaged or not to be trusted
@@ -11,7 +12,7 @@
     └── RanksError         7   ranks disagree, died, or did not answer in time
         └── RanksLost      7   a rank died or fell silent: what it ran may be right
 
-Exit code 2 is click's own, for wrong usage. The numbers are stable.
+Exit code 2 is also click's own, for wrong usage. The numbers are stable.
 """
 
 
@@ -19,6 +20,12 @@ class ShardkitError(Exception):
     """What went wrong, in one line: the thing, the number found, the number allowed, a way out."""
 
     exit_code = 1
+
+
+class UsageError(ShardkitError):
+    """Arguments that contradict each other, or a value that is not one of those allowed."""
+
+    exit_code = 2
 
 
 class RecipeError(ShardkitError):

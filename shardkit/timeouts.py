@@ -8,11 +8,20 @@ from shardkit.errors import RanksError
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds after which a rank that does not come is given up. Raises RanksError unless > 0.
+    """Seconds after which a rank that others wait for is considered lost.
 
-    `join`: for every rank to arrive. `load`: for every rank to have loaded its shard.
-    `collective`: for one collective, and for a rank to be heard of at all. `request`: for an
-    answer of ranks that one process controls, or for the next token of it.
+    Args:
+        join: For every rank to join the group.
+        load: For every rank to load its shard.
+        collective: For one collective, and without a heartbeat of a rank.
+        request: For ranks that one process controls to answer, or to generate the next token.
+
+    Raises:
+        RanksError: A number is not finite and above 0.
+
+    Example:
+        >>> Timeouts(load=1800).collective
+        30.0
     """
 
     join: float = 60.0
@@ -25,3 +34,6 @@ class Timeouts:
             seconds = getattr(self, field.name)
             if not (seconds > 0 and math.isfinite(seconds)):
                 raise RanksError(f"timeout {field.name}: {seconds} s; it must be above 0")
+
+
+DEFAULT_TIMEOUTS = Timeouts()

@@ -73,7 +73,8 @@ OLD_WORDS = (  # of a dialect that nobody else speaks, and what a plain sentence
 
 
 def find_block(text: str, language: str) -> str:
-    return next(block for name, block in FENCE.findall(text) if name == language)
+    blocks: list[tuple[str, str]] = FENCE.findall(text)
+    return next(block for name, block in blocks if name == language)
 
 
 def list_programs(text: str) -> Iterator[str]:

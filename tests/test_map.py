@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.authoring.samples import make_sample, samples
+from shardkit.authoring.samples import list_samples, make_sample
 from tests.helpers.command_line import environment
-from tests.write_map import PACKAGE, PAGE, read_summary, render_page
+from tests.test_imports import PACKAGE
+from tests.write_map import PAGE, read_summary, render_page
 
 TEXT = PAGE.read_text()
 STOP = re.compile(r"^\d+\. `([\w.]+)` ", re.MULTILINE)
@@ -69,7 +70,7 @@ def module_path(words: list[str]) -> Path:
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What a split, and a load of its one rank, really call."""
     folder = tmp_path_factory.mktemp("walks")
-    (sample,) = (sample for sample in samples() if sample.group == "demo")
+    (sample,) = (sample for sample in list_samples() if sample.group == "demo")
     make_sample(sample, folder / "source")
     program = [sys.executable, "-m", "tests.helpers.call_order"]
     done = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.runtime.model_runner import uncached
+from shardkit.runtime.model_runner import no_cache_options
 from shardkit.verification.dummy_inputs import make_inputs
 
 Hook = Callable[..., Any]  # as torch calls it: module, args, kwargs if asked for, output
@@ -32,7 +32,7 @@ def run_with_hooks(
             module = model.get_submodule(name)
             handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
             stack.callback(handle.remove)
-        model(**(make_inputs(model) if inputs is None else inputs), **uncached(model))
+        model(**(make_inputs(model) if inputs is None else inputs), **no_cache_options(model))
 
 
 def first_output(output: Any) -> Any:

@@ -17,10 +17,10 @@ from shardkit.convert import (
 from shardkit.errors import MODEL_ERRORS, ShardkitError
 from shardkit.planning import Plan, make_plan, summarize_plan
 from shardkit.recipe.recipe import Recipe
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verification.models import LocalRanks
+from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.report import Check, Verdict
 
@@ -48,7 +48,7 @@ class Proof:
 
 
 def prove_recipe(
-    source: Path, recipe: Recipe, ranks: Ranks, scratch: Path, beams: int = 0
+    source: Path, recipe: Recipe, ranks: RankProcesses, scratch: Path, beams: int = 0
 ) -> Proof:
     """Check a recipe on a small checkpoint of one file; stop at the first check that fails.
 
@@ -74,7 +74,7 @@ class _ProofRun:
 
     source: Path
     recipe: Recipe
-    ranks: Ranks
+    ranks: RankProcesses
     scratch: Path
     beams: int
 
@@ -138,7 +138,7 @@ class _ProofRun:
 
     def check_numerics(self) -> Check:
         """The shards over their ranks compute what the unsharded model does."""
-        shards, sharded = self.scratch / "shards", LocalRanks(self.ranks)
+        shards, sharded = self.scratch / "shards", ShardedModel(self.ranks)
         return check_numerics(shards, self.manifest, self.source, sharded, beams=self.beams)
 
 

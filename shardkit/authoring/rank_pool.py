@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 
 
 @dataclass
 class RankPool:
     """Groups of CPU ranks by size, started when first needed, stopped at the end of a `with`."""
 
-    _running: dict[int, Ranks] = field(default_factory=dict)
+    _running: dict[int, RankProcesses] = field(default_factory=dict)
 
     def __enter__(self) -> "RankPool":
         return self
@@ -24,11 +24,11 @@ class RankPool:
         for ranks in self._running.values():
             ranks.close()
 
-    def of(self, size: int) -> Ranks:
+    def of(self, size: int) -> RankProcesses:
         """A group of `size` running ranks, restarted if a failure has stopped them.
 
         Raises RanksError.
         """
         if size not in self._running or not self._running[size].pids:
-            self._running[size] = Ranks(size, device="cpu")
+            self._running[size] = RankProcesses(size, device="cpu")
         return self._running[size]

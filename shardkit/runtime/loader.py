@@ -19,8 +19,8 @@ from shardkit.layout.style import ADD_ONCE
 from shardkit.planning import Rank
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import find_conversions
-from shardkit.runtime.distributed.group import DEFAULT, TensorParallelGroup, connect
-from shardkit.runtime.distributed.input_check import called_alike
+from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer
 from shardkit.runtime.materialize import (
@@ -34,7 +34,7 @@ from shardkit.runtime.models.registry import find_model_class
 from shardkit.runtime.parallelize import keep_local_units, parallelize_model
 from shardkit.runtime.weights import find_torch_dtype, read_tensors
 from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
-from shardkit.timeouts import Timeouts
+from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def load(
     group: TensorParallelGroup | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    timeouts: Timeouts = DEFAULT,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     check_inputs: bool = True,
 ) -> PreTrainedModel:
@@ -86,19 +86,21 @@ def load(
         torch.Size([B, T, V])
     """
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify)
-    if check_inputs:
-        called_alike(model, group)
+    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
 
 
 def load_with_warnings(
-    folder: Path, group: TensorParallelGroup, dtype: torch.dtype | None, verify: bool = False
+    folder: Path,
+    group: TensorParallelGroup,
+    dtype: torch.dtype | None,
+    verify: bool = False,
+    check_inputs: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
-    group.doing("preparing to load")
+    group.set_status("preparing to load")
     shard, model, slow_experts, error = None, None, "", ""
     try:
         shard = open_rank_shard(folder, group.tp_rank, group.tp_size)
@@ -106,17 +108,18 @@ def load_with_warnings(
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
-    group.agree(group.itself() | signature, error)
+    group.all_agree(group.software_versions() | signature, error)
     assert shard is not None
     assert model is not None
-    group.doing("loading")
+    group.set_status("loading")
     try:
         load_into(model, shard, group, verify)
         slow_experts = choose_expert_kernel(model)
     except Exception as fault:
         error = first_line(fault, 1000)
-    notes = group.agree({}, error, slow_experts)
-    group.doing("idle")
+    notes = group.all_agree({}, error, slow_experts)
+    coordinate_calls(model, group, check_inputs)
+    group.set_status("idle")
     return model, describe_slow_experts(notes) if notes else ""
 
 
@@ -180,8 +183,6 @@ def load_into(
         finish_layer(module)
     if model.can_generate() and shard.configs.generation is not None:
         model.generation_config = GenerationConfig.from_dict(shard.configs.generation)
-    if model.can_generate() and group.tp_size > 1:
-        sample_alike(model, group)
 
 
 def resolve_model_class(config: PreTrainedConfig) -> Any:
@@ -204,17 +205,3 @@ def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
     )
     most = stored.most_common(1)
     return (find_torch_dtype(most[0][0]) if most else None) or torch.float32
-
-
-def sample_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:
-    """Make every rank sample as rank 0 does: its random state is shared before each generate."""
-    generate = model.generate
-
-    def generate_alike(*args: Any, **kwargs: Any) -> Any:
-        torch.set_rng_state(group.broadcast(torch.get_rng_state()).cpu())
-        if group.device.type == "cuda":
-            state = group.broadcast(torch.cuda.get_rng_state(group.device)).cpu()
-            torch.cuda.set_rng_state(state, group.device)
-        return generate(*args, **kwargs)
-
-    model.generate = generate_alike

@@ -1,30 +1,175 @@
-"""What a model's forward pass takes, and the tensors it gives."""
+"""Runs one transformers model: forward, generate (beam search included) and trace.
+
+A rank's worker and the unsharded reference of verification run their models by this class alone.
+Shapes: B batch, T tokens, S generated steps, V vocabulary.
+"""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+Tensors = Mapping[str, torch.Tensor]
 
 
-def uncached(model: PreTrainedModel) -> dict[str, object]:
+@dataclass(frozen=True)
+class Generation:
+    """What a model has generated.
+
+    Attributes:
+        ids: Token ids `[B, T]`, int64; those of the prompt come first for a decoder.
+        logits: What each generated token was chosen from, `[B, S, V]`; None unless asked for.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are, by field name."""
+        return {"ids": self.ids} | ({} if self.logits is None else {"logits": self.logits})
+
+
+class ModelRunner:
+    """One model on one device; everything runs without gradients."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+
+    def forward(
+        self, inputs: Tensors, options: Mapping[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run a forward pass.
+
+        Args:
+            inputs: The model's input tensors, by argument name: `input_ids` `[B, T]`, and so on.
+            options: Further arguments of the model's forward; None means no cache.
+
+        Returns:
+            The output tensors, by name.
+        """
+        with _inference(self.model.dtype):
+            return select_tensors(self._call(inputs, options))
+
+    def generate(
+        self,
+        inputs: Tensors,
+        options: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        with_logits: bool = False,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteria | None = None,
+    ) -> Generation:
+        """Generate tokens, as transformers' `generate` does.
+
+        Args:
+            inputs: The prompt's tensors, by argument name.
+            options: Arguments of `generate`: `max_new_tokens`, `do_sample`, `num_beams`, ...
+            seed: Seeds torch before sampling.
+            with_logits: Also return the logits of each step.
+            streamer: Receives each step's token ids.
+            stopping: Is asked after each step whether to stop.
+        """
+        arguments = {**move_inputs(inputs, self.model, self.device), **options}
+        if streamer is not None:
+            arguments["streamer"] = streamer
+        if stopping is not None:
+            arguments["stopping_criteria"] = StoppingCriteriaList([stopping])
+        if seed is not None:
+            torch.manual_seed(seed)
+        with _inference(self.model.dtype):
+            if not with_logits:
+                return Generation(self.model.generate(**arguments))
+            output = self.model.generate(
+                **arguments, output_logits=True, return_dict_in_generate=True
+            )
+        return Generation(output.sequences, torch.stack(output.logits, 1))
+
+    def trace(
+        self, inputs: Tensors, modules: Iterable[str], options: Mapping[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run a forward pass, and return the first output of each named module, in run order."""
+        with _inference(self.model.dtype), ModuleOutputs(self.model, modules) as outputs:
+            self._call(inputs, options)
+        return outputs.tensors
+
+    def _call(self, inputs: Tensors, options: Mapping[str, Any] | None) -> Any:
+        arguments = no_cache_options(self.model) if options is None else options
+        return self.model(**move_inputs(inputs, self.model, self.device), **arguments)
+
+
+class ModuleOutputs:
+    """In a `with`, `tensors` collects the first output tensor of each named module, by name."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        modules = dict(model.named_modules())
+        self._hooks = [
+            modules[name].register_forward_hook(self._recorder(name))
+            for name in names
+            if name in modules
+        ]
+
+    def __enter__(self) -> "ModuleOutputs":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _recorder(self, name: str) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor) and name not in self.tensors:
+                self.tensors[name] = first.detach().clone()
+
+        return record
+
+
+def no_cache_options(model: PreTrainedModel) -> dict[str, object]:
     """The options of a forward pass without a cache; none for a model that never has one."""
-    takes_it = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes_it else {}
+    has_option = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if has_option else {}
 
 
-def fitted(
-    inputs: Mapping[str, torch.Tensor], model: PreTrainedModel, device: torch.device
+def move_inputs(
+    inputs: Tensors, model: PreTrainedModel, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The inputs on a device, numbers (pixels, sound) in the model's own dtype."""
+    """The inputs on a device, floating-point ones (pixels, audio) in the model's own dtype."""
     return {
         name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
 
 
-def tensors_of(output: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model's output, by name; nested ones (caches, hidden states) left out."""
+def select_tensors(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model's output, by name, without nested ones (caches, hidden states)."""
     items = output.items() if isinstance(output, Mapping) else enumerate(output)
-    return {str(k): v for k, v in items if isinstance(v, torch.Tensor)}
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def _inference(dtype: torch.dtype) -> Iterator[None]:
+    """No gradients; for a float64 model, float64 constants, which models create as they run."""
+    default = torch.get_default_dtype()
+    if dtype == torch.float64:
+        torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_default_dtype(default)

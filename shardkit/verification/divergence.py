@@ -1,82 +1,81 @@
-"""Where two models first part: the first module that diverges, and the tensors to blame."""
+"""Where two models begin to differ: the first module that diverges, and the tensors it uses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from shardkit.layout.spans import Span
+from shardkit.layout import Span
 from shardkit.layout.style import COLUMN, REPLICATE
-from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Placement
+from shardkit.planning import Placement, Rank
 from shardkit.runtime.conversion import find_conversions
 from shardkit.runtime.materialize import placements_by_parameter
+from shardkit.runtime.model_runner import Tensors
 from shardkit.shards.manifest import Manifest
-from shardkit.verification.models import Sharded, Tensors, Unsharded
-from shardkit.verification.tolerance import judge
+from shardkit.verification.models import ReferenceModel, ShardedModel
+from shardkit.verification.tolerance import compare
 
-SHOWN = 6
+MAX_LISTED = 6
+NO_MODULE = "no single module diverges: the error grows too fast over all of them"
 
 
-def blame(
+def describe_divergence(
     manifest: Manifest,
-    reference: Unsharded,
-    unsharded: Unsharded,
-    sharded: Sharded,
+    reference: ReferenceModel,
+    unsharded: ReferenceModel,
+    sharded: ShardedModel,
     inputs: Tensors,
-) -> list[str]:
-    """One line naming the first diverging module, in the order modules run, and its tensors."""
+) -> str:
+    """One line that names the first diverging module, in the order modules run, and its tensors."""
     names = [name for name, _ in reference.model.named_modules() if name]
-    truth, own = reference.trace(inputs, names), unsharded.trace(inputs, names)
-    ranks = sharded.trace(inputs, list(truth))
-    placed = placements_by_tensor(manifest, unsharded)
-    for name in truth:
+    expected = reference.trace(inputs, names)
+    rounded = unsharded.trace(inputs, names)
+    ranks = sharded.trace(inputs, list(expected))
+    loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
+    conversions = find_conversions(unsharded.model, loaded)
+    placements = placements_by_parameter(unsharded.model, manifest.placements, conversions)
+    for name in expected:
         for tp_rank, outputs in enumerate(ranks):
-            if name not in outputs or name not in own:
+            if name not in outputs or name not in rounded:
                 continue
-            spans = _held(placed.get(f"{name}.weight"), tp_rank, manifest.tp_size)
-            expected = [_part(t, outputs[name], spans) for t in (own[name], truth[name])]
-            if expected[0] is None or expected[1] is None:
+            spans = _output_spans(placements.get(f"{name}.weight"), manifest.mesh.rank(tp_rank))
+            parts = [_select_part(t[name], outputs[name], spans) for t in (rounded, expected)]
+            if parts[0] is None or parts[1] is None:
                 continue
-            found = judge(outputs[name], expected[0], expected[1], outputs[name].dtype)
-            if not found.good:
-                return [
+            result = compare(outputs[name], parts[0], parts[1], outputs[name].dtype)
+            if not result.ok:
+                return (
                     f"first diverging module: {name}, on rank {tp_rank}: error"
-                    f" {found.sharded.max:.3g}, allowed {found.allowed.max:.3g};"
-                    f" tensors to blame: {_tensors(name, placed)}"
-                ]
-    return ["no single module diverges: the error grows too fast over all of them"]
+                    f" {result.sharded.max:.3g}, allowed {result.allowed.max:.3g};"
+                    f" tensors to blame: {_list_tensors(name, placements)}"
+                )
+    return NO_MODULE
 
 
-def placements_by_tensor(manifest: Manifest, unsharded: Unsharded) -> dict[str, Placement]:
-    """The placement on disk that each of the model's own tensors is made of."""
-    loaded = [n for n, p in manifest.placements.items() if p.style.is_loaded]
-    return placements_by_parameter(
-        unsharded.model, manifest.placements, find_conversions(unsharded.model, loaded)
-    )
-
-
-def _held(placement: Placement | None, tp_rank: int, tp_size: int) -> Sequence[Span]:
+def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:
+    """Which columns of a column-parallel module's output a rank has; none for other modules."""
     if placement is None or placement.style is not COLUMN or placement.dim is None:
         return ()
-    return placement.spans(Mesh(tp_size).rank(tp_rank))
+    return placement.spans(rank)
 
 
-def _part(whole: torch.Tensor, local: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor | None:
-    """What a rank's output should be; None where it is a part nothing says the place of."""
-    if whole.shape == local.shape:
-        return whole
-    if not spans or whole.shape[:-1] != local.shape[:-1]:
+def _select_part(
+    output: torch.Tensor, local: torch.Tensor, spans: Sequence[Span]
+) -> torch.Tensor | None:
+    """What a rank's output should be; None if it is a part whose position is not known."""
+    if output.shape == local.shape:
+        return output
+    if not spans or output.shape[:-1] != local.shape[:-1]:
         return None
-    part = torch.cat([whole[..., start:stop] for start, stop in spans], -1)
+    part = torch.cat([output[..., start:stop] for start, stop in spans], -1)
     return part if part.shape == local.shape else None
 
 
-def _tensors(module: str, placed: dict[str, Placement]) -> str:
-    """The sharded tensors on disk of a module, or of its block where it sums what others made."""
+def _list_tensors(module: str, placements: Mapping[str, Placement]) -> str:
+    """The sharded tensors on disk of a module, or of its block if it sums what others computed."""
     parent = module.rpartition(".")[0]
-    own = [p for name, p in placed.items() if name.startswith(f"{module}.")]
-    if not own or own[0].style.is_summed:
-        own = [p for name, p in placed.items() if name.startswith(f"{parent}.")]
-    names = sorted({f"{p.spec.name} ({p.style.name})" for p in own if p.style is not REPLICATE})
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or module) + more
+    used = [p for name, p in placements.items() if name.startswith(f"{module}.")]
+    if not used or used[0].style.is_summed:
+        used = [p for name, p in placements.items() if name.startswith(f"{parent}.")]
+    names = sorted({f"{p.spec.name} ({p.style.name})" for p in used if p.style is not REPLICATE})
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return (", ".join(names[:MAX_LISTED]) or module) + more

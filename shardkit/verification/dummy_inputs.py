@@ -1,4 +1,7 @@
-"""Inputs that any model of a kind can be run on, from its config alone, the same every time."""
+"""Inputs that any model of a kind can run on, from its config alone, the same every time.
+
+Shapes: B batch (always 2), T tokens.
+"""
 
 import inspect
 import math
@@ -9,80 +12,170 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardkit.verification.dummy_images import BATCH, image_token, image_tokens, make_images
+from shardkit.runtime.model_runner import Tensors, move_inputs
 
+BATCH = 2
 LENGTH = 24
 STEPS = 12  # tokens that may be generated after them
-SEED = 20
-FRAMES = 2  # of a spectrogram for each position, as the convolutions before it halve them
-START = 1  # tokens before an image's
+TEXT_SEED = 20
+IMAGE_SEED = 21
+GRID = (4, 6)  # merged patches of an image of free size: more than one window of attention
+CHANNEL_FIELDS = ("num_channels", "in_channels", "in_chans")
+FRAMES_PER_POSITION = 2  # of a spectrogram, because the convolutions halve them
+TOKENS_BEFORE_IMAGE = 1
 RESERVED = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
 def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Images, sound and token ids `[2, up to 24]`, as the model takes them, and a decoder's own.
+    """The tensors that a forward pass of a model needs, by argument name.
 
-    Where the text has places for images, each row has as many more as one image fills.  The model
-    tells how many by running its vision, so every rank of a sharded one must call it.
+    Returns:
+        As far as the model has such arguments: images, audio, token ids `[B, T]` with T up to 24,
+        and the token ids of a decoder. If text has placeholders for images, T is larger by the
+        number of tokens that one image fills. The model's own vision tower determines that number,
+        so every rank of a sharded model must call this.
     """
-    inputs = {**make_images(model), **_sound(model)}
-    taken = inspect.signature(model.forward).parameters
-    if "input_ids" in taken:
-        inputs |= _texts(model, inputs)
-    elif "decoder_input_ids" in taken:
-        inputs |= {"decoder_input_ids": _texts(model, {})["decoder_input_ids"]}
-    return {name: value for name, value in inputs.items() if name in taken}
+    inputs = {**make_images(model), **_make_audio(model)}
+    arguments = inspect.signature(model.forward).parameters
+    if "input_ids" in arguments:
+        inputs |= _make_texts(model, inputs)
+    elif "decoder_input_ids" in arguments:
+        inputs |= {"decoder_input_ids": _make_texts(model, {})["decoder_input_ids"]}
+    return {name: value for name, value in inputs.items() if name in arguments}
 
 
-def _sound(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A spectrogram `[2, bands, frames]` of the one length that a model takes, or a wave `[2, n]`.
+def make_images(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Two images as the model needs them: `[B, channels, height, width]`, or patches and a grid.
 
-    Empty for a model that hears nothing.
+    Empty for a model without vision.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    if "pixel_values" not in arguments:
+        return {}
+    config: Any = model.config
+    vision = getattr(config, "vision_config", None) or config
+    channels = next(int(getattr(vision, name)) for name in CHANNEL_FIELDS if hasattr(vision, name))
+    if "image_grid_thw" in arguments:
+        return _make_patches(vision, channels)
+    if needs_sizes := _needs_image_sizes(model, vision):
+        merge = int(getattr(config, "spatial_merge_size", None) or 1)
+        height, width = (n * merge * _to_pair(vision.patch_size)[0] for n in GRID)
+    else:
+        height, width = _to_pair(vision.image_size)
+    images = {"pixel_values": _make_noise(BATCH, channels, height, width)}
+    if needs_sizes:
+        images["image_sizes"] = torch.tensor([[height, width]] * BATCH)
+    if "pixel_attention_mask" in arguments:  # several images for each text: one here
+        images["pixel_values"] = images["pixel_values"].unsqueeze(1)
+        images["pixel_attention_mask"] = torch.ones(BATCH, 1, height, width, dtype=torch.bool)
+    return images
+
+
+def count_image_tokens(model: PreTrainedModel, images: Tensors) -> int:
+    """How many tokens of each text one image fills; 0 for a model without placeholders.
+
+    Runs the model's vision tower, so every rank of a sharded model must call it.
+    """
+    if not images or find_image_token(model) is None:
+        return 0
+    vision_model: Any = model
+    with torch.inference_mode():
+        features = vision_model.get_image_features(
+            **move_inputs(images, model, model.device)
+        ).pooler_output
+    parts = [features] if isinstance(features, torch.Tensor) else list(features)
+    return sum(part.shape[:-1].numel() for part in parts) // BATCH
+
+
+def find_image_token(model: PreTrainedModel) -> int | None:
+    """The id of the token that stands for a part of an image."""
+    fields = (getattr(model.config, n, None) for n in ("image_token_id", "image_token_index"))
+    return next((int(token) for token in fields if token is not None), None)
+
+
+def _make_patches(vision: Any, channels: int) -> dict[str, torch.Tensor]:
+    """Images cut into patches `[patches, values]`, and the grid of each, `[B, 3]`."""
+    rows, columns = (n * int(vision.spatial_merge_size) for n in GRID)
+    height, width = _to_pair(vision.patch_size)
+    frames = _to_pair(vision.temporal_patch_size)[0]
+    return {
+        "pixel_values": _make_noise(BATCH * rows * columns, channels * frames * height * width),
+        "image_grid_thw": torch.tensor([[1, rows, columns]] * BATCH),
+    }
+
+
+def _needs_image_sizes(model: PreTrainedModel, vision: Any) -> bool:
+    """Whether the vision tower of a model needs the sizes of the images."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return any(
+        part.config is vision and "image_sizes" in inspect.signature(part.forward).parameters
+        for part in parts
+    )
+
+
+def _make_audio(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A spectrogram `[B, bands, frames]` of the one length that a model takes, or a wave `[B, n]`.
+
+    Empty for a model without audio.
     """
     config: Any = model.config
     name = model.main_input_name
     shape: tuple[int, ...]
     if name == "input_features" and hasattr(config, "max_source_positions"):
-        shape = BATCH, int(config.num_mel_bins), FRAMES * int(config.max_source_positions)
+        frames = FRAMES_PER_POSITION * int(config.max_source_positions)
+        shape = BATCH, int(config.num_mel_bins), frames
     elif name == "input_values" and hasattr(config, "conv_stride"):
         shape = BATCH, LENGTH * math.prod(config.conv_stride)
     else:
         return {}
-    return {name: torch.randn(shape, generator=torch.Generator().manual_seed(SEED))}
+    return {name: torch.randn(shape, generator=torch.Generator().manual_seed(TEXT_SEED))}
 
 
-def _texts(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _make_texts(
+    model: PreTrainedModel, images: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     config: Any = model.config
     text = config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", None) or LENGTH + STEPS)
     longest = max(longest - STEPS, 1) if longest > 0 else LENGTH  # -1 is any length
-    generator = torch.Generator().manual_seed(SEED)
-    plain = _plain_tokens(config, int(text.vocab_size))
+    generator = torch.Generator().manual_seed(TEXT_SEED)
+    plain = _list_plain_tokens(config, int(text.vocab_size))
 
-    def ids(length: int) -> torch.Tensor:
+    def random_ids(length: int) -> torch.Tensor:
         return plain[torch.randint(0, len(plain), (BATCH, length), generator=generator)]
 
-    inputs = {"input_ids": ids(min(LENGTH, longest))}
-    if places := image_tokens(model, images):
-        inputs = _with_places(inputs["input_ids"], image_token(model) or 0, places)
+    inputs = {"input_ids": random_ids(min(LENGTH, longest))}
+    if count := count_image_tokens(model, images):
+        inputs = _insert_image(inputs["input_ids"], find_image_token(model) or 0, count)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids(min(LENGTH // 2, longest))
+        inputs["decoder_input_ids"] = random_ids(min(LENGTH // 2, longest))
     return inputs
 
 
-def _plain_tokens(config: Any, vocabulary: int) -> torch.Tensor:
-    """The token ids that stand for text, and not for what is seen or heard."""
-    stated = config.to_dict().items()
-    reserved = [value for name, value in stated if RESERVED.fullmatch(name) and value is not None]
-    every = torch.arange(vocabulary)
-    return every[~torch.isin(every, torch.tensor(reserved, dtype=torch.int64))]
+def _list_plain_tokens(config: Any, vocabulary: int) -> torch.Tensor:
+    """The token ids of text, without those of images, video and audio."""
+    fields = config.to_dict().items()
+    reserved = [value for name, value in fields if RESERVED.fullmatch(name) and value is not None]
+    ids = torch.arange(vocabulary)
+    return ids[~torch.isin(ids, torch.tensor(reserved, dtype=torch.int64))]
 
 
-def _with_places(ids: torch.Tensor, token: int, places: int) -> dict[str, torch.Tensor]:
-    """The same text with places for an image, and what tells them apart where a model asks."""
-    image = torch.full((len(ids), places), token)
-    ids = torch.cat([ids[:, :START], image, ids[:, START:]], 1)
+def _insert_image(ids: torch.Tensor, token: int, count: int) -> dict[str, torch.Tensor]:
+    """The same text with placeholders for an image, and the kind of each token."""
+    image = torch.full((len(ids), count), token)
+    ids = torch.cat([ids[:, :TOKENS_BEFORE_IMAGE], image, ids[:, TOKENS_BEFORE_IMAGE:]], 1)
     kinds = torch.zeros_like(ids)
-    kinds[:, START : START + places] = 1
+    kinds[:, TOKENS_BEFORE_IMAGE : TOKENS_BEFORE_IMAGE + count] = 1
     return {"input_ids": ids, "token_type_ids": kinds, "mm_token_type_ids": kinds}
+
+
+def _make_noise(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(IMAGE_SEED)
+    return torch.randn(shape, dtype=torch.float32, generator=generator)
+
+
+def _to_pair(size: Any) -> tuple[int, int]:
+    """A height and a width, from one number or from a list of both."""
+    pair = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    return int(pair[0]), int(pair[-1])

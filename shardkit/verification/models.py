@@ -1,161 +1,105 @@
-"""The two models that are compared: the unsharded one here, the sharded one over its ranks."""
+"""The two models that are compared: the unsharded one here, and the sharded one on its ranks."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from shardkit.errors import CheckpointError
 from shardkit.runtime.config import read_source_config
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.controller import RankController
+from shardkit.runtime.engine.messages import (
+    forward_request,
+    generate_request,
+    load_request,
+    trace_request,
+)
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import resolve_model_class
-from shardkit.runtime.model_runner import fitted, tensors_of, uncached
-from shardkit.runtime.trace import Trace
-
-Tensors = Mapping[str, torch.Tensor]
-CPU = torch.device("cpu")
+from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
 
 
-class Sharded(Protocol):
-    """A model over its ranks."""
+class ShardedModel:
+    """The model on its ranks, which this process started or torchrun did.
 
-    tp_size: int
+    Shapes: B batch, T tokens, S generated steps, V vocabulary.
+    """
 
-    def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
-        """Load a shard folder; the dtype it has.  Raises RanksError."""
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        """The outputs that are judged, which every rank has."""
-
-    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
-
-    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
-        """The token ids that beam search finds."""
-
-    def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """For each rank, what the named modules put out."""
-
-
-class LocalRanks:
-    """A sharded model on ranks started on this host."""
-
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: RankController) -> None:
         self.ranks = ranks
-        self.tp_size = ranks.size
 
     def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
-        """Load a shard folder; the dtype it has.  Raises RanksError."""
-        name = "" if dtype is None else str(dtype).removeprefix("torch.")
-        answers = self.ranks.ask("load", folder=str(folder.resolve()), dtype=name)
-        found: torch.dtype = getattr(torch, answers[0].header["dtype"])
-        return found
+        """Load a shard folder, and return the dtype it has. Raises RanksError."""
+        response = self.ranks.request(load_request(folder, dtype))[0]
+        loaded: torch.dtype = getattr(torch, response.header["dtype"])
+        return loaded
 
     def forward(self, inputs: Tensors) -> Tensors:
-        """The outputs that are judged, which every rank has."""
-        return judged(self.ranks.ask("forward", inputs, options=None)[0].tensors)
+        """The floating-point outputs, by name. Raises RanksError."""
+        return select_float_outputs(self.ranks.request(forward_request(inputs))[0].tensors)
 
-    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
-        found = self.ranks.ask(
-            "generate", prompt(inputs), options=greedy(steps), seed=None, stream=False,
-            with_logits=True,
-        )[0].tensors  # fmt: skip
-        return found["ids"], found["logits"]
+    def generate(self, inputs: Tensors, steps: int, beams: int = 1) -> Generation:
+        """Greedy decoding of S = `steps` tokens, or beam search, which has no logits."""
+        request = generate_request(
+            select_prompt(inputs), greedy_options(steps, beams), with_logits=beams == 1
+        )
+        return Generation(**self.ranks.request(request)[0].tensors)
 
-    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
-        """The token ids that beam search finds."""
-        return self.ranks.ask(
-            "generate", prompt(inputs), options=greedy(steps, beams), seed=None, stream=False,
-            with_logits=False,
-        )[0].tensors["ids"]  # fmt: skip
-
-    def trace(self, inputs: Tensors, modules: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """For each rank, what the named modules put out."""
-        answers = self.ranks.ask("trace", inputs, modules=list(modules), options=None)
-        return [dict(answer.tensors) for answer in answers]
+    def trace(self, inputs: Tensors, modules: Iterable[str]) -> list[Tensors]:
+        """What the named modules output on each rank, by name; under torchrun, on rank 0 alone."""
+        return [r.tensors for r in self.ranks.request(trace_request(inputs, modules))]
 
 
-class Unsharded:
-    """The whole model, in this process, in one dtype."""
+class ReferenceModel:
+    """The unsharded model, in this process, in one dtype."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Load it with transformers.  Raises CheckpointError for weights it would make up."""
+        """Load it with transformers. Raises CheckpointError if weights are missing."""
         config = read_source_config(folder)
         model, info = resolve_model_class(config).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-        self.model: PreTrainedModel = model.eval()
+        self.model = model.eval()
         choose_expert_kernel(self.model)
         if dtype == torch.float64:  # a few classes make parameters that stay float32
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.double()
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"{folder}: {missing[0]} is not in the checkpoint")
+        self._runner = ModelRunner(self.model, torch.device("cpu"))
 
     def forward(self, inputs: Tensors) -> Tensors:
-        """The outputs that are judged."""
-        with self._running():
-            return judged(tensors_of(self._run(inputs)))
+        """The floating-point outputs, by name."""
+        return select_float_outputs(self._runner.forward(inputs))
 
-    def generate(self, inputs: Tensors, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy token ids, and the logits `[batch, step, vocabulary]` they were chosen from."""
-        with self._running():
-            made: Any = self.model.generate(
-                **fitted(prompt(inputs), self.model, CPU),
-                **greedy(steps),
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        return made.sequences, torch.stack(made.logits, 1)
+    def generate(self, inputs: Tensors, steps: int, beams: int = 1) -> Generation:
+        """Greedy decoding of S = `steps` tokens, or beam search, which has no logits."""
+        return self._runner.generate(
+            select_prompt(inputs), greedy_options(steps, beams), with_logits=beams == 1
+        )
 
-    def search(self, inputs: Tensors, steps: int, beams: int) -> torch.Tensor:
-        """The token ids that beam search finds."""
-        with self._running():
-            found: torch.Tensor = self.model.generate(
-                **fitted(prompt(inputs), self.model, CPU), **greedy(steps, beams)
-            )
-        return found
-
-    def trace(self, inputs: Tensors, modules: Iterable[str]) -> dict[str, torch.Tensor]:
-        """What the named modules put out, in the order they ran."""
-        with self._running(), Trace(self.model, modules) as trace:
-            self._run(inputs)
-        return trace.outputs
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Without gradients; in float64, so are the constants that models make as they run."""
-        before = torch.get_default_dtype()
-        if self.model.dtype == torch.float64:
-            torch.set_default_dtype(torch.float64)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_default_dtype(before)
-
-    def _run(self, inputs: Tensors) -> Any:
-        return self.model(**fitted(inputs, self.model, CPU), **uncached(self.model))
+    def trace(self, inputs: Tensors, modules: Iterable[str]) -> Tensors:
+        """What the named modules output, by name, in the order they ran."""
+        return self._runner.trace(inputs, modules)
 
 
-def judged(outputs: Tensors) -> Tensors:
-    """The outputs of a model that are judged: all that are numbers, not ids."""
+def select_float_outputs(outputs: Tensors) -> Tensors:
+    """The outputs that are compared: numbers, not ids."""
     return {name: value for name, value in outputs.items() if value.is_floating_point()}
 
 
-def prompt(inputs: Tensors) -> dict[str, torch.Tensor]:
-    """What generate takes of a forward's inputs."""
+def select_prompt(inputs: Tensors) -> Tensors:
+    """Those inputs of a forward pass that generate takes, too."""
     return {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
 
 
-def greedy(steps: int, beams: int = 1) -> dict[str, Any]:
-    """Generate exactly `steps` tokens, the likeliest each, or the likeliest of some beams."""
+def greedy_options(steps: int, beams: int = 1) -> Mapping[str, Any]:
+    """Generate exactly `steps` tokens: the likeliest one each time, or the likeliest sequence."""
     return {
-        "do_sample": False, "num_beams": beams, "max_new_tokens": steps, "min_new_tokens": steps,
+        "do_sample": False,
+        "num_beams": beams,
+        "max_new_tokens": steps,
+        "min_new_tokens": steps,
         "pad_token_id": 0,
-    }  # fmt: skip
+    }

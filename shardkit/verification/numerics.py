@@ -1,134 +1,179 @@
 """Level 3: the shards compute what the unsharded model computes, within its own rounding."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from shardkit.errors import MODEL_ERRORS
+from shardkit.runtime.model_runner import Generation, Tensors
 from shardkit.shards.manifest import Manifest
-from shardkit.verification.divergence import blame
+from shardkit.verification.divergence import describe_divergence
 from shardkit.verification.dummy_inputs import STEPS, make_inputs
-from shardkit.verification.models import Sharded, Tensors, Unsharded
-from shardkit.verification.report import Check
-from shardkit.verification.tolerance import Judgement, agreement, divergence, judge, worst
+from shardkit.verification.models import ReferenceModel, ShardedModel
+from shardkit.verification.report import Check, Verdict
+from shardkit.verification.tolerance import (
+    Comparison,
+    compare,
+    kl_divergence,
+    top1_agreement,
+    worst_output,
+)
 
 WIDER = {torch.float64: torch.float64, torch.float32: torch.float64}
+# What transformers raises if a class cannot do what it is asked for.
+UNSUPPORTED = (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError)
 
 
 def check_numerics(
     folder: Path,
     manifest: Manifest,
     source: Path,
-    sharded: Sharded,
+    sharded: ShardedModel,
     dtype: torch.dtype | None = None,
     beams: int = 0,
 ) -> Check:
-    """Run both on the same inputs: outputs, and for a generator cached decoding and its choices.
+    """Run the shards and the unsharded model on the same inputs.
 
-    `dtype` None is the checkpoint's own.  `beams` also compares beam search, where a model has it.
-    The reference is the unsharded model in float64, or in
-    float32 for a 16-bit dtype.  Raises RanksError or CheckpointError where one cannot run at all.
+    Compares the outputs, and for a model that generates text also cached greedy decoding. The
+    reference is the unsharded model in float64, or in float32 for a 16-bit dtype.
+
+    Args:
+        folder: The shard folder.
+        manifest: Its manifest.
+        source: The folder of the unsharded checkpoint.
+        sharded: The ranks, which load `folder`.
+        dtype: What to compute in; None means the checkpoint's own dtype.
+        beams: Also compare beam search of this width, if the model has it; 0 means not.
+
+    Raises:
+        RanksError: The shards cannot run.
+        CheckpointError: The source cannot run.
     """
     dtype = sharded.load(folder, dtype)
-    reference = Unsharded(source, WIDER.get(dtype, torch.float32))
-    unsharded = Unsharded(source, dtype)
+    reference = ReferenceModel(source, WIDER.get(dtype, torch.float32))
+    models = _Models(reference, ReferenceModel(source, dtype), sharded, dtype)
     inputs = make_inputs(reference.model)
-    truth, own, ours = (m.forward(inputs) for m in (reference, unsharded, sharded))
-    output, found = worst(ours, own, truth, dtype)
-    numbers: dict[str, object] = {
-        "dtype": _name(dtype),
-        "reference_dtype": _name(reference.model.dtype),
-        "output": output,
-        **_shown(found),
-    }
-    faults = []
-    if not found.good:
-        faults = [_told(output, found), *blame(manifest, reference, unsharded, sharded, inputs)]
+    expected, rounded, outputs = models.run(lambda model: model.forward(inputs))
+    output, result = worst_output(outputs, rounded, expected, dtype)
+    models.numbers |= {"output": output, **_comparison_numbers(result)}
+    if not result.ok:
+        cause = describe_divergence(manifest, reference, models.unsharded, sharded, inputs)
+        faults = [_describe_excess(output, result), cause]
     elif reference.model.can_generate():
-        mine, theirs = ours["logits"], truth["logits"]
-        numbers |= {"kl_divergence": divergence(mine, theirs), "top1": agreement(mine, theirs)}
-        faults = _decode(reference, unsharded, sharded, inputs, dtype, numbers)
+        logits = outputs["logits"], expected["logits"]
+        models.numbers |= {"kl_divergence": kl_divergence(*logits), "top1": top1_agreement(*logits)}
+        faults = models.compare_decoding(inputs)
         if beams and not faults:
-            faults = _beam_search(unsharded, sharded, inputs, beams, numbers)
-    summary = (
-        f"{numbers['dtype']} error {found.sharded.max:.2g} against {numbers['reference_dtype']};"
-        f" the unsharded model's own is {found.unsharded.max:.2g}, allowed {found.allowed.max:.2g}"
-    )
-    if "greedy" in numbers:
-        summary += f"; greedy decoding is {numbers['greedy']}"
-    return Check("numerics", "failed" if faults else "passed", summary, (*faults,), numbers)
+            faults = models.compare_beam_search(inputs, beams)
+    else:
+        faults = []
+    verdict: Verdict = "failed" if faults else "passed"
+    return Check("numerics", verdict, models.summary(result), (*faults,), models.numbers)
 
 
-def _decode(
-    reference: Unsharded,
-    unsharded: Unsharded,
-    sharded: Sharded,
-    inputs: Tensors,
-    dtype: torch.dtype,
-    numbers: dict[str, object],
-) -> list[str]:
-    """Greedy decoding with a cache: equal tokens, or a tie where they part."""
-    their_ids, theirs = unsharded.generate(inputs, STEPS)
-    our_ids, ours = sharded.generate(inputs, STEPS)
-    try:
-        true_ids, truth = reference.generate(inputs, STEPS)
-    except (
-        MODEL_ERRORS
-    ):  # a class whose generate is for one dtype: then every token must be the same
-        return _same_tokens(our_ids, their_ids, numbers)
-    length = ours.shape[1]
-    faults = []
-    tied = False
-    for row in range(len(ours)):
-        same = _common(our_ids[row, -length:], their_ids[row, -length:])
-        seen_alike = _common(true_ids[row, -length:], their_ids[row, -length:])
-        upto = min(same + 1, seen_alike + 1, length)
-        found = judge(ours[row, :upto], theirs[row, :upto], truth[row, :upto], dtype)
-        if not found.good:
-            faults.append(_told(f"cached decoding of sequence {row}", found))
-        tied = tied or same < length
-    numbers["greedy"] = "differs" if faults else "equal up to a tie" if tied else "equal"
-    return faults
+@dataclass
+class _Models:
+    """The models of one check, and the numbers measured so far."""
+
+    reference: ReferenceModel
+    unsharded: ReferenceModel
+    sharded: ShardedModel
+    dtype: torch.dtype
+    numbers: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wider = self.reference.model.dtype
+        self.numbers = {"dtype": _dtype_name(self.dtype), "reference_dtype": _dtype_name(wider)}
+
+    def run(
+        self, action: Callable[[ReferenceModel | ShardedModel], Tensors]
+    ) -> tuple[Tensors, Tensors, Tensors]:
+        """The result of each model: the reference, the unsharded and the sharded one."""
+        return action(self.reference), action(self.unsharded), action(self.sharded)
+
+    def compare_decoding(self, inputs: Tensors) -> list[str]:
+        """Greedy decoding with a cache: equal tokens, or a tie where they first differ."""
+        unsharded = self.unsharded.generate(inputs, STEPS)
+        sharded = self.sharded.generate(inputs, STEPS)
+        try:
+            reference = self.reference.generate(inputs, STEPS)
+        except UNSUPPORTED:  # a class that generates in one dtype only: tokens must be equal
+            equal = torch.equal(sharded.ids, unsharded.ids)
+            self.numbers["greedy"] = "equal" if equal else "differs"
+            return [] if equal else ["cached decoding chooses other tokens"]
+        faults = [
+            _describe_excess(f"cached decoding of sequence {row}", result)
+            for row in range(len(sharded.ids))
+            if not (result := self._compare_row(row, sharded, unsharded, reference)).ok
+        ]
+        steps = slice(-_steps_of(sharded), None)
+        tied = not torch.equal(sharded.ids[:, steps], unsharded.ids[:, steps])
+        self.numbers["greedy"] = "differs" if faults else "equal up to a tie" if tied else "equal"
+        return faults
+
+    def compare_beam_search(self, inputs: Tensors, beams: int) -> list[str]:
+        """Beam search chooses equal tokens; a model that has none says so in the numbers."""
+        try:
+            unsharded = self.unsharded.generate(inputs, STEPS, beams)
+        except UNSUPPORTED as error:
+            self.numbers["beams"] = f"none unsharded: {type(error).__name__}"
+            return []
+        equal = torch.equal(self.sharded.generate(inputs, STEPS, beams).ids, unsharded.ids)
+        self.numbers["beams"] = "equal" if equal else "differ"
+        return [] if equal else [f"beam search over {beams} beams differs"]
+
+    def summary(self, result: Comparison) -> str:
+        """The errors in one line."""
+        greedy = self.numbers.get("greedy")
+        return (
+            f"{self.numbers['dtype']} error {result.sharded.max:.2g} against"
+            f" {self.numbers['reference_dtype']}; the unsharded model's own is"
+            f" {result.unsharded.max:.2g}, allowed {result.allowed.max:.2g}"
+            + (f"; greedy decoding is {greedy}" if greedy else "")
+        )
+
+    def _compare_row(
+        self, row: int, sharded: Generation, unsharded: Generation, reference: Generation
+    ) -> Comparison:
+        """One sequence's logits, up to the first step at which any of the models differs."""
+        steps = _steps_of(sharded)
+        chosen = [g.ids[row, -steps:] for g in (sharded, unsharded, reference)]
+        equal = _count_equal(chosen[0], chosen[1]), _count_equal(chosen[2], chosen[1])
+        stop = min(*equal, steps - 1) + 1
+        logits = [_logits_of(g)[row, :stop] for g in (sharded, unsharded, reference)]
+        return compare(logits[0], logits[1], logits[2], self.dtype)
 
 
-def _same_tokens(ours: torch.Tensor, theirs: torch.Tensor, numbers: dict[str, object]) -> list[str]:
-    alike = torch.equal(ours, theirs)
-    numbers["greedy"] = "equal" if alike else "differs"
-    return [] if alike else ["cached decoding chooses other tokens"]
+def _logits_of(generation: Generation) -> torch.Tensor:
+    assert generation.logits is not None
+    return generation.logits
 
 
-def _beam_search(
-    unsharded: Unsharded, sharded: Sharded, inputs: Tensors, beams: int, numbers: dict[str, object]
-) -> list[str]:
-    """Beam search gives equal tokens; a model that has none is said to."""
-    try:
-        theirs = unsharded.search(inputs, STEPS, beams)
-    except MODEL_ERRORS as error:
-        numbers["beams"] = f"none unsharded: {type(error).__name__}"
-        return []
-    ours = sharded.search(inputs, STEPS, beams)
-    numbers["beams"] = "equal" if torch.equal(ours, theirs) else "differ"
-    return [] if numbers["beams"] == "equal" else [f"beam search over {beams} beams differs"]
+def _steps_of(generation: Generation) -> int:
+    return _logits_of(generation).shape[1]
 
 
-def _common(a: torch.Tensor, b: torch.Tensor) -> int:
+def _count_equal(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many leading tokens two sequences share."""
     different = (a != b).nonzero()
     return int(different[0]) if len(different) else len(a)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shown(found: Judgement) -> dict[str, object]:
-    return {"error": asdict(found.sharded), "unsharded_error": asdict(found.unsharded),
-            "allowed": asdict(found.allowed)}  # fmt: skip
+def _comparison_numbers(result: Comparison) -> dict[str, object]:
+    return {
+        "error": asdict(result.sharded),
+        "unsharded_error": asdict(result.unsharded),
+        "allowed": asdict(result.allowed),
+    }
 
 
-def _told(what: str, found: Judgement) -> str:
+def _describe_excess(what: str, result: Comparison) -> str:
     return (
-        f"{what}: error {found.sharded.max:.3g} (rms {found.sharded.rms:.3g}), but the unsharded"
-        f" model's rounding allows {found.allowed.max:.3g} (rms {found.allowed.rms:.3g})"
+        f"{what}: error {result.sharded.max:.3g} (rms {result.sharded.rms:.3g}), but the unsharded"
+        f" model's rounding allows {result.allowed.max:.3g} (rms {result.allowed.rms:.3g})"
     )

@@ -1,4 +1,4 @@
-"""What was checked and what was found, as values."""
+"""What was checked, and the result, as values."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,15 @@ Verdict = Literal["passed", "failed", "not run"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One level's verdict, one line about it, its faults, and its measured numbers."""
+    """The result of one level.
+
+    Attributes:
+        name: The level: "files", "weights" or "numerics".
+        verdict: "passed", "failed" or "not run".
+        summary: One line about it.
+        faults: One line for each fault.
+        numbers: What was measured, as JSON values by name.
+    """
 
     name: str
     verdict: Verdict
@@ -20,14 +28,21 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Every level, in order.  A level that was not run proves nothing, and is said to be so."""
+    """The result of a verification.
+
+    A level that was not run proves nothing, and is reported as such.
+
+    Attributes:
+        folder: The shard folder.
+        checks: The levels that were asked for, in order.
+    """
 
     folder: str
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and something passed."""
+        """Whether no level failed, and at least one passed."""
         verdicts = [check.verdict for check in self.checks]
         return "failed" not in verdicts and "passed" in verdicts
 

@@ -1,9 +1,9 @@
-"""How far apart two outputs are, and how far apart they may be: arithmetic only.
+"""How far two outputs differ, and how far they may: arithmetic only.
 
-The tolerance is not a chosen number.  The unsharded model's own rounding error, its distance in its
-own dtype from the same model in a wider one, is measured on the same inputs; the sharded model may
-be a small multiple of that away from the wider one, since it rounds as often and sums in another
-order.
+The tolerance is not a chosen number. The unsharded model's own rounding error, its distance in its
+own dtype from the same model in a wider dtype, is measured on the same inputs. The sharded model
+may be a small multiple of that away from the wider one, because it rounds as often and sums in
+another order.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 FACTOR = 4.0  # multiples of the unsharded model's own rounding error
-FEW = 32  # values: so few may be rounded well by chance
+FEW_VALUES = 32  # so few may be rounded well by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,89 +24,106 @@ class Error:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """A sharded output's error, the unsharded one's, and what was allowed."""
+class Comparison:
+    """A sharded output's error, the unsharded one's, and the allowed one."""
 
     sharded: Error
     unsharded: Error
     allowed: Error
 
     @property
-    def good(self) -> bool:
-        """Whether the sharded error is within what is allowed; NaN is not."""
+    def ok(self) -> bool:
+        """Whether the sharded error is within the allowed one; NaN is not."""
         return self.sharded.max <= self.allowed.max and self.sharded.rms <= self.allowed.rms
 
     @property
     def excess(self) -> float:
-        """The sharded error as a multiple of what is allowed, the worse of the two."""
+        """The sharded error as a multiple of the allowed one, the worse of maximum and rms."""
         pairs = (self.sharded.max, self.allowed.max), (self.sharded.rms, self.allowed.rms)
-        return max(ours / most if most else torch.inf if ours else 0.0 for ours, most in pairs)
+        return max(
+            error / allowed if allowed else torch.inf if error else 0.0 for error, allowed in pairs
+        )
 
 
-def error(found: torch.Tensor, reference: torch.Tensor) -> Error:
-    """The distance of two tensors, infinite where one is not finite and the other is."""
-    difference = found.double() - reference.double()
-    difference = torch.where(found.double() == reference.double(), 0.0, difference).abs()
+def measure_error(values: torch.Tensor, reference: torch.Tensor) -> Error:
+    """The distance of two tensors of one shape, infinite if only one of two values is finite."""
+    difference = values.double() - reference.double()
+    difference = torch.where(values.double() == reference.double(), 0.0, difference).abs()
     difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)
     if not difference.numel():
         return Error(0.0, 0.0)
     return Error(float(difference.max()), float(difference.square().mean().sqrt()))
 
 
-def judge(
+def compare(
     sharded: torch.Tensor,
     unsharded: torch.Tensor,
     reference: torch.Tensor,
     dtype: torch.dtype,
     rounding: float = 0.0,
-) -> Judgement:
+) -> Comparison:
     """Is the sharded output as near the reference as the unsharded one's rounding explains?
 
-    Errors below half a unit in the last place of the values' own size say nothing, nor do those
-    below `rounding`, relative to it.
+    Args:
+        sharded: The output of the sharded model.
+        unsharded: The output of the unsharded model in the same dtype, of the same shape.
+        reference: The output of the unsharded model in a wider dtype.
+        dtype: What both computed in. Errors below half a unit in the last place of values of this
+            size mean nothing.
+        rounding: Neither do errors below this share of the reference's size.
     """
-    own = error(unsharded, reference)
-    size = _size(reference)
-    half = max(0.5 * torch.finfo(dtype).eps, rounding)
-    allowed = Error(FACTOR * max(own.max, half * size.max), FACTOR * max(own.rms, half * size.rms))
-    return Judgement(error(sharded, reference), own, allowed)
+    error, size = measure_error(unsharded, reference), _measure_size(reference)
+    floor = max(0.5 * torch.finfo(dtype).eps, rounding)
+    allowed = Error(
+        FACTOR * max(error.max, floor * size.max), FACTOR * max(error.rms, floor * size.rms)
+    )
+    return Comparison(measure_error(sharded, reference), error, allowed)
 
 
-def worst(
+def worst_output(
     sharded: Mapping[str, torch.Tensor],
     unsharded: Mapping[str, torch.Tensor],
     reference: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
-) -> tuple[str, Judgement]:
-    """Of a model's outputs, the one that is furthest from what is allowed.
+) -> tuple[str, Comparison]:
+    """The one of a model's outputs whose error is the largest multiple of the allowed one.
 
-    One of few values may be rounded by as much, relative to its size, as the others are: four
-    numbers can come out nearly exact by chance.  Raises KeyError for an output that is missing.
+    An output of few values may be rounded by as much, relative to its size, as the others are: four
+    numbers can come out nearly exact by chance. Raises KeyError if an output is missing.
     """
     rounding = max(
-        (error(unsharded[name], t).max / (_size(t).max or 1.0) for name, t in reference.items()
-         if t.numel() >= FEW),
+        (
+            measure_error(unsharded[name], values).max / (_measure_size(values).max or 1.0)
+            for name, values in reference.items()
+            if values.numel() >= FEW_VALUES
+        ),
         default=0.0,
-    )  # fmt: skip
-    found = {
-        name: judge(sharded[name], unsharded[name], t, dtype, rounding if t.numel() < FEW else 0.0)
-        for name, t in reference.items()
+    )
+    comparisons = {
+        name: compare(
+            sharded[name],
+            unsharded[name],
+            values,
+            dtype,
+            rounding if values.numel() < FEW_VALUES else 0.0,
+        )
+        for name, values in reference.items()
     }
-    name = max(found, key=lambda name: found[name].excess)
-    return name, found[name]
+    name = max(comparisons, key=lambda name: comparisons[name].excess)
+    return name, comparisons[name]
 
 
-def _size(values: torch.Tensor) -> Error:
-    return error(values, torch.zeros_like(values))
+def kl_divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The mean Kullback-Leibler divergence of predicted distributions `[..., V]`, in nats."""
+    predicted = logits.double().log_softmax(-1)
+    expected = reference.double().log_softmax(-1)
+    return float((expected.exp() * (expected - predicted)).sum(-1).mean())
 
 
-def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """The mean Kullback-Leibler divergence of predicted distributions, in nats."""
-    mine = logits.double().log_softmax(-1)
-    truth = reference.double().log_softmax(-1)
-    return float((truth.exp() * (truth - mine)).sum(-1).mean())
-
-
-def agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """The fraction of positions whose most likely token is the same."""
+def top1_agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The fraction of positions of `[..., V]` whose most likely token is the same."""
     return float((logits.argmax(-1) == reference.argmax(-1)).double().mean())
+
+
+def _measure_size(values: torch.Tensor) -> Error:
+    return measure_error(values, torch.zeros_like(values))

@@ -14,9 +14,9 @@ from shardkit.errors import RecipeError
 from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.verification.dummy_inputs import make_inputs
-from shardkit.verification.tolerance import judge, worst
+from shardkit.verification.tolerance import compare, worst_output
 from tests.helpers.model_samples import make
 from tests.helpers.synthetic_checkpoints import specs_of
 
@@ -117,22 +117,22 @@ def test_texts_have_as_many_places_as_an_image_fills(
 def test_of_several_outputs_the_one_furthest_off_is_judged() -> None:
     truth = {"logits": torch.linspace(-1, 1, 64), "image_embeds": torch.ones(64)}
     wrong = {**truth, "image_embeds": torch.full((64,), 1.1)}
-    name, found = worst(wrong, truth, truth, torch.float32)
-    assert (name, found.good) == ("image_embeds", False)
-    assert worst(truth, truth, truth, torch.float32)[1].good
+    name, found = worst_output(wrong, truth, truth, torch.float32)
+    assert (name, found.ok) == ("image_embeds", False)
+    assert worst_output(truth, truth, truth, torch.float32)[1].ok
     with pytest.raises(KeyError):
-        worst({"logits": truth["logits"]}, truth, truth, torch.float32)
+        worst_output({"logits": truth["logits"]}, truth, truth, torch.float32)
 
 
 def test_few_values_that_are_exact_by_chance_are_allowed_the_others_rounding() -> None:
     truth = {"embeds": torch.linspace(-1, 1, 64), "score": torch.ones(1)}
     own = {**truth, "embeds": truth["embeds"] * (1 + 1e-5)}
     ours = {**own, "score": torch.full((1,), 1 + 1e-5)}
-    assert not judge(ours["score"], own["score"], truth["score"], torch.float32).good
-    assert worst(ours, own, truth, torch.float32)[1].good
+    assert not compare(ours["score"], own["score"], truth["score"], torch.float32).ok
+    assert worst_output(ours, own, truth, torch.float32)[1].ok
     ours["score"] += 1e-3
-    assert worst(ours, own, truth, torch.float32)[0] == "score"
-    assert not worst(ours, own, truth, torch.float32)[1].good
+    assert worst_output(ours, own, truth, torch.float32)[0] == "score"
+    assert not worst_output(ours, own, truth, torch.float32)[1].ok
 
 
 RENAMED = {
@@ -160,7 +160,7 @@ def test_names_that_real_checkpoints_have_are_served(what: str, tmp_path: Path) 
     assert renamed.keys() != weights.keys()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     recipe = find_recipe(json.loads((folder / "config.json").read_text()))
-    with Ranks(2) as ranks:
+    with RankProcesses(2) as ranks:
         proof = prove_recipe(folder, recipe, ranks, tmp_path)
     assert proof.passed, proof.checks[-1]
 

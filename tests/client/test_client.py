@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import shardkit
-from shardkit.authoring.samples import make_sample, samples
+from shardkit.authoring.samples import list_samples, make_sample
 from tests.helpers.command_line import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights from a seed, and a tokenizer of one word for each token."""
     folder = tmp_path_factory.mktemp("client") / "source"
-    (sample,) = (sample for sample in samples() if sample.group == "demo")
+    (sample,) = (sample for sample in list_samples() if sample.group == "demo")
     make_sample(sample, folder)
     words = {f"w{index}": index for index in range(int(sample.config["vocab_size"]))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))

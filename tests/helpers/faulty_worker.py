@@ -1,4 +1,4 @@
-"""A rank process of `Ranks` of which rank 1 fails before it joins, as FAULT says."""
+"""A rank process of `RankProcesses`, of which rank 1 fails before it joins, as FAULT says."""
 
 import json
 import os

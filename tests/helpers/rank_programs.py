@@ -17,6 +17,7 @@ import transformers
 import shardkit
 from shardkit import runtime
 from shardkit.errors import ShardkitError
+from shardkit.runtime.distributed import group as group_module
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.timeouts import Timeouts
 
@@ -85,7 +86,7 @@ def pretend(options: dict[str, str]) -> None:
         if version := options.get(module.__name__):
             module.__version__ = version
             if module is shardkit:
-                runtime.group.__version__ = version  # type: ignore[attr-defined]
+                group_module.__version__ = version  # type: ignore[attr-defined]
 
 
 def sum_on(

@@ -24,7 +24,7 @@ folder, out, damages = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), jso
 group = runtime.connect()
 
 def loaded(**options):
-    group.agree({})
+    group.all_agree({})
     try:
         return runtime.load(folder, group=group, **options), ""
     except ShardkitError as error:
@@ -37,14 +37,14 @@ def alike(one, two):
 plain, checked = loaded()[0], loaded(verify=True)[0]
 said = [{"alike": alike(plain, checked)}]
 for name, at, data in damages:
-    group.agree({})
+    group.all_agree({})
     if group.tp_rank == 0:
         sound = (folder / name).read_bytes()
         changed = sound[:at] if data is None else sound[:at] + bytes(data) + sound[at + len(data):]
         (folder / name).write_bytes(changed)
     model, unchecked = loaded()
     said.append({"plain": unchecked or alike(plain, model), "checked": loaded(verify=True)[1]})
-    group.agree({})
+    group.all_agree({})
     if group.tp_rank == 0:
         (folder / name).write_bytes(sound)
 (out / f"said-{group.tp_rank}").write_text(json.dumps(said))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shardkit.errors import RanksLost
-from shardkit.runtime.distributed.diagnosis import State, blame, differences
+from shardkit.runtime.distributed.diagnosis import RankState, explain_failure, find_difference
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.timeouts import Timeouts
 from tests.helpers.rank_launcher import Ended, Zygote, divisible, free_port, run_ranks
@@ -43,10 +43,10 @@ class Scenario:
 
 
 DIED = r"rank {r} died"
-ENDED = r"rank {r} left: it ended"
-RAISED = r"rank {r} left: ValueError: boom"
+ENDED = r"rank {r} exited normally before the others"
+RAISED = r"rank {r} exited: ValueError: boom"
 SILENT = r"rank {r} died or is stopped: no sign of life"
-LATE = r"rank {r} \(.*\) did not come to \S+ \d+ within 3 s"
+LATE = r"rank {r} \(.*\) did not reach \S+ #\d+ within 3 s"
 ABSENT = r"rank {r} did not join within 5 s"
 SCENARIOS = {
     "killed before a collective": Scenario(DIED, "killed", "before a collective", fast=True),
@@ -270,11 +270,11 @@ def test_a_rank_started_twice_is_named(world: int, zygote: Zygote, tmp_path: Pat
     ("fault", "phase", "says"),
     [
         ("killed", "before a collective", "rank 0 died"),
-        ("raises", "before a collective", "rank 0 left: ValueError: boom"),
-        ("exits", "before a collective", "rank 0 left: it ended|rank 0 died"),
+        ("raises", "before a collective", "rank 0 exited: ValueError: boom"),
+        ("exits", "before a collective", "rank 0 exited normally before the others|rank 0 died"),
         ("stopped", "before a collective", "rank 0 is stopped"),
         ("stopped", "in a collective", "rank 0 is stopped"),
-        ("loops", "before a collective", r"rank 0 \(.*\) did not come to"),
+        ("loops", "before a collective", r"rank 0 \(.*\) did not reach"),
         ("killed", "after joining", "rank 0 died"),
         ("killed", "before joining", "rank 0 died or never started"),
     ],
@@ -299,7 +299,7 @@ def test_ranks_that_differ_say_the_same(
     ranks = [{"arguments": {**plain, "dtype": kind}} for kind in ("float64", *["float32"] * 3)]
     ended = run_ranks(zygote, tmp_path, ranks, -1)
     assert {one.said for one in ended.values()} == {
-        "Error: rank 0 has dtype float64, ranks 1, 2, 3 float32: every rank must load it alike\n"
+        "Error: rank 0 has dtype float64, ranks 1, 2, 3 float32: every rank must load the same\n"
     }
 
 
@@ -308,30 +308,35 @@ def test_a_rank_that_left_for_another_s_fault_tells_whose(monkeypatch: pytest.Mo
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delattr(sys, "last_value", raising=False)  # of a test that failed before
     zero, one = (Link(rank, 3, Timeouts(5, 5, 3)) for rank in range(2))
-    one.leave("rank 2 died (this rank was in all_reduce 3)", lambda: None)
-    with pytest.raises(RanksLost, match=r"^rank 1 left: rank 2 died"):
-        zero.exchange("ready", 5)
-    zero.leave("rank 1 left", lambda: None)
+    one.leave("rank 2 died (this rank was in all_reduce #3)", lambda: None)
+    with pytest.raises(RanksLost, match=r"^rank 1 stopped: rank 2 died"):
+        zero.all_exchange("ready", 5)
+    zero.leave("rank 1 stopped", lambda: None)
 
 
 def test_the_odd_rank_is_the_one_that_most_contradict() -> None:
     reports = {2: {"torch": "2"}, 0: {"torch": "1"}, 1: {"torch": "2"}}
-    assert differences(reports).startswith("rank 0 has torch 1, ranks 1, 2 2:")
-    assert differences({1: {"torch": "2"}, 0: {"torch": "1"}}).startswith("rank 1 has torch 2")
-    assert differences({0: {"torch": "1"}, 1: {}}).startswith("rank 1 has torch none")
-    assert not differences({0: {"torch": "1"}, 1: {"torch": "1"}})
+    assert find_difference(reports).startswith("rank 0 has torch 1, ranks 1, 2 2:")
+    one_of_two = find_difference({1: {"torch": "2"}, 0: {"torch": "1"}})
+    assert one_of_two.startswith("rank 1 has torch 2")
+    assert find_difference({0: {"torch": "1"}, 1: {}}).startswith("rank 1 has torch none")
+    assert not find_difference({0: {"torch": "1"}, 1: {"torch": "1"}})
 
 
-def test_blame_falls_on_who_left_then_on_the_silent_then_on_the_late() -> None:
-    here, late = State(failed="all_reduce 3"), State(alive=True, doing="after all_reduce 2")
-    gone, silent = State(left="ValueError: boom"), State()
+def test_a_failure_is_explained_by_who_left_then_by_the_silent_then_by_the_late() -> None:
+    here = RankState(failed="all_reduce #3")
+    late = RankState(alive=True, status="after all_reduce #2")
+    gone, silent = RankState(departure="exited: ValueError: boom"), RankState()
 
-    def told(error: str = "Timed out", **others: State) -> str:
-        return blame("all_reduce 3", error, 30, {int(n[1:]): s for n, s in others.items()})
+    def explain(error: str = "Timed out", **others: RankState) -> str:
+        states = {int(name[1:]): state for name, state in others.items()}
+        return explain_failure("all_reduce #3", error, 30, states)
 
-    assert told(r1=here, r2=gone, r3=late).startswith("rank 2 left: ValueError: boom (")
-    assert told(r1=here, r2=silent, r3=late).startswith("rank 2 died or is stopped")
-    assert told("Connection closed by peer", r1=silent).startswith("rank 1 died (")
-    assert told(r1=here, r2=late).startswith("rank 2 (after all_reduce 2) did not come to")
-    assert "rank 1 was in broadcast 3" in told(r1=State(failed="broadcast 3"), r2=here)
-    assert told("odd", r1=here) == "the ranks lost each other in all_reduce 3: odd"
+    assert explain(r1=here, r2=gone, r3=late).startswith("rank 2 exited: ValueError: boom (")
+    assert explain(r1=here, r2=silent, r3=late).startswith("rank 2 died or is stopped")
+    assert explain("Connection closed by peer", r1=silent).startswith("rank 1 died (")
+    assert explain(r1=here, r2=late) == (
+        "rank 2 (after all_reduce #2) did not reach all_reduce #3 within 30 s"
+    )
+    assert "rank 1 was in broadcast #3" in explain(r1=RankState(failed="broadcast #3"), r2=here)
+    assert explain("odd", r1=here) == "every rank failed in all_reduce #3: odd"

@@ -16,7 +16,7 @@ import pytest
 
 from shardkit import runtime
 from shardkit.errors import RanksError
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.timeouts import Timeouts
 from tests.helpers.command_line import SHARDKIT, environment
 from tests.helpers.rank_launcher import MARK, divisible, marked
@@ -55,7 +55,7 @@ class Command:
         """The process ids of the ranks, once all of them run."""
         end = time.monotonic() + 240
         while time.monotonic() < end:
-            found = [pid for pid in sorted(marked(self.mark)) if b"runtime.worker" in words(pid)]
+            found = [pid for pid in sorted(marked(self.mark)) if b"engine.worker" in words(pid)]
             if len(found) == size:
                 self.startup = time.monotonic() - self.began
                 return sorted(found, key=rank_of)
@@ -206,7 +206,7 @@ def test_ranks_outlive_the_thread_that_started_them(shards: Path) -> None:
         assert engine.logits([1, 2]).shape == (1, 2, 60)
 
 
-class Late(Ranks):
+class Late(RankProcesses):
     """Ranks of which the last does not come, or differs."""
 
     worker = "tests.helpers.faulty_worker"
@@ -252,7 +252,7 @@ TORCHRUN = {
     "raises": (("raises", "between two calls"), r"ValueError: boom"),
     "exits at once": (("exits at once", "between two calls"), r"rank 1 died"),
     "stopped": (("stopped", "between two calls"), r"Error: rank 1 died or is stopped"),
-    "loops": (("loops", "between two calls"), r"Error: rank 1 \(.*\) did not come to"),
+    "loops": (("loops", "between two calls"), r"Error: rank 1 \(.*\) did not reach"),
     "never joins": (("sleeps", "before joining"), r"Error: rank 1 did not join within 10 s"),
 }
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from shardkit import runtime
 from shardkit.errors import ManifestError, RanksError
+from shardkit.runtime.engine.messages import Message, forward_request
 from shardkit.timeouts import Timeouts
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
@@ -36,15 +38,18 @@ sys.exit(code)
 """
 
 
-def torchrun(ranks: int, folder: Path, tmp_path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Run PROGRAM under torchrun; its exit code, and what each rank said."""
-    (tmp_path / "program.py").write_text(PROGRAM)
+def torchrun(
+    ranks: int, folder: Path, tmp_path: Path, program: str = PROGRAM, *arguments: str
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run a program under torchrun; its exit code, and what each rank said."""
+    (tmp_path / "program.py").write_text(program)
     root = Path(runtime.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
          "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-         str(tmp_path / "program.py"), str(folder), str(tmp_path)],
+         str(tmp_path / "program.py"), str(folder), str(tmp_path),
+         *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
     said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
@@ -68,6 +73,48 @@ def test_a_trained_llama_tells_its_golden_story(
     assert len(said) == tp_size
     assert all(found["ids"] == golden() for found in said)
     assert len({tuple(found["sampled"]) for found in said}) == 1
+
+
+OWN_GROUP = """
+import json, os, pathlib, sys, torch
+import torch.distributed as dist
+from shardkit import runtime
+from shardkit.errors import RanksError
+from shardkit.runtime.engine.controller import TorchrunRanks
+from shardkit.runtime.engine.messages import generate_request, load_request, trace_request
+
+if sys.argv[3] == "own":
+    dist.init_process_group("gloo")
+group = runtime.connect("cpu")
+assert (group.link is None) == (sys.argv[3] == "own")
+ranks = TorchrunRanks(group)
+if group.tp_rank:
+    ranks.follow()
+    said = {}
+else:
+    ranks.request(load_request(pathlib.Path(sys.argv[1]), None))
+    inputs = {"input_ids": torch.tensor([[1]])}
+    options = {"max_new_tokens": 20, "do_sample": False}
+    (made,) = ranks.request(generate_request(inputs, options, with_logits=True))
+    (traced,) = ranks.request(trace_request(inputs, ["lm_head", "model.norm"]))
+    said = {
+        "ids": made.tensors["ids"][0].tolist(), "logits": list(made.tensors["logits"].shape),
+        "traced": sorted(traced.tensors),
+    }
+    ranks.close()
+pathlib.Path(sys.argv[2], f"said-{group.tp_rank}").write_text(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("made_by", ["own", "ours"])
+def test_rank_0_controls_the_others_through_the_store_or_without(
+    made_by: str, stories_tp2: Path, tmp_path: Path
+) -> None:
+    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, made_by)
+    assert code == 0
+    assert said[0]["ids"] == golden()[:21]
+    assert said[0]["logits"] == [1, 20, 512]
+    assert said[0]["traced"] == ["lm_head", "model.norm"]
 
 
 def test_its_sharded_source_tells_the_same_story(tmp_path: Path) -> None:
@@ -174,6 +221,41 @@ def test_an_engine_streams_text_and_ids_as_they_come(stories_tp2: Path) -> None:
     assert not torch.equal(one, other)
 
 
+def test_a_caller_that_stops_iterating_stops_every_rank_and_may_go_on(
+    stories_tp2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, ran = 10**6, []
+    with runtime.launch(stories_tp2) as engine:
+        request = engine.ranks.request
+
+        def record(*arguments: Any) -> list[Message]:
+            responses = request(*arguments)
+            ran.append(responses[0].tensors["ids"].shape[1] - 1)
+            return responses
+
+        monkeypatch.setattr(engine.ranks, "request", record)
+        for turn in range(4):
+            stream = engine.stream([1], seed=turn, max_new_tokens=many, do_sample=turn % 2 > 0)
+            first = [next(stream) for _ in range(3)]
+            assert isinstance(stream, Generator)
+            stream.close()
+            # It waits for the abandoned request; ranks that had not stopped in step would hang.
+            again = engine.generate([1], max_new_tokens=5, do_sample=False)[0].tolist()
+            assert again == golden()[:6]
+            assert turn % 2 or first == golden()[1:4]
+    assert ran[1::2] == [5] * 4
+    assert all(3 <= steps < 1000 for steps in ran[::2]), ran
+
+
+def test_an_option_that_cannot_be_sent_is_an_error_and_the_engine_goes_on(
+    stories_tp2: Path,
+) -> None:
+    with runtime.launch(stories_tp2) as engine:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            list(engine.stream([1], max_new_tokens=2, stop_strings=object()))
+        assert len(list(engine.stream([1], max_new_tokens=2))) == 2
+
+
 def test_a_token_outside_the_vocabulary_is_an_error_and_the_engine_goes_on(
     stories_tp2: Path,
 ) -> None:
@@ -204,7 +286,8 @@ def test_a_stopped_rank_is_reported_within_the_timeout(stories_tp2: Path) -> Non
 
 def test_collectives_are_as_few_as_the_architecture_allows(stories_tp2: Path) -> None:
     with runtime.launch(stories_tp2) as engine:
-        answer = engine.ranks.ask("forward", {"input_ids": torch.tensor([[1, 2]])}, options={})[0]
+        request = forward_request({"input_ids": torch.tensor([[1, 2]])}, {})
+        answer = engine.ranks.request(request)[0]
     assert answer.header["counts"] == {"all_reduce": 2 * 5 + 1, "all_gather": 1}
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit.convert import merge_destination, merge_shards
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.reader import ShardedCheckpoint
-from shardkit.verification.models import LocalRanks
+from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
@@ -21,8 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(2) as started:
+def ranks() -> Iterator[RankProcesses]:
+    with RankProcesses(2) as started:
         yield started
 
 
@@ -63,13 +63,15 @@ FOUND: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
 
 
 @pytest.mark.parametrize("kind", FOUND)
-def test_it_is_split_run_and_merged_bit_for_bit(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+def test_it_is_split_run_and_merged_bit_for_bit(
+    kind: str, ranks: RankProcesses, tmp_path: Path
+) -> None:
     name, change = FOUND[kind]
     source = make(name, tmp_path / "source")
     save_file(change(load_file(source / "model.safetensors")), source / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     manifest = cut(source, tmp_path / "shards", 2)
-    check = check_numerics(tmp_path / "shards", manifest, source, LocalRanks(ranks))
+    check = check_numerics(tmp_path / "shards", manifest, source, ShardedModel(ranks))
     assert check.verdict == "passed", check
     with ShardedCheckpoint(tmp_path / "shards") as shards:
         merge_shards(shards, merge_destination(shards.manifest, tmp_path / "merged"))
@@ -90,11 +92,11 @@ def test_it_is_split_run_and_merged_bit_for_bit(kind: str, ranks: Ranks, tmp_pat
     ],
 )
 def test_a_config_that_is_not_the_weights_is_refused(
-    change: dict[str, object], message: str, ranks: Ranks, tmp_path: Path
+    change: dict[str, object], message: str, ranks: RankProcesses, tmp_path: Path
 ) -> None:
     source = make("llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
     split_folder(source, tmp_path / "shards", 2)  # opens it unchecked
     with pytest.raises(Exception, match=message):
-        LocalRanks(ranks).load(tmp_path / "shards", None)
+        ShardedModel(ranks).load(tmp_path / "shards", None)

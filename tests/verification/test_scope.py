@@ -5,13 +5,14 @@ import os
 import shutil
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardkit.checkpoint import open_checkpoint
-from shardkit.errors import LayoutError
+from shardkit.errors import LayoutError, UsageError
 from shardkit.shards.manifest_json import read_manifest
-from shardkit.verification import check_files, check_weights
+from shardkit.verification import check_files, check_weights, verify
 from shardkit.verification.scope import Scope
 from tests.helpers.command_line import run
 from tests.helpers.damage import Split, quiet, written
@@ -45,14 +46,14 @@ def last_byte(split: Split, tp_rank: int) -> tuple[Path, int, bytes]:
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 5, 8])
 def test_the_parts_together_read_every_file_once(tp_size: int) -> None:
     for parts in range(1, tp_size + 1):
-        read = [Scope(subset=(part, parts)).read(tp_size) for part in range(1, parts + 1)]
+        read = [Scope(subset=(part, parts)).ranks_read(tp_size) for part in range(1, parts + 1)]
         assert sorted(chain.from_iterable(read)) == list(range(tp_size))
         assert max(map(len, read)) - min(map(len, read)) <= 1
 
 
 @pytest.mark.parametrize("scope", [Scope(rank=4), Scope(subset=(1, 5)), Scope(subset=(5, 5))])
 def test_a_part_that_there_is_not_is_refused(scope: Scope, split: Split) -> None:
-    with pytest.raises(LayoutError, match=r"ranks 0 to 3|at most 4 parts"):
+    with pytest.raises(LayoutError, match=r"ranks 0 to 3|at most 4 subsets"):
         check_files(split.folder, quiet, scope)
 
 
@@ -81,11 +82,11 @@ def test_progress_counts_what_is_read(split: Split) -> None:
         counted: list[int] = []
         found = check_files(split.folder, counted.append, scope)
         assert sum(counted) == sum(data[rank] for rank in ranks)
-        assert found.numbers["read"] == list(ranks)
+        assert found.numbers["ranks_read"] == list(ranks)
         assert found.numbers["bytes"] == sum(len(split.sound[rank]) for rank in ranks)
         assert found.verdict == "passed"
         assert ("no data read" in found.summary) == (scope.quick or scope.subset is not None)
-        assert ("not looked at" in found.summary) == (scope.rank is not None)
+        assert ("not checked" in found.summary) == (scope.rank is not None)
 
 
 def test_one_ranks_host_needs_no_other_ranks_file(split: Split) -> None:
@@ -243,3 +244,46 @@ def test_options_that_contradict_each_other_are_wrong_usage(options: list[str], 
 def test_the_command_refuses_a_part_that_there_is_not(options: list[str], base: Path) -> None:
     done = run("verify", base / "shards", *options)
     assert (done.exit_code, done.stdout) == (1, "")
+
+
+def test_verify_is_a_function_that_reports_its_progress(base: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    report = verify(
+        base / "shards",
+        base / "source",
+        level="weights",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert report is not None
+    assert report.passed
+    assert [check.name for check in report.checks] == ["files", "weights"]
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert len({total for _, total in calls}) == 1
+    assert 0 < calls[-1][0] <= calls[-1][1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subset": (1, 2), "rank": 0},
+        {"subset": (1, 2), "quick": True},
+        {"quick": True, "level": "weights"},
+        {"rank": 0, "level": "numerics"},
+        {"level": "deepest"},
+        {"dtype": "int8"},
+    ],
+)
+def test_arguments_that_contradict_each_other_are_wrong_usage(
+    options: dict[str, Any], base: Path
+) -> None:
+    with pytest.raises(UsageError) as error:
+        verify(base / "shards", base / "source", **options)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("options", [{"rank": -1}, {"rank": 4}, {"subset": (0, 2)}])
+def test_a_rank_or_subset_that_does_not_exist_is_refused(
+    options: dict[str, Any], base: Path
+) -> None:
+    with pytest.raises(LayoutError):
+        verify(base / "shards", **options)

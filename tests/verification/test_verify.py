@@ -14,10 +14,10 @@ import pytest
 import shardkit
 from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
-from shardkit.runtime.engine.rank_processes import Ranks
+from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification import Check, check_files, check_weights
-from shardkit.verification.models import LocalRanks
+from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from tests.helpers.model_samples import SampleFolder, make
 from tests.helpers.runtime_helpers import altered, cut
@@ -28,14 +28,14 @@ def quiet(_: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(2) as started:
+def ranks() -> Iterator[RankProcesses]:
+    with RankProcesses(2) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as started:
+def four_ranks() -> Iterator[RankProcesses]:
+    with RankProcesses(4) as started:
         yield started
 
 
@@ -55,10 +55,10 @@ def weights(shards: Path, source: Path) -> Check:
         return check_weights(shards, checkpoint, quiet)
 
 
-def numerics(shards: Path, source: Path, ranks: Ranks) -> Check:
+def numerics(shards: Path, source: Path, ranks: RankProcesses) -> Check:
     with ShardedCheckpoint(shards) as opened:
         manifest = opened.manifest
-    return check_numerics(shards, manifest, source, LocalRanks(ranks))
+    return check_numerics(shards, manifest, source, ShardedModel(ranks))
 
 
 LAYOUT_FAULTS = {
@@ -77,7 +77,7 @@ LAYOUT_FAULTS = {
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
-    fault: str, models: SampleFolder, ranks: Ranks, tmp_path: Path
+    fault: str, models: SampleFolder, ranks: RankProcesses, tmp_path: Path
 ) -> None:
     name, right, wrong, module, tensor = LAYOUT_FAULTS[fault]
     source = models(name)
@@ -108,7 +108,7 @@ def test_a_row_bias_added_on_every_rank_is_named(
     cut(source, tmp_path / "shards", 2)
     (tmp_path / "sitecustomize.py").write_text(ROW_BIAS_ON_EVERY_RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Ranks(2) as faulty:
+    with RankProcesses(2) as faulty:
         found = numerics(tmp_path / "shards", source, faulty)
     assert found.verdict == "failed"
     assert "module: bert.encoder.layer.0.attention.output.dense" in found.faults[1]
@@ -116,7 +116,7 @@ def test_a_row_bias_added_on_every_rank_is_named(
 
 
 def test_rotated_kv_replicas_are_found_on_their_rank(
-    models: SampleFolder, four_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: SampleFolder, four_ranks: RankProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = models("llama-two-kv-heads")
     right = layout.held_units
@@ -150,7 +150,7 @@ def test_two_ranks_files_swapped_fail_as_files(models: SampleFolder, tmp_path: P
 
 
 def test_swapped_experts_are_named_by_weights_and_by_numerics(
-    models: SampleFolder, ranks: Ranks, tmp_path: Path
+    models: SampleFolder, ranks: RankProcesses, tmp_path: Path
 ) -> None:
     source = models("mixtral")
     swapped = swap_experts(source, tmp_path / "swapped")
@@ -196,7 +196,9 @@ def test_one_flipped_bit_is_located_to_rank_and_tensor(
         assert "rank-00001-of-00002.safetensors" in found.faults[0]
 
 
-def test_a_nan_on_one_rank_fails(models: SampleFolder, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_nan_on_one_rank_fails(
+    models: SampleFolder, ranks: RankProcesses, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 

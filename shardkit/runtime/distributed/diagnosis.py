@@ -1,5 +1,6 @@
-"""What ranks have told each other, judged: how they differ, and which one is to blame."""
+"""From what ranks report to one sentence: how they differ, which one failed, and why."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from shardkit.errors import RanksError, RanksLost
 
 SAME_SOFTWARE = "every rank must run the same versions"
 SAME_FOLDER = "every rank must load the same shard folder"
+SAME_INPUTS = "every rank must receive the same inputs"
 ADVICE = {
     "world size": "start every rank with the same WORLD_SIZE",
     "shardkit": SAME_SOFTWARE,
@@ -16,112 +18,143 @@ ADVICE = {
     "transformers": SAME_SOFTWARE,
     "manifest": SAME_FOLDER,
     "split": SAME_FOLDER,
-    "call": "every rank must be asked the same",
-    "inputs": "every rank must be given the same inputs",
-    "input values": "every rank must be given the same inputs",
+    "call": "every rank must make the same call",
+    "inputs": SAME_INPUTS,
+    "input values": SAME_INPUTS,
 }
 CLOSED = ("closed", "reset", "Broken pipe", "shut down")
+REPORT_BYTES = 4096  # at most, so that reports can be exchanged by one collective
+DIGEST_LENGTH = 64  # hex digits of a sha256
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """What is known of another rank once a collective has failed."""
+class RankState:
+    """What is known of another rank once a collective has failed.
 
-    failed: str | None = None  # the collective that failed for it, too
-    left: str | None = None  # why it ended, in its own words
-    alive: bool = False  # it is heard of
-    doing: str = ""  # what it said it does, when last heard of
+    Attributes:
+        failed: The collective that failed on it, too.
+        departure: Why it left the group, as the end of a sentence about it.
+        alive: Whether it gave a heartbeat.
+        status: What it said that it was doing in its last heartbeat.
+    """
+
+    failed: str | None = None
+    departure: str | None = None
+    alive: bool = False
+    status: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a rank gives no answer: in words, whether it is lost, and whether it has ended."""
+    """Why a rank gave no result.
 
-    told: str
+    Attributes:
+        reason: In one line.
+        lost: Whether the rank can no longer be used.
+        ended: Whether its process has ended.
+    """
+
+    reason: str
     lost: bool = True
     ended: bool = False
 
 
-def differences(reports: Mapping[int, Mapping[str, str]]) -> str:
-    """The first thing ranks report differently, naming those that most others contradict; or "".
+def encode_report(report: Mapping[str, str], error: str, note: str) -> str:
+    """A report as JSON of at most REPORT_BYTES; error and note are cut if need be."""
+    while True:
+        text = json.dumps({"report": dict(report), "error": error, "note": note})
+        if len(text) <= REPORT_BYTES or not (error or note):
+            return text
+        error, note = error[: len(error) // 2], note[: len(note) // 2]
 
-    Between equally many, those that are like the lowest rank are taken for the usual.
+
+def find_difference(reports: Mapping[int, Mapping[str, str]]) -> str:
+    """The first thing that ranks report differently, and which ranks are in the minority; or "".
+
+    Between groups of equal size, the one of the lowest rank counts as the majority.
     """
     reports = dict(sorted(reports.items()))
     for key in dict.fromkeys(key for report in reports.values() for key in report):
         values = {rank: report.get(key, "none") for rank, report in reports.items()}
         usual = Counter(values.values()).most_common(1)[0][0]
-        odd = {rank: value for rank, value in values.items() if value != usual}
-        if odd:
-            told = ", ".join(f"rank {r} has {key} {_short(v)}" for r, v in odd.items())
-            rest = [rank for rank, value in values.items() if value == usual]
-            advice = ADVICE.get(key, "every rank must load it alike")
-            return f"{told}, {named(rest)} {_short(usual)}: {advice}"
+        minority = {rank: value for rank, value in values.items() if value != usual}
+        if minority:
+            named = ", ".join(f"rank {r} has {key} {_shorten(v)}" for r, v in minority.items())
+            majority = [rank for rank, value in values.items() if value == usual]
+            advice = ADVICE.get(key, "every rank must load the same")
+            return f"{named}, {rank_list(majority)} {_shorten(usual)}: {advice}"
     return ""
 
 
-def errors(found: Mapping[int, str]) -> str:
-    """What ranks could not do, each cause once with the first rank that has it; or ""."""
+def list_errors(errors: Mapping[int, str]) -> str:
+    """The errors of ranks, each once with the first rank that has it; or ""."""
     first: dict[str, int] = {}
-    for rank, error in sorted(found.items()):
+    for rank, error in sorted(errors.items()):
         if error:
             first.setdefault(error, rank)
     return "; ".join(f"rank {rank}: {error}" for error, rank in first.items())
 
 
-def blame(doing: str, error: str, limit: float, others: Mapping[int, State]) -> str:
-    """Why a collective failed, naming the rank: one that left, else is silent, late or elsewhere.
+def explain_failure(
+    collective: str, error: str, limit: float, others: Mapping[int, RankState]
+) -> str:
+    """Why a collective failed: a rank left, or else died, or else is late or out of step.
 
-    `doing` is this rank's collective, `error` what its library said, `limit` its seconds.
+    Args:
+        collective: What this rank was in, such as `all_reduce #12`.
+        error: What its library says.
+        limit: The seconds that a collective may take.
+        others: What is known of every other rank.
     """
-    away = {rank: state for rank, state in others.items() if state.failed is None}
-    left = [f"rank {r} left: {s.left}" for r, s in away.items() if s.left is not None]
-    silent = [r for r, s in away.items() if s.left is None and not s.alive]
-    late = [f"{named([r])} ({s.doing})" for r, s in away.items() if s.left is None and s.alive]
+    absent = {rank: state for rank, state in others.items() if state.failed is None}
+    present = {rank: state for rank, state in absent.items() if state.departure is None}
+    silent = [rank for rank, state in present.items() if not state.alive]
+    causes = [f"rank {r} {s.departure}" for r, s in absent.items() if s.departure is not None]
     if silent:
         closed = any(word in error for word in CLOSED)
-        left.append(
-            f"{named(silent)} {'died' if closed else 'died or is stopped: no sign of life'}"
-        )
-    if left:
-        return f"{'; '.join(left)} (this rank was in {doing})"
-    if late:
-        return f"{', '.join(late)} did not come to {doing} within {limit:g} s"
-    elsewhere = [f"rank {r} was in {s.failed}" for r, s in others.items() if s.failed != doing]
+        fate = "died" if closed else "died or is stopped: no sign of life"
+        causes.append(f"{rank_list(silent)} {fate}")
+    if causes:
+        return f"{'; '.join(causes)} (this rank was in {collective})"
+    if late := [f"{rank_list([rank])} ({state.status})" for rank, state in present.items()]:
+        return f"{', '.join(late)} did not reach {collective} within {limit:g} s"
+    elsewhere = [f"rank {r} was in {s.failed}" for r, s in others.items() if s.failed != collective]
     if elsewhere:
-        return f"{', '.join(elsewhere)} while this one was in {doing}: the ranks are out of step"
-    return f"the ranks lost each other in {doing}: {error}"
+        return f"{', '.join(elsewhere)} while this rank was in {collective}: they are out of step"
+    return f"every rank failed in {collective}: {error}"
 
 
-def brief(error: Exception) -> str:
-    """The first sentence of a library's error, without the place in its source; never empty."""
+def first_sentence(error: Exception) -> str:
+    """The first sentence of a library's error, without its place in the source; never empty."""
     line = str(error).split("\n")[0] or type(error).__name__
     return re.sub(r"^\[\S+\] ", "", line).split(". ")[0]
 
 
-def judged(faults: Mapping[int, Fault], size: int) -> RanksError:
-    """The error that says why: deaths, else what is a rank's own, else what ranks say of others.
+def combine_faults(faults: Mapping[int, Fault], size: int) -> RanksError:
+    """The error that gives the cause: processes that ended, else errors of ranks that still run.
 
-    Ranks that are left tell that a collective failed, and whom they miss.
+    What ranks say of a failed collective comes last: it is a consequence.
     """
-    ended = [fault.told for fault in faults.values() if fault.ended]
-    own = {rank: fault.told for rank, fault in faults.items() if not fault.lost}
+    ended = [fault.reason for fault in faults.values() if fault.ended]
+    errors = {rank: fault.reason for rank, fault in faults.items() if not fault.lost}
     if ended:
         return RanksLost("; ".join(ended))
-    if own:
-        first = min(own)
-        told = own[first]
-        alike = len(own) == size and len(set(own.values())) == 1
-        return RanksError(told if alike or told.startswith("rank ") else f"rank {first}: {told}")
-    return RanksLost("; ".join(dict.fromkeys(fault.told for fault in faults.values())))
+    if errors:
+        first = min(errors)
+        reason = errors[first]
+        shared = len(errors) == size and len(set(errors.values())) == 1
+        return RanksError(
+            reason if shared or reason.startswith("rank ") else f"rank {first}: {reason}"
+        )
+    return RanksLost("; ".join(dict.fromkeys(fault.reason for fault in faults.values())))
 
 
-def named(ranks: Iterable[int]) -> str:
+def rank_list(ranks: Iterable[int]) -> str:
     """Ranks in words: `rank 1`, `ranks 0, 2`."""
-    listed = sorted(ranks)
-    return f"rank{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"
+    numbers = sorted(ranks)
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def _short(value: str) -> str:
+def _shorten(value: str) -> str:
     """A value, or the beginning of a digest."""
-    return value[:12] if len(value) == 64 else value
+    return value[:12] if len(value) == DIGEST_LENGTH else value

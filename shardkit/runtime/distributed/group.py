@@ -1,4 +1,8 @@
-"""The ranks of one model: how they find each other, agree, and sum and gather tensors."""
+"""The tensor-parallel group: how ranks join and agree, and their collectives.
+
+Tensor parallelism needs two collectives in a forward pass: the sum of row-parallel outputs, and the
+concatenation of column-parallel ones (Shoeybi et al. 2019, Megatron-LM).
+"""
 
 import atexit
 import json
@@ -14,21 +18,35 @@ import torch.nn.functional as F
 
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.distributed.diagnosis import brief, differences, errors
+from shardkit.runtime.distributed.diagnosis import (
+    REPORT_BYTES,
+    encode_report,
+    find_difference,
+    first_sentence,
+    list_errors,
+)
 from shardkit.runtime.distributed.liveness import Link
-from shardkit.runtime.distributed.rendezvous import connect_store
-from shardkit.timeouts import Timeouts
-
-REPORT_BYTES = 4096
-DEFAULT = Timeouts()
+from shardkit.runtime.distributed.rendezvous import connect_store, read_rank
+from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 
 @dataclass
 class TensorParallelGroup:
-    """A rank's place among the ranks, and its collectives, which are counted.
+    """This rank's place in a group of ranks, and the group's collectives.
 
-    `link` is set only where this process group was made here: through it ranks agree before any
-    collective, and find out who is missing when one fails.  A failed collective ends the group.
+    A failed collective ends the group: every later one raises RanksLost.
+
+    Attributes:
+        tp_rank: This rank, from 0.
+        tp_size: The number of ranks.
+        device: Where this rank computes.
+        process_group: torch's process group; None for a single rank.
+        link: What ranks tell each other outside collectives; None unless `connect` made the group.
+            Through it ranks agree before any collective, and find out which rank is missing when
+            one fails.
+        counts: How many all-reduces and all-gathers were made since it was last reset.
+        num_collectives: How many collectives of any kind were made.
+        failure: Why the group can no longer be used; "" if it can.
     """
 
     tp_rank: int
@@ -37,57 +55,92 @@ class TensorParallelGroup:
     process_group: dist.ProcessGroup | None = None
     link: Link | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"all_reduce": 0, "all_gather": 0})
-    steps: int = 0  # collectives so far, of any kind
-    lost: str = ""  # why there is no group any more
+    num_collectives: int = 0
+    failure: str = ""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `x`, in place.  Raises RanksError, as all collectives do."""
+        """Sum a tensor over the ranks.
+
+        Args:
+            x: This rank's summand, of any shape; overwritten if it is contiguous.
+
+        Returns:
+            The sum of every rank's `x`, on every rank.
+
+        Raises:
+            RanksError: A rank died, stalled or left; the message names it.
+        """
         self.counts["all_reduce"] += 1
         if self.tp_size > 1:
             x = x.contiguous()
-            self._together("all_reduce", lambda: dist.all_reduce(x, group=self.process_group))
+            self._run("all_reduce", lambda: dist.all_reduce(x, group=self.process_group))
         return x
 
     def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Every rank's `x` `[..., sizes[rank]]` joined along the last dimension."""
+        """Concatenate the ranks' tensors along the last dimension.
+
+        Args:
+            x: This rank's part, `[..., sizes[tp_rank]]`.
+            sizes: The length of every rank's last dimension.
+
+        Returns:
+            `[..., sum(sizes)]`, on every rank.
+
+        Raises:
+            RanksError: A rank died, stalled or left; the message names it.
+        """
         self.counts["all_gather"] += 1
         if self.tp_size == 1:
             return x
         padded = F.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
-        parts = self._parts(padded)
+        parts = self._gather_parts(padded)
         return torch.cat([p[..., :size] for p, size in zip(parts, sizes, strict=True)], -1)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `x`, on every rank."""
+        """Rank 0's `x`, on every rank, which passes a tensor of the same shape and dtype.
+
+        Raises:
+            RanksError: A rank died, stalled or left; the message names it.
+        """
         if self.tp_size > 1:
             x = x.to(self.device)
             source = dist.get_global_rank(self.process_group, 0) if self.process_group else 0
-            self._together("broadcast", lambda: dist.broadcast(x, source, self.process_group))
+            self._run("broadcast", lambda: dist.broadcast(x, source, self.process_group))
         return x
 
-    def agree(
+    def all_agree(
         self, report: Mapping[str, str], error: str = "", note: str = "", by_store: bool = True
     ) -> tuple[str, ...]:
-        """Raise RanksError on every rank alike unless all report the same and none an error.
+        """Raise the same RanksError on every rank unless all report the same and none an error.
 
-        A rank that could not do its part passes its `error` instead of raising it, so that the
-        others are not left waiting.  Without `by_store` it is a collective, and quick.  Returns the
-        different notes that the ranks have passed.
+        Args:
+            report: What must be equal on every rank, by name.
+            error: Why this rank could not do its part. It passes the error instead of raising it,
+                so that the others do not wait for it.
+            note: A text for the other ranks, which may differ.
+            by_store: Whether to use the store if there is one; else it is one collective, which is
+                faster.
+
+        Returns:
+            The different notes of all ranks.
+
+        Raises:
+            RanksError: The reports differ, a rank has an error, or a rank is lost.
         """
-        mine = _report(report, error, note)
+        text = encode_report(report, error, note)
         if self.link is not None and by_store:
-            said = self._exchange(self.link, mine)
+            texts = self._exchange(self.link, text)
         else:
-            said = self._by_gather(mine)
-        told = {rank: json.loads(text) for rank, text in said.items()}
-        if fault := errors({rank: one["error"] for rank, one in told.items()}):
+            texts = self._exchange_by_collective(text)
+        answers = {rank: json.loads(text) for rank, text in texts.items()}
+        if fault := list_errors({rank: answer["error"] for rank, answer in answers.items()}):
             raise RanksError(fault)
-        if fault := differences({rank: one["report"] for rank, one in told.items()}):
+        if fault := find_difference({rank: answer["report"] for rank, answer in answers.items()}):
             raise RanksError(fault)
-        return tuple(dict.fromkeys(one["note"] for one in told.values() if one["note"]))
+        return tuple(dict.fromkeys(answer["note"] for answer in answers.values() if answer["note"]))
 
-    def itself(self) -> dict[str, str]:
-        """What every rank must have alike to run with the others at all."""
+    def software_versions(self) -> dict[str, str]:
+        """What must be equal on every rank for them to run together at all."""
         return {
             "world size": str(self.tp_size),
             "shardkit": __version__,
@@ -95,24 +148,24 @@ class TensorParallelGroup:
             "device type": self.device.type,
         }
 
-    def doing(self, what: str) -> None:
-        """Let the others know what this rank does, for when they wait for it."""
+    def set_status(self, status: str) -> None:
+        """Tell the other ranks what this rank is doing, for when they wait for it."""
         if self.link is not None:
-            self.link.at = (what,)
+            self.link.status = status
 
     def join(self, link: Link) -> None:
-        """Meet the other ranks, compare, and make the process group.  Raises RanksError."""
+        """Find the other ranks, compare versions, and make the process group. Raises RanksError."""
         self.link = link
-        self.lost = "these ranks have not met"
+        self.failure = "the ranks have not joined"
         try:
-            said = link.meet(json.dumps(self.itself()), _unlike)
+            texts = link.join(json.dumps(self.software_versions()), _compare_versions)
         except RanksError as error:
-            self.lost = str(error)
+            self.failure = str(error)
             raise
-        self.lost = _unlike(said)
-        if self.lost:
-            raise RanksError(self.lost)
-        self._together("the making of the group", self._open)
+        self.failure = _compare_versions(texts)
+        if self.failure:
+            raise RanksError(self.failure)
+        self._run("init_process_group", self._open)
 
     def leave(self) -> None:
         """Leave the process group, together with the others if they come within a few seconds.
@@ -122,40 +175,52 @@ class TensorParallelGroup:
         """
         link, self.link = self.link, None
         if link is not None:
-            link.leave(self.lost, self._close)
-        self.lost = self.lost or "this rank has left the others"
+            link.leave(self.failure, self._close)
+        self.failure = self.failure or "this rank has left the group"
 
-    def _together(self, name: str, act: Callable[[], object]) -> None:
-        """Run one collective; a failure ends the group, and is told with the rank to blame."""
-        if self.lost:
-            raise RanksLost(self.lost)
-        self.steps += 1
-        if self.link is not None:
-            self.link.at = "in", name, self.steps
+    def _run(self, name: str, collective: Callable[[], object]) -> None:
+        """Run one collective; if it fails, end the group and say which rank is the cause."""
+        if self.failure:
+            raise RanksLost(self.failure)
+        self.num_collectives += 1
+        numbered = f"{name} #{self.num_collectives}"
+        self.set_status(f"in {numbered}")
         reason = ""
         try:
-            act()
+            collective()
         except (RuntimeError, ValueError, OSError) as error:
-            reason = brief(error)
-        if reason:  # here, since the exception holds the group, whose closing tells the others
-            self._lose(f"{name} {self.steps}", reason)
-        if self.link is not None:
-            self.link.at = "after", name, self.steps
+            reason = first_sentence(error)
+        if reason:  # out of `except`, since the exception holds the group, which must be closed
+            self._fail(numbered, reason)
+        self.set_status(f"after {numbered}")
 
-    def _lose(self, doing: str, reason: str) -> NoReturn:
-        self.lost = f"{doing} failed: {reason}"
+    def _fail(self, collective: str, reason: str) -> NoReturn:
+        self.failure = f"{collective} failed: {reason}"
         if self.link is not None:
-            self.lost = self.link.explain(doing, reason, self._close)
-        raise RanksLost(self.lost)
+            self.failure = self.link.diagnose(collective, reason, self._close)
+        raise RanksLost(self.failure)
 
-    def _exchange(self, link: Link, mine: str) -> dict[int, str]:
-        if self.lost:
-            raise RanksLost(self.lost)
+    def _exchange(self, link: Link, text: str) -> dict[int, str]:
+        if self.failure:
+            raise RanksLost(self.failure)
         try:
-            return link.exchange(mine, link.timeouts.load)
+            return link.all_exchange(text, link.timeouts.load)
         except RanksLost as error:
-            self.lost = str(error)  # so that this rank waits for no other when it leaves
+            self.failure = str(error)  # so that this rank waits for no other when it leaves
             raise
+
+    def _exchange_by_collective(self, text: str) -> dict[int, str]:
+        """Every rank's text, by one all-gather of a fixed size, which needs no store."""
+        if self.tp_size == 1:
+            return {0: text}
+        padded = bytearray(text.encode().ljust(REPORT_BYTES))
+        parts = self._gather_parts(torch.frombuffer(padded, dtype=torch.uint8).to(self.device))
+        return {rank: bytes(part.cpu().tolist()).decode() for rank, part in enumerate(parts)}
+
+    def _gather_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
+        self._run("all_gather", lambda: dist.all_gather(parts, x, group=self.process_group))
+        return parts
 
     def _open(self) -> None:
         assert self.link is not None
@@ -175,51 +240,47 @@ class TensorParallelGroup:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        self._together("all_gather", lambda: dist.all_gather(parts, x, group=self.process_group))
-        return parts
 
-    def _by_gather(self, mine: str) -> dict[int, str]:
-        """Exchange by one all-gather of a fixed size, which needs no store."""
-        if self.tp_size == 1:
-            return {0: mine}
-        padded = bytearray(mine.encode().ljust(REPORT_BYTES))
-        parts = self._parts(torch.frombuffer(padded, dtype=torch.uint8).to(self.device))
-        return {rank: bytes(part.cpu().tolist()).decode() for rank, part in enumerate(parts)}
-
-
-_joined: list[TensorParallelGroup] = []  # the group that was made here, if one was
+_groups: list[TensorParallelGroup] = []  # the group that `connect` made, if it did
 
 
 def connect(
-    device: torch.device | str | None = None, timeouts: Timeouts = DEFAULT
+    device: torch.device | str | None = None, timeouts: Timeouts = DEFAULT_TIMEOUTS
 ) -> TensorParallelGroup:
-    """Join the ranks: the process group there is, or a new one as torchrun's environment says.
+    """Join the ranks that torchrun started, or adopt the process group that exists.
 
-    gloo on a CPU, NCCL on a GPU; alone without torchrun.  Raises RanksError, naming the rank, if
-    the ranks do not all arrive, or differ in world size, kind of device or version.
+    Args:
+        device: Where to compute; None means this local rank's GPU, or else the CPU. The backend is
+            NCCL on a GPU and gloo on a CPU.
+        timeouts: How long to wait for other ranks.
+
+    Returns:
+        The group; of one rank if torchrun's environment variables are not set.
+
+    Raises:
+        RanksError: A rank does not join in time, or the ranks differ in world size, kind of device
+            or version; the message names the rank.
     """
     device = pick_device(device)
     if dist.is_initialized():
-        if _joined and _joined[0].process_group is not None:
-            return _joined[0]
+        if _groups and _groups[0].process_group is not None:
+            return _groups[0]
         return TensorParallelGroup(
             dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, None
         )
     if "WORLD_SIZE" not in os.environ:
         return TensorParallelGroup(0, 1, device)
-    rank, size = _place()
+    rank, size = read_rank()
     group = TensorParallelGroup(rank, size, device)
     link = Link(rank, size, timeouts)
     atexit.register(group.leave)
     group.join(link)
-    _joined[:] = [group]
+    _groups[:] = [group]
     return group
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or this local rank's GPU, or the CPU."""
+    """The device asked for, or this local rank's GPU, or the CPU. Raises RanksError."""
     if device is not None and str(device) != "cuda":
         return torch.device(device)
     if torch.cuda.is_available():
@@ -231,24 +292,5 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _place() -> tuple[int, int]:
-    """RANK and WORLD_SIZE.  Raises RanksError for what is no place among ranks."""
-    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise RanksError(f"RANK={rank} of WORLD_SIZE={size}: no such rank; start them by torchrun")
-    if not os.environ.get("MASTER_PORT", "").isdecimal():
-        raise RanksError("WORLD_SIZE is set, but no MASTER_PORT; start the ranks by torchrun")
-    return int(rank), int(size)
-
-
-def _unlike(said: Mapping[int, str]) -> str:
-    return differences({rank: json.loads(text) for rank, text in said.items()})
-
-
-def _report(report: Mapping[str, str], error: str, note: str) -> str:
-    """What a rank says, as JSON of at most REPORT_BYTES; texts give way."""
-    while True:
-        text = json.dumps({"report": dict(report), "error": error, "note": note})
-        if len(text) <= REPORT_BYTES or not (error or note):
-            return text
-        error, note = error[: len(error) // 2], note[: len(note) // 2]
+def _compare_versions(texts: Mapping[int, str]) -> str:
+    return find_difference({rank: json.loads(text) for rank, text in texts.items()})

@@ -1,4 +1,4 @@
-"""Ranks that are called from outside must all be called alike: what they compute is one model."""
+"""Every rank must receive the same inputs and sample the same tokens; makes sure that they do."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,65 +9,87 @@ from transformers import PreTrainedModel
 
 from shardkit.runtime.distributed.group import TensorParallelGroup
 
-SHOWN = 400  # characters of a description of inputs
+MAX_DESCRIPTION = 400  # characters of a description of inputs
 
 
-def called_alike(model: PreTrainedModel, group: TensorParallelGroup) -> None:
-    """Have the ranks compare their inputs at each forward and generate, before they use them.
+def coordinate_calls(
+    model: PreTrainedModel, group: TensorParallelGroup, check_inputs: bool = False
+) -> None:
+    """Give a model's calls what must happen on every rank before them.
 
-    One small collective for each call, not for each step of a generate.  Inputs that differ would
-    give wrong numbers without an error, or abort a rank: they raise RanksError on every rank.
+    Before each `generate`, every rank takes rank 0's random state. With `check_inputs`, the ranks
+    also compare their inputs before each forward and generate: one small collective for each call,
+    not for each step of a generate. Inputs that differ would give wrong numbers without an error,
+    or abort a rank.
+
+    Args:
+        model: This rank's part of the model, which is changed in place.
+        group: The ranks.
+        check_inputs: Whether inputs that differ raise RanksError, on every rank.
     """
     if group.tp_size == 1:
         return
-    inside = False
+    generating = False
 
-    def before(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not inside:
-            compare(group, "forward", args, kwargs)
+    def check_forward(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not generating:
+            check_same_inputs(group, "forward", args, kwargs)
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
+    if check_inputs:
+        model.register_forward_pre_hook(check_forward, with_kwargs=True)
     if not model.can_generate():
         return
     generate = model.generate
 
-    def generate_alike(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        compare(group, "generate", args, kwargs)
-        inside = True
+    def generate_in_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal generating
+        if check_inputs:
+            check_same_inputs(group, "generate", args, kwargs)
+        sync_rng(group)
+        generating = True
         try:
             return generate(*args, **kwargs)
         finally:
-            inside = False
+            generating = False
 
-    model.generate = generate_alike
+    model.generate = generate_in_step
 
 
-def compare(
+def check_same_inputs(
     group: TensorParallelGroup, call: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise RanksError on every rank unless all are called with the same inputs."""
-    given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-    tensors = {name: v for name, v in given.items() if isinstance(v, torch.Tensor)}
-    group.agree(
-        {"call": call, "inputs": described(tensors), "input values": digest(tensors)},
-        by_store=False,
-    )
+    """Raise RanksError on every rank unless all make the same call with the same tensors."""
+    values = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    report = {
+        "call": call,
+        "inputs": describe_tensors(tensors),
+        "input values": hash_tensors(tensors),
+    }
+    group.all_agree(report, by_store=False)
 
 
-def described(tensors: Mapping[str, torch.Tensor]) -> str:
+def sync_rng(group: TensorParallelGroup) -> None:
+    """Give every rank rank 0's random state, so that all of them sample the same tokens."""
+    torch.set_rng_state(group.broadcast(torch.get_rng_state()).cpu())
+    if group.device.type == "cuda":
+        state = group.broadcast(torch.cuda.get_rng_state(group.device)).cpu()
+        torch.cuda.set_rng_state(state, group.device)
+
+
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Names, dtypes and shapes in words: `input_ids int64 [2, 3]`."""
-    told = [
+    descriptions = [
         f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         for name, value in tensors.items()
     ]
-    return ", ".join(told)[:SHOWN]
+    return ", ".join(descriptions)[:MAX_DESCRIPTION]
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """The sha256 of the values."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for value in tensors.values():
         plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(plain.numpy().tobytes())
-    return found.hexdigest()
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()

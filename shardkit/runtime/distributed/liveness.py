@@ -1,8 +1,8 @@
-"""What ranks tell each other beside their collectives, which may be what fails.
+"""What ranks tell each other outside their collectives, because a collective may be what fails.
 
-Through the rendezvous store each rank says every half second that it lives and what it does; ranks
-exchange reports before their first collective; and when a collective fails they find out who is
-missing.  A store that does not answer is a fault like any other: nothing here waits for ever.
+Every half second each rank writes a heartbeat with its status to the rendezvous store; ranks
+exchange reports before their first collective; and when a collective fails they find out which rank
+is missing. A store that does not answer is a fault like any other: nothing here waits forever.
 """
 
 import sys
@@ -11,105 +11,119 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.distributed.diagnosis import State, blame, named
+from shardkit.runtime.distributed.diagnosis import RankState, explain_failure, rank_list
 from shardkit.runtime.distributed.rendezvous import RankStore, connect_store
 from shardkit.timeouts import Timeouts
 
-BEAT = 0.5  # seconds between two signs of life
-ROLL_CALL = 2.0  # seconds in which a rank that lives gives one
-LEAVE = 5.0  # seconds a rank that is done waits for the others to be done
+HEARTBEAT = 0.5  # seconds between two heartbeats
+ROLL_CALL = 2.0  # seconds in which a rank that is alive gives one
+LEAVE = 5.0  # seconds that a rank waits for the others to leave, too
 POLL = 0.01
+EXITED_NORMALLY = "exited normally before the others"
 
-Reports = Mapping[int, str]
+Texts = Mapping[int, str]
 
 
 class Link:
-    """One rank among the others in the store."""
+    """One rank's connection to the others through the store."""
 
     def __init__(self, rank: int, size: int, timeouts: Timeouts) -> None:
-        """Reach the store.  Raises RanksError."""
+        """Reach the store. Raises RanksError."""
         self.rank, self.size, self.timeouts = rank, size, timeouts
-        self.at: tuple[object, ...] = ("joining",)  # what this rank does, for the others to know
+        self.status = "joining"  # what this rank is doing, for the others to know
         self.store = RankStore(rank, timeouts.join, timeouts.collective)
         self._others = [other for other in range(size) if other != rank]
-        self._turns = self._told = 0
-        self._gone = threading.Event()
-        self._beats = connect_store(False, timeouts.join)
-        self._beating = threading.Thread(target=self._beat, name="shardkit-beat", daemon=True)
-        self._beating.start()
+        self._num_exchanges = self._num_published = 0
+        self._closed = threading.Event()
+        self._heartbeats = connect_store(False, timeouts.join)
+        self._thread = threading.Thread(target=self._beat, name="shardkit-heartbeat", daemon=True)
+        self._thread.start()
 
-    def meet(self, mine: str, differ: Callable[[Reports], object]) -> dict[int, str]:
-        """The first exchange: what every rank says of itself.
+    def join(self, report: str, differ: Callable[[Texts], object]) -> dict[int, str]:
+        """The first exchange: every rank's report of itself.
 
-        Where some differ, those that came end it: they may be waiting for others than there are.
-        Raises RanksError for a rank that does not come, and for one that was started twice.
+        If the reports `differ`, those that have come are returned soon: ranks with different world
+        sizes wait for ranks that do not exist.
+
+        Raises:
+            RanksError: A rank does not come, or was started twice.
         """
         if self.store.add(f"claim/{self.rank}") > 1:
-            twice = f"rank {self.rank} was started twice"
-            self.store.set("fault", twice)
-            raise RanksError(twice)
-        self.store.set(f"hello/{self.rank}", mine)
-        return self._gather(self._keys("hello"), self.timeouts.join, differ)
+            fault = f"rank {self.rank} was started twice"
+            self.store.set("fault", fault)
+            raise RanksError(fault)
+        self.store.set(f"report/{self.rank}", report)
+        return self._gather(self._keys("report"), self.timeouts.join, differ)
 
-    def exchange(self, mine: str, limit: float) -> dict[int, str]:
-        """What every rank says in this turn.  Raises RanksError, naming who does not in `limit`.
+    def all_exchange(self, text: str, limit: float) -> dict[int, str]:
+        """Every rank's text, by rank.
 
-        Returns once all have read it, so that none takes the store away from under another.
+        Returns once every rank has read them, so that none takes the store from another.
+
+        Raises:
+            RanksError: A rank does not come within `limit` seconds; the message names it.
         """
-        turn, self._turns = f"turn/{self._turns}", self._turns + 1
-        self.store.set(f"{turn}/{self.rank}", mine)
-        said = self._gather(self._keys(turn), limit)
+        turn, self._num_exchanges = f"turn/{self._num_exchanges}", self._num_exchanges + 1
+        self.store.set(f"{turn}/{self.rank}", text)
+        texts = self._gather(self._keys(turn), limit)
         self.store.set(f"{turn}/read/{self.rank}", "1")
         self._gather(self._keys(f"{turn}/read"), limit)
-        return said
+        return texts
 
-    def tell(self, text: str) -> None:
-        """Say something to the ranks that listen, which then do it."""
-        self.store.set(f"told/{self._told}", text)
-        self._told += 1
+    def publish(self, text: str) -> None:
+        """Give the ranks that `wait_for` this one its next text."""
+        self.store.set(f"published/{self._num_published}", text)
+        self._num_published += 1
 
-    def listen(self, rank: int, limit: float) -> str:
-        """What a rank tells next; waits while it lives, at most `limit` s.  Raises RanksError."""
-        told = self._gather({rank: f"told/{self._told}"}, limit)[rank]
-        self._told += 1
-        return told
+    def wait_for(self, rank: int, limit: float) -> str:
+        """The next text that a rank publishes. Waits while it is alive, at most `limit` seconds.
 
-    def explain(self, doing: str, error: str, close: Callable[[], None]) -> str:
+        Raises:
+            RanksError: It left, died, or published nothing in time.
+        """
+        text = self._gather({rank: f"published/{self._num_published}"}, limit)[rank]
+        self._num_published += 1
+        return text
+
+    def diagnose(self, collective: str, error: str, close: Callable[[], None]) -> str:
         """Why a collective failed, in words that name the rank.
 
-        `close` the group first: ranks that are still in the collective then fail, too, and tell.
+        `close` must close the process group: ranks that are still in the collective then fail, too,
+        and report it.
         """
         self.store.patience = ROLL_CALL
         try:
-            self.store.set(f"failed/{self.rank}", doing)
+            self.store.set(f"failed/{self.rank}", collective)
             close()
-            states = self._roll_call()
+            states = self._call_roll()
         except RanksError as fault:
             close()
-            return f"{fault} ({doing}: {error})"
-        return blame(doing, error, self.timeouts.collective, states)
+            return f"{fault} ({collective}: {error})"
+        return explain_failure(collective, error, self.timeouts.collective, states)
 
-    def leave(self, lost: str, close: Callable[[], None]) -> None:
-        """Say that this rank ends and why, and `close` its group; `lost` is why it is no use now.
+    def leave(self, failure: str, close: Callable[[], None]) -> None:
+        """Tell the others why this rank ends, and `close` its process group.
 
-        A rank still in its last collective fails when its peer closes the group, so peers wait for
-        each other; but one that fails closes it at once, for the others to know.
+        A rank that is still in its last collective fails when another closes the group, so ranks
+        wait for each other; but one with a `failure` closes it at once, for the others to learn of.
         """
         error = getattr(sys, "last_value", None)  # what ends the interpreter, if anything does
-        reason = f"{type(error).__name__}: {error}".split("\n")[0] if error else lost or "it ended"
-        failed = bool(lost) or error is not None
+        departure = f"stopped: {failure}" if failure else EXITED_NORMALLY
+        if error is not None:
+            departure = f"exited: {type(error).__name__}: {error}".split("\n")[0]
+        failed = bool(failure) or error is not None
         self.store.patience = ROLL_CALL
         try:
-            self.store.set(f"left/{self.rank}", reason)
+            self.store.set(f"left/{self.rank}", departure)
             if failed:
                 close()
-            if not failed or self.store.here:
-                self._wait_for_leavers(ROLL_CALL + 1 if failed else LEAVE)
+            if not failed or self.store.is_host:
+                self._wait_until_all_left(ROLL_CALL + 1 if failed else LEAVE)
         except RanksError:
-            pass  # the store is gone, and whoever kept it
+            pass  # the store is gone, and so is the rank that hosted it
         close()
-        self._gone.set()
-        self._beating.join(ROLL_CALL)
+        self._closed.set()
+        self._thread.join(ROLL_CALL)
         self.store.close()
 
     def _keys(self, name: str, ranks: Iterable[int] | None = None) -> dict[int, str]:
@@ -119,49 +133,53 @@ class Link:
         self,
         keys: Mapping[int, str],
         limit: float,
-        differ: Callable[[Reports], object] = lambda said: False,
+        differ: Callable[[Texts], object] = lambda texts: False,
     ) -> dict[int, str]:
-        """The texts of all keys once they are set, or of those that came where they `differ`."""
-        said: dict[int, str] = {}
-        watch = Watch(self.timeouts.collective)
-        began = time.monotonic()
-        end = began + limit
-        while missing := {r: key for r, key in keys.items() if r not in said}:
+        """The texts of all keys once they are set, or of those that have come if they `differ`."""
+        texts: dict[int, str] = {}
+        monitor = LivenessMonitor(self.timeouts.collective)
+        start = time.monotonic()
+        end = start + limit
+        while missing := {r: key for r, key in keys.items() if r not in texts}:
             if new := self.store.read(missing):
-                said |= new
-                end = min(end, time.monotonic() + ROLL_CALL) if differ(said) else end
+                texts |= new
+                end = min(end, time.monotonic() + ROLL_CALL) if differ(texts) else end
                 continue
-            self._check(watch, missing)
+            self._check(monitor, missing)
             if time.monotonic() > end:
-                if differ(said):
-                    return said
-                raise RanksLost(self._overdue(list(missing), said, watch, limit))
-            time.sleep(POLL if time.monotonic() < began + 1 else 10 * POLL)
-        self._check(watch, {})
-        return said
+                if differ(texts):
+                    return texts
+                raise RanksLost(self._describe_missing(list(missing), texts, monitor, limit))
+            time.sleep(POLL if time.monotonic() < start + 1 else 10 * POLL)
+        self._check(monitor, {})
+        return texts
 
-    def _check(self, watch: "Watch", missing: Mapping[int, str]) -> None:
-        """Raise RanksError if waiting for these keys of ranks is vain."""
+    def _check(self, monitor: "LivenessMonitor", missing: Mapping[int, str]) -> None:
+        """Raise RanksError if ranks will never set these keys."""
         for fault in self.store.read({0: "fault"}).values():
             raise RanksError(fault)
-        if left := self.store.read(self._keys("left", missing)):
-            spoke = self.store.read({rank: missing[rank] for rank in left})  # before it left
-            for rank in left.keys() - spoke.keys():
-                raise RanksLost(f"rank {rank} left: {left[rank]}")
-        if quiet := watch.quiet(self.store.read(self._keys("beat", missing))):
+        if departures := self.store.read(self._keys("left", missing)):
+            # A rank may have set its key just before it left.
+            texts = self.store.read({rank: missing[rank] for rank in departures})
+            for rank in departures.keys() - texts.keys():
+                raise RanksLost(f"rank {rank} {departures[rank]}")
+        if overdue := monitor.overdue(self.store.read(self._keys("heartbeat", missing))):
             raise RanksLost(
-                f"{named(quiet)} died or is stopped: no sign of life for {watch.limit:g} s"
+                f"{rank_list(overdue)} died or is stopped: no sign of life for {monitor.limit:g} s"
             )
 
-    def _overdue(self, missing: list[int], said: Reports, watch: "Watch", limit: float) -> str:
-        if self.at == ("joining",):
-            here = f"; of {self.size}, {named(said)} came" if said else ""
-            return f"{named(missing)} did not join within {limit:g} s{here}"
-        return f"{named(missing)} did not report within {limit:g} s ({watch.doing(missing[0])})"
+    def _describe_missing(
+        self, missing: list[int], texts: Texts, monitor: "LivenessMonitor", limit: float
+    ) -> str:
+        if self.status == "joining":
+            joined = f"; of {self.size}, {rank_list(texts)} joined" if texts else ""
+            return f"{rank_list(missing)} did not join within {limit:g} s{joined}"
+        status = monitor.status(missing[0])
+        return f"{rank_list(missing)} did not report within {limit:g} s ({status})"
 
-    def _roll_call(self) -> dict[int, State]:
-        """What became of the other ranks: they failed as well, or left, or live, or do not."""
-        before = self.store.read(self._keys("beat", self._others))
+    def _call_roll(self) -> dict[int, RankState]:
+        """What became of the other ranks: they failed as well, left, are alive, or are not."""
+        before = self.store.read(self._keys("heartbeat", self._others))
         end = time.monotonic() + ROLL_CALL
         while True:
             failed = self.store.read(self._keys("failed", self._others))
@@ -169,13 +187,18 @@ class Link:
             if len(failed | left) == len(self._others) or time.monotonic() > end:
                 break
             time.sleep(5 * POLL)
-        now = self.store.read(self._keys("beat", self._others))
+        now = self.store.read(self._keys("heartbeat", self._others))
         return {
-            r: State(failed.get(r), left.get(r), before.get(r) != now.get(r), _doing(now.get(r)))
-            for r in self._others
+            rank: RankState(
+                failed.get(rank),
+                left.get(rank),
+                before.get(rank) != now.get(rank),
+                _read_status(now.get(rank)),
+            )
+            for rank in self._others
         }
 
-    def _wait_for_leavers(self, seconds: float) -> None:
+    def _wait_until_all_left(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if len(self.store.read(self._keys("left"))) == self.size:
@@ -183,35 +206,35 @@ class Link:
             time.sleep(POLL)
 
     def _beat(self) -> None:
-        """Say every half second that this rank lives and what it does, until it leaves."""
+        """Write heartbeats until this rank leaves."""
         count = 0
-        while not self._gone.wait(BEAT if count else 0):
+        while not self._closed.wait(HEARTBEAT if count else 0):
             try:
-                self._beats.set(f"beat/{self.rank}", f"{count} {' '.join(map(str, self.at))}")
+                self._heartbeats.set(f"heartbeat/{self.rank}", f"{count} {self.status}")
             except (RuntimeError, OSError):
-                return  # the store is gone, and whoever needs it says so
+                return  # the store is gone, and whoever needs it reports that
             count += 1
 
 
-class Watch:
-    """Signs of life, and which ranks have given none for `limit` seconds."""
+class LivenessMonitor:
+    """Heartbeats of ranks, and which ranks have given none for `limit` seconds."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._last: dict[int, tuple[str, float]] = {}
 
-    def quiet(self, beats: Reports) -> list[int]:
-        """Those that have beaten before, but not lately."""
+    def overdue(self, heartbeats: Texts) -> list[int]:
+        """The ranks whose last heartbeat is too old."""
         now = time.monotonic()
-        for rank, beat in beats.items():
-            if self._last.get(rank, ("", 0.0))[0] != beat:
-                self._last[rank] = beat, now
-        return [rank for rank in beats if now - self._last[rank][1] > self.limit]
+        for rank, heartbeat in heartbeats.items():
+            if self._last.get(rank, ("", 0.0))[0] != heartbeat:
+                self._last[rank] = heartbeat, now
+        return [rank for rank in heartbeats if now - self._last[rank][1] > self.limit]
 
-    def doing(self, rank: int) -> str:
-        """What a rank last said it does."""
-        return _doing(self._last.get(rank, ("", 0.0))[0])
+    def status(self, rank: int) -> str:
+        """What a rank was doing at its last heartbeat."""
+        return _read_status(self._last.get(rank, ("", 0.0))[0])
 
 
-def _doing(beat: str | None) -> str:
-    return (beat or "").partition(" ")[2] or "never heard of"
+def _read_status(heartbeat: str | None) -> str:
+    return (heartbeat or "").partition(" ")[2] or "no heartbeat yet"

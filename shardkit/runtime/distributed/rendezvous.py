@@ -1,4 +1,4 @@
-"""The rendezvous store that torch's environment variables name, each answer with a deadline."""
+"""The rendezvous store that torch's environment variables name, with a deadline for each answer."""
 
 import contextlib
 import os
@@ -12,45 +12,49 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from shardkit.errors import RanksLost
-from shardkit.runtime.distributed.diagnosis import brief
+from shardkit.errors import RanksError, RanksLost
+from shardkit.runtime.distributed.diagnosis import first_sentence
 
-PREFIX = "shardkit/"  # and how often torchrun has started these ranks anew
-RETRY = 0.1  # seconds between two tries to reach the store
+PREFIX = "shardkit/"  # and how often torchrun has restarted these ranks
+RETRY = 0.1  # seconds between two attempts to reach the store
 T = TypeVar("T")
 
 
 class RankStore:
-    """Keys and texts that every rank sees.  Raises RanksLost once the store does not answer.
+    """Keys and texts that every rank can read. Raises RanksLost once the store does not answer.
 
-    torch's own client waits for ever on a store whose process is stopped; so it is used in a
-    thread, which is left behind then.
+    torch's own client waits forever for a store whose process is stopped; so it runs in a thread,
+    which is then abandoned.
     """
 
     def __init__(self, rank: int, join: float, patience: float) -> None:
-        """Reach it within `join` seconds; each later answer has `patience` seconds."""
+        """Reach it within `join` seconds; each later answer may take `patience` seconds."""
         self.patience = patience
-        self.here = rank == 0 and not _kept_by_agent()
-        self.keeper = "the process that started the ranks" if _kept_by_agent() else "rank 0"
-        self._asked: queue.SimpleQueue[tuple[Callable[[], Any], Reply] | None] = queue.SimpleQueue()
+        self.is_host = rank == 0 and not _is_agent_store()
+        self.host_description = (
+            "the process that started the ranks" if _is_agent_store() else "rank 0"
+        )
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Reply] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="shardkit-store", daemon=True)
         self._thread.start()
-        self._lost = ""
-        if not self.here and not _reachable(join):
-            raise RanksLost(f"{self.keeper} died or never started: no store there in {join:g} s")
-        self._store = self._do(lambda: connect_store(self.here, join), join)
+        self._failure = ""
+        if not self.is_host and not _wait_for_listener(join):
+            raise RanksLost(
+                f"{self.host_description} died or never started: no store there in {join:g} s"
+            )
+        self._store = self._call(lambda: connect_store(self.is_host, join), join)
 
     def set(self, key: str, text: str) -> None:
         """Set a key."""
-        self._do(lambda: self._store.set(key, text))
+        self._call(lambda: self._store.set(key, text))
 
     def add(self, key: str) -> int:
-        """Count a key up by one, and give the count."""
-        return self._do(lambda: int(self._store.add(key, 1)))
+        """Increment a key's count by one, and return the count."""
+        return self._call(lambda: int(self._store.add(key, 1)))
 
     def read(self, keys: Mapping[int, str]) -> dict[int, str]:
         """The texts of those keys that are set."""
-        return self._do(
+        return self._call(
             lambda: {
                 rank: self._store.get(key).decode()
                 for rank, key in keys.items()
@@ -59,31 +63,35 @@ class RankStore:
         )
 
     def close(self) -> None:
-        """End the thread, if it answers."""
-        self._asked.put(None)
-        if not self._lost:
+        """End the thread, if it still answers."""
+        self._calls.put(None)
+        if not self._failure:
             self._thread.join(1.0)
 
-    def _do(self, act: Callable[[], T], seconds: float | None = None) -> T:
-        if self._lost:
-            raise RanksLost(self._lost)
+    def _call(self, act: Callable[[], T], seconds: float | None = None) -> T:
+        if self._failure:
+            raise RanksLost(self._failure)
         seconds = seconds or self.patience
         reply: Reply = queue.SimpleQueue()
-        self._asked.put((act, reply))
+        self._calls.put((act, reply))
         try:
-            found, error = reply.get(timeout=seconds)
+            value, error = reply.get(timeout=seconds)
         except queue.Empty:
-            self._lost = f"{self.keeper} is stopped: its store does not answer in {seconds:g} s"
-            raise RanksLost(self._lost) from None
+            self._failure = (
+                f"{self.host_description} is stopped: its store does not answer in {seconds:g} s"
+            )
+            raise RanksLost(self._failure) from None
         if error is not None:
-            self._lost = f"{self.keeper} died: its store is gone ({brief(error)})"
-            raise RanksLost(self._lost) from None
-        answer: T = found
-        return answer
+            self._failure = (
+                f"{self.host_description} died: its store is gone ({first_sentence(error)})"
+            )
+            raise RanksLost(self._failure) from None
+        result: T = value
+        return result
 
     def _serve(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            act, reply = asked
+        while (call := self._calls.get()) is not None:
+            act, reply = call
             try:
                 reply.put((act(), None))
             except Exception as error:
@@ -94,7 +102,7 @@ Reply = queue.SimpleQueue[tuple[Any, Exception | None]]
 
 
 def connect_store(host: bool, join: float) -> dist.Store:
-    """A connection to the store of MASTER_ADDR and MASTER_PORT; `host` it here as well."""
+    """A connection to the store at MASTER_ADDR and MASTER_PORT; with `host`, start it here."""
     store = dist.TCPStore(
         *_address(),
         is_master=host,
@@ -105,17 +113,27 @@ def connect_store(host: bool, join: float) -> dist.Store:
     return dist.PrefixStore(PREFIX + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-def beat_key(rank: int) -> str:
-    """Where the signs of life of a rank that `Ranks` started are, for who keeps its store."""
-    return f"{PREFIX}0/beat/{rank}"
+def read_rank() -> tuple[int, int]:
+    """RANK and WORLD_SIZE. Raises RanksError if they are not those of a rank."""
+    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise RanksError(f"RANK={rank} of WORLD_SIZE={size}: no such rank; start them by torchrun")
+    if not os.environ.get("MASTER_PORT", "").isdecimal():
+        raise RanksError("WORLD_SIZE is set, but no MASTER_PORT; start the ranks by torchrun")
+    return int(rank), int(size)
+
+
+def heartbeat_key(rank: int) -> str:
+    """The key of a rank's heartbeats, as the process sees it that hosts the store of its ranks."""
+    return f"{PREFIX}0/heartbeat/{rank}"
 
 
 def _address() -> tuple[str, int]:
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
 
 
-def _reachable(seconds: float) -> bool:
-    """Whether something comes to listen there; torch's client overruns its time, and is loud."""
+def _wait_for_listener(seconds: float) -> bool:
+    """Whether something listens there in time; torch's client overruns its time, and is loud."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection(_address(), timeout=1.0):
@@ -124,6 +142,6 @@ def _reachable(seconds: float) -> bool:
     return False
 
 
-def _kept_by_agent() -> bool:
-    """Whether torchrun, or whoever started the ranks, keeps the store; else rank 0 does."""
+def _is_agent_store() -> bool:
+    """Whether torchrun, or whatever started the ranks, hosts the store; else rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

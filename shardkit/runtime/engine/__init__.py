@@ -1,1 +1,1 @@
-"""TODO."""
+"""The ranks of one model as one engine: rank processes, their worker, and what controls them."""

@@ -1,13 +1,16 @@
-"""Messages between the controlling process and its ranks: a JSON header and named tensors.
+"""Messages between a controller and its ranks: a JSON header and named tensors.
 
-No pickle: a header is JSON and tensors are safetensors bytes, so a message cannot run code.
+No pickle: the header is JSON and the tensors are safetensors bytes, so a message cannot run code.
+On a socket and in a broadcast a message is two sizes (little-endian, 8 bytes each), the header and
+the tensors.
 """
 
 import json
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,36 +24,93 @@ SIZES = struct.Struct("<QQ")
 
 @dataclass(frozen=True)
 class Message:
-    """What is asked or answered: `header` of JSON values, and tensors by name."""
+    """A request or a response: a `header` of JSON values, and tensors by name."""
 
     header: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def send(sock: socket.socket, message: Message) -> None:
-    """Send a message.  Raises OSError if the other side is gone."""
+def load_request(folder: Path, dtype: torch.dtype | None, verify: bool = False) -> Message:
+    """Load each rank's shard of a folder; `dtype` None is the checkpoint's own."""
+    name = "" if dtype is None else str(dtype).removeprefix("torch.")
+    header = {"action": "load", "folder": str(folder.resolve()), "dtype": name, "verify": verify}
+    return Message(header)
+
+
+def forward_request(
+    inputs: Mapping[str, torch.Tensor], options: Mapping[str, object] | None = None
+) -> Message:
+    """Run a forward pass; `options` None means one without a cache."""
+    return Message({"action": "forward", "options": options}, inputs)
+
+
+def generate_request(
+    inputs: Mapping[str, torch.Tensor],
+    options: Mapping[str, object],
+    *,
+    seed: int | None = None,
+    stream: bool = False,
+    with_logits: bool = False,
+) -> Message:
+    """Generate with options of transformers' `generate`; rank 0 sends each token with `stream`."""
+    header = {"action": "generate", "options": options, "seed": seed, "stream": stream}
+    return Message({**header, "with_logits": with_logits}, inputs)
+
+
+def trace_request(inputs: Mapping[str, torch.Tensor], modules: Iterable[str]) -> Message:
+    """Run a forward pass and return what the named modules output, as each rank has it."""
+    return Message({"action": "trace", "modules": list(modules)}, inputs)
+
+
+def encode_message(message: Message) -> tuple[bytes, bytes]:
+    """A message as bytes, to be sent one after the other: sizes and header, then the tensors."""
     header = json.dumps(message.header).encode()
     plain = {name: t.detach().cpu().contiguous() for name, t in message.tensors.items()}
     payload = save_tensors(plain) if plain else b""
-    sock.sendall(SIZES.pack(len(header), len(payload)) + header)
-    sock.sendall(payload)
+    return SIZES.pack(len(header), len(payload)) + header, payload
 
 
-def receive(sock: socket.socket) -> Message | None:
-    """The next message; None when the other side has closed.  Raises OSError or ValueError."""
-    sizes = _exactly(sock, SIZES.size)
+def decode_message(data: bytes) -> Message:
+    """The message of bytes that `encode_message` has made. Raises ValueError for any others."""
+    if len(data) < SIZES.size:
+        raise ValueError(f"message of {len(data)} bytes is cut short")
+    header_size, payload_size = _unpack_sizes(data[: SIZES.size])
+    start = SIZES.size + header_size
+    if len(data) != start + payload_size:
+        raise ValueError(f"message of {len(data)} bytes, but {start + payload_size} are declared")
+    return _parse(data[SIZES.size : start], data[start:])
+
+
+def send_message(sock: socket.socket, message: Message) -> None:
+    """Send a message. Raises OSError if the other side is gone."""
+    for part in encode_message(message):
+        sock.sendall(part)
+
+
+def receive_message(sock: socket.socket) -> Message | None:
+    """The next message; None when the other side has closed. Raises OSError or ValueError."""
+    sizes = _read_exactly(sock, SIZES.size)
     if sizes is None:
         return None
-    header_size, payload_size = SIZES.unpack(sizes)
-    if header_size > MAX_HEADER or payload_size > MAX_TENSORS:
-        raise ValueError(f"message of {header_size} and {payload_size} bytes is too large")
-    header, payload = _exactly(sock, header_size), _exactly(sock, payload_size)
+    header_size, payload_size = _unpack_sizes(sizes)
+    header, payload = _read_exactly(sock, header_size), _read_exactly(sock, payload_size)
     if header is None or payload is None:
         return None
+    return _parse(header, payload)
+
+
+def _unpack_sizes(data: bytes) -> tuple[int, int]:
+    header_size, payload_size = SIZES.unpack(data)
+    if header_size > MAX_HEADER or payload_size > MAX_TENSORS:
+        raise ValueError(f"message of {header_size} and {payload_size} bytes is too large")
+    return header_size, payload_size
+
+
+def _parse(header: bytes, payload: bytes) -> Message:
     return Message(json.loads(header), load_tensors(payload) if payload else {})
 
 
-def _exactly(sock: socket.socket, size: int) -> bytes | None:
+def _read_exactly(sock: socket.socket, size: int) -> bytes | None:
     data = bytearray(size)
     view = memoryview(data)
     while view:

@@ -1,4 +1,4 @@
-"""Starts ranks on this host and drives them: a death, an error or a silence is always reported."""
+"""Starts ranks on this host and controls them; any death, error or silence is reported."""
 
 import json
 import os
@@ -10,63 +10,74 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
-import torch
 import torch.distributed as dist
 
 from shardkit.errors import RanksError
-from shardkit.runtime.distributed.diagnosis import Fault, judged
-from shardkit.runtime.distributed.group import DEFAULT
+from shardkit.runtime.distributed.diagnosis import Fault, combine_faults
 from shardkit.runtime.distributed.liveness import ROLL_CALL
-from shardkit.runtime.distributed.rendezvous import beat_key
-from shardkit.runtime.engine.messages import Message, receive, send
-from shardkit.timeouts import Timeouts
+from shardkit.runtime.distributed.rendezvous import heartbeat_key
+from shardkit.runtime.engine.messages import Message, encode_message, receive_message
+from shardkit.runtime.engine.stop_flag import StopFlag
+from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
-GRACE = 2.0  # seconds the other ranks have to answer once one has failed
+GRACE = 2.0  # seconds that the other ranks have to respond once one has failed
+LOG_BYTES = 4096  # of a rank's output that are searched for its last line
 
-OnToken = Callable[[list[int]], None]
-
-
-Faults = dict[int, Fault]
-Outcome = dict[int, Message | Fault]
+OnTokens = Callable[[list[int]], bool]
+Responses = dict[int, Message | Fault]
 
 
-class Ranks:
-    """`size` rank processes on this host; to be closed, or used in a `with`."""
+class RankProcesses:
+    """Rank processes on this host; close them, or use them in a `with`.
 
-    worker = "shardkit.runtime.engine.worker"  # the module each rank runs
+    Args:
+        size: How many to start.
+        device: "cpu" or "cuda"; None means the GPUs, if there are any.
+        timeouts: How long to wait for them.
 
-    def __init__(self, size: int, device: str | None = None, timeouts: Timeouts = DEFAULT) -> None:
-        """Start them and wait until all have joined.  Raises RanksError."""
+    Raises:
+        RanksError: A rank does not start or join; the message names it.
+    """
+
+    worker = "shardkit.runtime.engine.worker"  # the module that each rank runs
+
+    def __init__(
+        self, size: int, device: str | None = None, timeouts: Timeouts = DEFAULT_TIMEOUTS
+    ) -> None:
         self.size = size
         self.timeouts = timeouts
         self._turn = threading.RLock()  # requests of several threads go one after another
         self._store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False,
+            "127.0.0.1",
+            0,
+            is_master=True,
+            wait_for_workers=False,
             timeout=timedelta(seconds=timeouts.join),
-        )  # fmt: skip
+        )
+        self._stop_flag = StopFlag.create()
         self._logs: list[IO[bytes]] = []
         self._socks: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(size):
                 self._start(rank, device)
-            outcome: Outcome = {}
-            # Loading Python's libraries is loading; then ranks miss one that does not join.
-            self._collect(timeouts.load + timeouts.join, outcome)
-            if faults := faults_of(outcome):
-                raise judged(faults, size)
+            responses: Responses = {}
+            # Python's libraries are loaded first; only then do ranks miss one that does not join.
+            self._collect(timeouts.load + timeouts.join, responses)
+            if faults := select_faults(responses):
+                raise combine_faults(faults, size)
         except BaseException:
             self.kill()
             self.close()
             raise
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> "RankProcesses":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,37 +88,42 @@ class Ranks:
         """The process id of each rank; none once they have stopped."""
         return [process.pid for process in self._processes]
 
-    def ask(
-        self,
-        do: str,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        on_token: OnToken | None = None,
-        **header: object,
-    ) -> list[Message]:
-        """Have every rank do something; their answers by rank.
+    def request(self, request: Message, on_tokens: OnTokens | None = None) -> list[Message]:
+        """Have every rank handle a request.
 
-        Raises RanksError, naming the rank and the cause, for an error, a death or a silence; unless
-        every rank answered, all of them are then stopped.
+        Args:
+            request: What to do.
+            on_tokens: Receives the token ids of each step of a streamed generate. Once it returns
+                False, every rank stops after the same step, one or two steps later.
+
+        Returns:
+            The responses, by rank.
+
+        Raises:
+            RanksError: A rank failed, died or did not respond; the message names it. Unless every
+                rank responded, all of them are stopped.
         """
-        message = Message({"do": do, **header}, tensors or {})
-        limit = self.timeouts.load if do == "load" else self.timeouts.request
+        parts = encode_message(request)
+        limit = self.timeouts.load if request.header["action"] == "load" else self.timeouts.request
         with self._turn:
             if not self._processes:
                 raise RanksError("the ranks have stopped; launch them again")
-            outcome: Outcome = {}
+            self._stop_flag.clear()
+            responses: Responses = {}
             try:
-                self._send(message, outcome)
-                self._collect(limit, outcome, on_token)
+                self._send(parts, responses)
+                self._collect(limit, responses, on_tokens)
             finally:
-                if len(outcome) < self.size or any(f.lost for f in faults_of(outcome).values()):
-                    self.kill()  # the next answers would not be the next question's
+                faults = select_faults(responses)
+                if len(responses) < self.size or any(fault.lost for fault in faults.values()):
+                    self.kill()  # the next responses would not be to the next request
                     self.close()
-        if faults := faults_of(outcome):
-            raise judged(faults, self.size)
-        return [found for _, found in sorted(outcome.items()) if isinstance(found, Message)]
+        if faults:
+            raise combine_faults(faults, self.size)
+        return [r for _, r in sorted(responses.items()) if isinstance(r, Message)]
 
     def kill(self) -> None:
-        """End every rank at once, a request included that another thread is waiting for."""
+        """End every rank at once, even while another thread waits for a response."""
         for process in self._processes:
             process.kill()
 
@@ -133,135 +149,142 @@ class Ranks:
                 process.wait()
         for log in self._logs:
             log.close()
+        self._stop_flag.close()
         self._socks, self._processes, self._logs = [], [], []
 
     def _start(self, rank: int, device: str | None) -> None:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(self.timeouts.collective)  # a rank may stop in the middle of a message
+        sock, rank_sock = socket.socketpair()
+        sock.settimeout(self.timeouts.collective)  # a rank may stop in the middle of a message
         log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the ranks)
         self._logs.append(log)
-        self._socks.append(ours)
-        with theirs:
+        self._socks.append(sock)
+        with rank_sock:
+            start = self._start_arguments(rank, rank_sock.fileno(), device)
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", self.worker, self._place(rank, theirs.fileno(), device)],
-                    pass_fds=[theirs.fileno()],
+                    [sys.executable, "-m", self.worker, json.dumps(start)],
+                    pass_fds=[rank_sock.fileno(), self._stop_flag.fd],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     env=self._environment(),
-                    process_group=0,  # a Ctrl-C goes to the controlling process alone
+                    process_group=0,  # Ctrl-C goes to the controlling process alone
                 )
             )
 
-    def _place(self, rank: int, fd: int, device: str | None) -> str:
-        """What a rank is told as it starts, as `worker.main` reads it."""
-        environment: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank}
+    def _start_arguments(self, rank: int, fd: int, device: str | None) -> dict[str, object]:
+        """What a rank needs to start, as `worker.main` reads it."""
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         if self.size > 1:
-            port = self._store.port
             environment |= {
-                "WORLD_SIZE": self.size,
+                "WORLD_SIZE": str(self.size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(self._store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process hosts the store
             }
-            environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}  # it is kept here
-        return json.dumps({
-            "socket": fd, "device": device, "timeouts": asdict(self.timeouts),
+        return {
+            "socket": fd,
+            "stop_flag": self._stop_flag.fd,
+            "device": device,
+            "timeouts": asdict(self.timeouts),
             "parent": os.getpid(),
-            "signalled": threading.current_thread() is threading.main_thread(),
-            "environment": {name: str(value) for name, value in environment.items()},
-        })  # fmt: skip
+            "from_main_thread": threading.current_thread() is threading.main_thread(),
+            "environment": environment,
+        }
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.size)
         path = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        given = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
-        return given | {"PYTHONPATH": os.pathsep.join(path)}
+        defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
-    def _send(self, message: Message, outcome: Outcome) -> None:
+    def _send(self, parts: Iterable[bytes], responses: Responses) -> None:
         for rank, sock in enumerate(self._socks):
             try:
-                send(sock, message)
+                for part in parts:
+                    sock.sendall(part)
             except OSError:
-                outcome[rank] = self._death(rank)
+                responses[rank] = self._explain_death(rank)
 
-    def _collect(self, limit: float, outcome: Outcome, on_token: OnToken | None = None) -> None:
-        """Add every rank's answer or fault, those within `limit` seconds or of the last token.
+    def _collect(
+        self, limit: float, responses: Responses, on_tokens: OnTokens | None = None
+    ) -> None:
+        """Add every rank's response or fault; `limit` is the seconds for one, or since a token.
 
-        Once one fails, the others have a moment to say why, too.
+        Once one rank fails, the others have a moment to report why, too.
         """
         deadline = time.monotonic() + limit
         with selectors.DefaultSelector() as selector:
             for rank, sock in enumerate(self._socks):
-                if rank not in outcome:
+                if rank not in responses:
                     selector.register(sock, selectors.EVENT_READ, rank)
             while selector.get_map():
-                if faults_of(outcome):
+                if select_faults(responses):
                     deadline = min(deadline, time.monotonic() + GRACE)
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     break
                 for rank in [key.data for key, _ in ready]:
-                    found = self._take(rank)
-                    if not isinstance(found, list):
+                    response = self._receive(rank)
+                    if not isinstance(response, list):
                         selector.unregister(self._socks[rank])
-                        outcome[rank] = found
+                        responses[rank] = response
                         continue
                     deadline = time.monotonic() + limit
-                    if on_token:
-                        on_token(found)
-        if not faults_of(outcome):
-            outcome |= self._silence([r for r in range(self.size) if r not in outcome], limit)
+                    if on_tokens and not on_tokens(response):
+                        self._stop_flag.request()
+        if not select_faults(responses):
+            missing = [rank for rank in range(self.size) if rank not in responses]
+            responses |= self._explain_silence(missing, limit)
 
-    def _take(self, rank: int) -> Message | Fault | list[int]:
-        """What a rank has sent: its answer, why it has none, or the token ids of a step."""
+    def _receive(self, rank: int) -> Message | Fault | list[int]:
+        """What a rank has sent: its response, why it has none, or the token ids of a step."""
         try:
-            message = receive(self._socks[rank])
+            message = receive_message(self._socks[rank])
         except (OSError, ValueError):
             message = None
         if message is None:
-            return self._death(rank)
-        if "token" in message.header:
-            return list(message.header["token"])
+            return self._explain_death(rank)
+        if "tokens" in message.header:
+            return list(message.header["tokens"])
         if "error" in message.header:
             return Fault(message.header["error"], message.header["lost"])
         return message
 
-    def _silence(self, ranks: list[int], limit: float) -> Faults:
-        """Ranks that do not answer in time: those that give no sign of life, if there are such."""
+    def _explain_silence(self, ranks: list[int], limit: float) -> dict[int, Fault]:
+        """Faults of ranks that do not respond in time: of those without a heartbeat, if any."""
         if not ranks:
             return {}
-        before = self._beats(ranks)
+        before = self._read_heartbeats(ranks)
         time.sleep(ROLL_CALL)
-        now = self._beats(ranks)
+        now = self._read_heartbeats(ranks)
         stopped = [rank for rank in ranks if now.get(rank) == before.get(rank) is not None]
-        how = "died or is stopped: no sign of life, and" if stopped else "is running, but"
+        state = "died or is stopped: no sign of life, and" if stopped else "is running, but"
         return {
-            rank: Fault(f"rank {rank} {how} did not answer within {limit:g} s")
+            rank: Fault(f"rank {rank} {state} did not answer within {limit:g} s")
             for rank in stopped or ranks
         }
 
-    def _beats(self, ranks: list[int]) -> dict[int, bytes]:
-        """The last sign of life of those ranks that have given one."""
+    def _read_heartbeats(self, ranks: list[int]) -> dict[int, bytes]:
+        """The last heartbeat of those ranks that have given one."""
         return {
             rank: self._store.get(key)
             for rank in ranks
-            if self._store.check([key := beat_key(rank)])
+            if self._store.check([key := heartbeat_key(rank)])
         }
 
-    def _death(self, rank: int) -> Fault:
-        """What became of a rank that closed its connection."""
-        process = self._processes[rank]
+    def _explain_death(self, rank: int) -> Fault:
+        """Why a rank closed its connection."""
         try:
-            code = process.wait(GRACE)
+            code = self._processes[rank].wait(GRACE)
         except subprocess.TimeoutExpired:
             return Fault(f"rank {rank} does not answer any more")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         self._logs[rank].seek(0)
-        lines = self._logs[rank].read()[-4096:].decode(errors="replace").strip().splitlines()
-        return Fault(f"rank {rank} {how}" + (f": {lines[-1]}" if lines else ""), ended=True)
+        lines = self._logs[rank].read()[-LOG_BYTES:].decode(errors="replace").strip().splitlines()
+        return Fault(f"rank {rank} {end}" + (f": {lines[-1]}" if lines else ""), ended=True)
 
 
-def faults_of(outcome: Outcome) -> Faults:
-    """Those ranks that gave no answer, and why."""
-    return {rank: found for rank, found in outcome.items() if isinstance(found, Fault)}
+def select_faults(responses: Responses) -> dict[int, Fault]:
+    """The ranks that gave no result, and why."""
+    return {rank: fault for rank, fault in responses.items() if isinstance(fault, Fault)}

@@ -48,7 +48,7 @@ class RowParallelSubclass(nn.Linear):
     """
 
     group: TensorParallelGroup
-    summed_bias: torch.Tensor | None = None
+    summed_bias: torch.Tensor | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., rank's in]` to `[..., out]`, the same on every rank."""
@@ -60,7 +60,7 @@ class RowParallelSubclass(nn.Linear):
         bias = self._parameters.get("bias")
         if bias is not None:
             self._parameters["bias"] = None
-            self.register_buffer("summed_bias", bias.detach(), persistent=False)
+            self.summed_bias = bias.detach()
 
 
 def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
@@ -71,6 +71,7 @@ def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
         convert_class(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
         convert_class(module, mix_class(RowParallelSubclass, type(module)), group=group)
+        module.register_buffer("summed_bias", None, persistent=False)
     else:
         module.register_forward_hook(_make_sum_hook(group))
 
