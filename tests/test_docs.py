@@ -69,7 +69,7 @@ OLD_WORDS = (  # of a dialect that nobody else speaks, and what a plain sentence
 
 
 def find_block(text: str, language: str) -> str:
-    return next(block for name, block in FENCE.findall(text) if name == language)
+    return next(fence[2] for fence in FENCE.finditer(text) if fence[1] == language)
 
 
 def list_programs(text: str) -> Iterator[str]:

@@ -11,7 +11,8 @@ import pytest
 
 from shardkit.cli.demo import make_decoder
 from tests.helpers.command_line import environment
-from tests.write_map import PACKAGE, PAGE, read_summary, render_page
+from tests.test_imports import PACKAGE
+from tests.write_map import PAGE, read_summary, render_page
 
 TEXT = PAGE.read_text()
 STOP = re.compile(r"^\d+\. `([\w.]+)` ", re.MULTILINE)
