@@ -73,8 +73,7 @@ OLD_WORDS = (  # of a dialect that nobody else speaks, and what a plain sentence
 
 
 def find_block(text: str, language: str) -> str:
-    blocks: list[tuple[str, str]] = FENCE.findall(text)
-    return next(block for name, block in blocks if name == language)
+    return next(fence[2] for fence in FENCE.finditer(text) if fence[1] == language)
 
 
 def list_programs(text: str) -> Iterator[str]:

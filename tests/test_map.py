@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.authoring.samples import list_samples, make_sample
+from shardkit.cli.demo import make_decoder
 from tests.helpers.command_line import environment
 from tests.test_imports import PACKAGE
 from tests.write_map import PAGE, read_summary, render_page
@@ -70,11 +70,10 @@ def module_path(words: list[str]) -> Path:
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What a split, and a load of its one rank, really call."""
     folder = tmp_path_factory.mktemp("walks")
-    (sample,) = (sample for sample in list_samples() if sample.group == "demo")
-    make_sample(sample, folder / "source")
+    source = make_decoder(folder / "source")
     program = [sys.executable, "-m", "tests.helpers.call_order"]
     done = subprocess.run(
-        [*program, str(folder / "source"), str(folder / "shards")],
+        [*program, str(source), str(folder / "shards")],
         cwd=PACKAGE.parent,
         env=environment(),
         capture_output=True,

@@ -1,6 +1,7 @@
 """The example client runs, and its types are right for a user who checks them strictly."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import shardkit
-from shardkit.authoring.samples import list_samples, make_sample
+from shardkit.cli.demo import make_decoder
 from tests.helpers.command_line import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,10 +25,9 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights from a seed, and a tokenizer of one word for each token."""
-    folder = tmp_path_factory.mktemp("client") / "source"
-    (sample,) = (sample for sample in list_samples() if sample.group == "demo")
-    make_sample(sample, folder)
-    words = {f"w{index}": index for index in range(int(sample.config["vocab_size"]))}
+    folder = make_decoder(tmp_path_factory.mktemp("client") / "source")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = {f"w{index}": index for index in range(vocabulary)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
