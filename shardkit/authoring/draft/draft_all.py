@@ -33,6 +33,7 @@ TASKS = (
     "TEXT_TO_WAVEFORM",
 )
 START_SECONDS = 600.0  # for a process to import what it needs
+STOP_SECONDS = 10.0  # for an idle process to stop its ranks
 MAX_REASON = 240  # characters
 MACHINE_PATH = re.compile(r"(?<![\w:/.])/(?:[\w.+-]+/)+([\w.+-]+)")
 
@@ -123,7 +124,7 @@ def draft_types(
                 file.write(json.dumps(asdict(record)) + "\n")
             yield record
     finally:
-        process.stop()
+        process.stop(STOP_SECONDS)
 
 
 class _DraftProcess:
@@ -151,12 +152,15 @@ class _DraftProcess:
         spent = round(time.monotonic() - started, 1)
         return _make_record(model_type, spent, stage=stage, reason=reason)
 
-    def stop(self) -> None:
-        """Kill the process and what it started, if it runs."""
+    def stop(self, grace: float = 0.0) -> None:
+        """End the process and what it started, by force if they are not gone in `grace` seconds."""
         if self._connection is None:
             return
         self._connection.close()
         self._connection = None
+        self._process.join(grace)
+        if not self._process.is_alive():
+            return
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -184,6 +188,7 @@ def _serve_drafts(connection: Connection) -> None:
     """Draft each model type that comes through a connection, until it is closed."""
     os.setsid()  # so that it can be killed together with its ranks
     os.dup2(2, 1)  # what models print is not a result
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     from shardkit.authoring.rank_pool import RankPool
 
