@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             (folder / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / part, folder / "source" / part)
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     run_checked(*PIP, "wheel", folder / "source", *options, folder=folder)
     (built,) = folder.glob("*.whl")
     return built
