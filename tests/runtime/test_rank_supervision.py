@@ -55,7 +55,7 @@ class Command:
         """The process ids of the ranks, once all of them run."""
         end = time.monotonic() + 240
         while time.monotonic() < end:
-            found = [pid for pid in sorted(marked(self.mark)) if b"runtime.worker" in words(pid)]
+            found = [pid for pid in sorted(marked(self.mark)) if b"engine.worker" in words(pid)]
             if len(found) == size:
                 self.startup = time.monotonic() - self.began
                 return sorted(found, key=rank_of)
