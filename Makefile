@@ -2,28 +2,34 @@
 # PYTHON is any Python from 3.11; packages go into .venv, pinned by .ci/constraints.txt.
 
 PYTHON ?= python3
+CORE_HOURS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint slow sweep bench clean
+.PHONY: demo test lint suite slow sweep fuzz bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/shardkit demo
 
-test: lint
-	.ci/offline $(BIN)/python -m pytest
+test: lint suite
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+suite: $(VENV)/dev
+	.ci/offline $(BIN)/python -m pytest
+
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --ignore tests/authoring/test_proof.py
 
 sweep: $(VENV)/dev
 	$(BIN)/shardkit recipes check --all --write
+
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

@@ -50,7 +50,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(sample.name, tp_size, marks=marks, id=f"{sample.name}-tp{tp_size}")
 
 
-@pytest.mark.parametrize(("name", "tp_size"), cases())
+@pytest.mark.parametrize(("name", "tp_size"), list(cases()))
 def test_a_recipe_is_proven_on_its_sample(
     name: str, tp_size: int, pool: RankPool, source: SampleFolder, tmp_path: Path
 ) -> None:

@@ -47,13 +47,15 @@ class Zygote:
         )  # fmt: skip
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
         self.ended: dict[int, dict[str, Any]] = {}
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
         assert "ready" in self.said.get(timeout=120)
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.put(json.loads(line))
+        with self.process.stdout as lines:
+            for line in lines:
+                self.said.put(json.loads(line))
 
     def fork(self, call: str, arguments: object, extra: Mapping[str, str], log: Path) -> int:
         """Start a rank; its pid."""
@@ -81,6 +83,7 @@ class Zygote:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)
+        self.listener.join(30)
 
 
 def run_ranks(

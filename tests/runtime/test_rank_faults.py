@@ -215,7 +215,7 @@ def table() -> Iterator[Any]:
             yield pytest.param(name, world, marks=marks, id=f"{name}-{world}")
 
 
-@pytest.mark.parametrize(("name", "world"), table())
+@pytest.mark.parametrize(("name", "world"), list(table()))
 def test_a_faulty_rank_is_named_by_every_other(
     name: str, world: int, zygote: Zygote, splits: dict[int, Path], tmp_path: Path
 ) -> None:

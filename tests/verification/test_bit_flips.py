@@ -166,7 +166,7 @@ def test_damage_in_two_tensors_is_told_as_where_it_begins(small: Split) -> None:
         check_data(small, 0, first, thorough=True)
         (fault,) = check_files(small.folder, quiet).faults
     held = len(small.manifest.ranks[0].pieces)
-    assert f"the 0 tensors before it are whole, the {held - 1} after it not judged" in fault
+    assert f"the 0 tensors before it are intact, the {held - 1} after it were not checked" in fault
 
 
 def test_damage_is_found_in_every_file_that_has_it(large: Split) -> None:

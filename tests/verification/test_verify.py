@@ -92,12 +92,12 @@ def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
 
 ROW_BIAS_ON_EVERY_RANK = """
 import torch.nn.functional as F
-from shardkit.runtime import layers
+from shardkit.runtime.layers import linear
 
 def forward(self, x):
     return self.group.all_reduce(F.linear(x, self.weight, self.bias))
 
-layers.RowParallelLinear.forward = forward
+linear.RowParallelLinear.forward = forward
 """
 
 
