@@ -50,7 +50,7 @@ def run_all_drafts(
     """Draft every generative model type that has no record yet, and write the page of all.
 
     Args:
-        out: The file of records, with the page beside it; by default those of the checkout.
+        out: The file of records, with the page next to it; by default those of the checkout.
         limit: How many types to draft at most in this run.
         seconds_per_type: A type that takes longer has failed.
         show: Whether to print a line for each type.

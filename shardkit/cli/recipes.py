@@ -131,7 +131,7 @@ def check(
 @click.option(
     "--out", type=FOLDER, metavar="FILE",
     help="Write the recipe to this new file instead of stdout. With --all: the file of results,"
-    " JSON lines, with a page beside it (default: recipes/proofs of the checkout).",
+    " JSON lines, with a page next to it (default: recipes/proofs of the checkout).",
 )  # fmt: skip
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N",

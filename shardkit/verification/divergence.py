@@ -12,7 +12,7 @@ from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
 from shardkit.shards.manifest import Manifest
 from shardkit.verification.models import ReferenceModel, ShardedModel
-from shardkit.verification.tolerance import compare
+from shardkit.verification.tolerance import compare_outputs
 
 MAX_LISTED = 6
 NO_MODULE = "no single module diverges: the error grows too fast over all of them"
@@ -41,7 +41,7 @@ def describe_divergence(
             parts = [_select_part(t[name], outputs[name], spans) for t in (rounded, expected)]
             if parts[0] is None or parts[1] is None:
                 continue
-            result = compare(outputs[name], parts[0], parts[1], outputs[name].dtype)
+            result = compare_outputs(outputs[name], parts[0], parts[1], outputs[name].dtype)
             if not result.ok:
                 return (
                     f"first diverging module: {name}, on rank {tp_rank}: error"

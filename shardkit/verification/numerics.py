@@ -14,7 +14,7 @@ from shardkit.verification.models import ReferenceModel, ShardedModel
 from shardkit.verification.report import Check, Verdict
 from shardkit.verification.tolerance import (
     Comparison,
-    compare,
+    compare_outputs,
     kl_divergence,
     top1_agreement,
     worst_output,
@@ -142,7 +142,7 @@ class _Models:
         equal = _count_equal(chosen[0], chosen[1]), _count_equal(chosen[2], chosen[1])
         stop = min(*equal, steps - 1) + 1
         logits = [_logits_of(g)[row, :stop] for g in (sharded, unsharded, reference)]
-        return compare(logits[0], logits[1], logits[2], self.dtype)
+        return compare_outputs(logits[0], logits[1], logits[2], self.dtype)
 
 
 def _logits_of(generation: Generation) -> torch.Tensor:

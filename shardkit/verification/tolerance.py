@@ -55,7 +55,7 @@ def measure_error(values: torch.Tensor, reference: torch.Tensor) -> Error:
     return Error(float(difference.max()), float(difference.square().mean().sqrt()))
 
 
-def compare(
+def compare_outputs(
     sharded: torch.Tensor,
     unsharded: torch.Tensor,
     reference: torch.Tensor,
@@ -100,7 +100,7 @@ def worst_output(
         default=0.0,
     )
     comparisons = {
-        name: compare(
+        name: compare_outputs(
             sharded[name],
             unsharded[name],
             values,

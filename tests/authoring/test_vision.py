@@ -16,7 +16,7 @@ from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.verification.dummy_inputs import make_inputs
-from shardkit.verification.tolerance import compare, worst_output
+from shardkit.verification.tolerance import compare_outputs, worst_output
 from tests.helpers.model_samples import make
 from tests.helpers.synthetic_checkpoints import specs_of
 
@@ -128,7 +128,7 @@ def test_few_values_that_are_exact_by_chance_are_allowed_the_others_rounding() -
     truth = {"embeds": torch.linspace(-1, 1, 64), "score": torch.ones(1)}
     own = {**truth, "embeds": truth["embeds"] * (1 + 1e-5)}
     ours = {**own, "score": torch.full((1,), 1 + 1e-5)}
-    assert not compare(ours["score"], own["score"], truth["score"], torch.float32).ok
+    assert not compare_outputs(ours["score"], own["score"], truth["score"], torch.float32).ok
     assert worst_output(ours, own, truth, torch.float32)[1].ok
     ours["score"] += 1e-3
     assert worst_output(ours, own, truth, torch.float32)[0] == "score"
