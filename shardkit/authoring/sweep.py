@@ -1,6 +1,6 @@
 """Proves recipes on all of their samples, runs mutants of each, and stores the results.
 
-The results are published in `recipes/proofs/results.json`, and the page made of them beside it.
+The results are published in `recipes/proofs/results.json`, and the page made of them next to it.
 """
 
 import hashlib

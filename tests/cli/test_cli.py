@@ -68,7 +68,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
         env=environment(),
         check=True,
     )
-    assert done.stderr == "['shardkit.cli', 'shardkit.cli.output', 'shardkit.errors']\n"
+    assert done.stderr == "['shardkit.cli', 'shardkit.errors', 'shardkit.strict_json']\n"
     for name, entry in COMMANDS.items():
         assert any(line.split() == [name, *entry.help.split()] for line in done.stdout.splitlines())
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_no_recipe_serves_can_be_inspected(tmp_path: Path) -> 
     folder = small_checkpoint(tmp_path / "model", {"model_type": "unheard_of"})
     found = json.loads(run("inspect", folder, "--json").stdout)
     assert (found["recipe"], found["possible_tp"]) == (None, None)
-    assert "no recipe serves it" in found["reason"]
+    assert "no recipe for it" in found["reason"]
     assert "Recipe    none: model_type 'unheard_of'" in run("inspect", folder).stdout
 
 

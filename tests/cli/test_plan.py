@@ -55,8 +55,8 @@ def run_plan(folder: Path, tp_size: int, *more: str) -> Any:
     return json.loads(result.stdout)
 
 
-def fate_of(planned: dict[str, Any], module: str) -> str:
-    return next(str(g["fate"]) for g in planned["groups"] if f".{module}." in g["tensors"])
+def treatment_of(planned: dict[str, Any], module: str) -> str:
+    return next(str(g["treatment"]) for g in planned["groups"] if f".{module}." in g["tensors"])
 
 
 def test_the_folder_has_the_bytes_the_index_states(model: Path) -> None:
@@ -83,7 +83,7 @@ def test_bytes_of_all_ranks_are_the_total_and_what_is_replicated(
     headers = [read_header(path) for path in model.glob("*.safetensors")]
     assert planned["bytes"] == sum(e.stop - e.start for h in headers for e in h.entries)
     copies = {"replicated": TP - 1, "split": 0, "rank 0 only": 0}
-    again = [copies[group["fate"]] * group["rank_bytes"][0] for group in planned["groups"]]
+    again = [copies[group["treatment"]] * group["rank_bytes"][0] for group in planned["groups"]]
     assert planned["replicated_bytes"] == sum(again)
 
 
@@ -98,7 +98,7 @@ def test_ranks_hold_what_their_local_shapes_say(planned: dict[str, Any]) -> None
     for tp_rank, rank in enumerate(planned["ranks"]):
         assert rank["bytes"] == sum(group["rank_bytes"][tp_rank] for group in planned["groups"])
     for group in planned["groups"]:
-        if group["fate"] == "split":
+        if group["treatment"] == "split":
             along = [shape[group["dim"]] for shape in group["local_shapes"]]
             assert sum(along) == group["shape"][group["dim"]]
 
@@ -163,7 +163,7 @@ def test_replicated_kv_heads_are_stored_and_cached_by_every_rank_that_uses_them(
     tmp_path: Path,
 ) -> None:
     folder = small_checkpoint(tmp_path / "model")
-    fates = {tp: fate_of(run_plan(folder, tp), "k_proj") for tp in (2, 4)}
+    fates = {tp: treatment_of(run_plan(folder, tp), "k_proj") for tp in (2, 4)}
     assert fates == {2: "split", 4: "kv-replicated"}
     # 2 kv heads, but one on each of 4 ranks: 2 (k and v) * 2 layers * 4 wide * 4 bytes, 4 times.
     cache = run_plan(folder, 4)["kv_cache"]
@@ -174,7 +174,7 @@ def test_replicated_kv_heads_are_stored_and_cached_by_every_rank_that_uses_them(
 def test_kv_heads_are_expanded_where_ranks_would_share_them_unevenly(tmp_path: Path) -> None:
     config = {"num_attention_heads": 16, "num_key_value_heads": 8}
     planned = run_plan(small_checkpoint(tmp_path / "model", config), 3)
-    assert fate_of(planned, "k_proj") == "kv-expanded"
+    assert treatment_of(planned, "k_proj") == "kv-expanded"
     assert planned["kv_cache"]["kv_heads_by_rank"] == [6, 5, 5]
     assert planned["kv_cache"]["head_dim"] == 1
 
@@ -183,7 +183,7 @@ def test_what_the_config_does_not_tell_is_unknown_and_not_guessed(tmp_path: Path
     folder = small_checkpoint(tmp_path / "model", {"num_hidden_layers": None})
     cache = run_plan(folder, 2)["kv_cache"]
     assert cache["bytes_per_token"] is None
-    assert cache["reason"] == "unknown: config.json does not tell the number of layers"
+    assert cache["reason"] == "unknown: config.json does not state the number of layers"
 
 
 def test_one_rank_needs_no_collectives(tmp_path: Path) -> None:
