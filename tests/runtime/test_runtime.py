@@ -195,7 +195,9 @@ def test_swapped_shards_are_refused(shards: Path) -> None:
 def test_a_changed_config_is_refused(shards: Path) -> None:
     config = shards / "config.json"
     config.write_text(config.read_text().replace('_heads": 8', '_heads": 4'))
-    with pytest.raises(RanksError, match=r"config.json: not the file that was split"):
+    with pytest.raises(
+        RanksError, match=r"config.json: not the file that was copied from the source"
+    ):
         runtime.launch(shards)
 
 
