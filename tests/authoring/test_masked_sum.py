@@ -41,7 +41,7 @@ FAULTS: dict[str, tuple[str, *tuple[tuple[str, str], ...]]] = {
     "k and v before q": ("phi3", (QKV, "kv_heads + kv_heads + heads")),
     "w2 cut unlike w1 and w3": ("mixtral", ('w2" = "ffn"', 'w2" = "2 any"'), ANY),
     "kv heads dealt without their q": ("llama-9-heads-3-kv", (', shared_by = "heads"', "")),
-    "position biases cut by buckets": ("t5", ("in_out", "# in_out")),
+    "position biases cut by buckets": ("t5", ("fan_in_fan_out", "# fan_in_fan_out")),
 }
 
 # transformers' name of a style, and ours for it.  What its plans leave whole is left out.

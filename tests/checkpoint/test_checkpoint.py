@@ -456,7 +456,7 @@ def test_a_file_is_no_source_and_its_folder_is_named_as_the_way_out(tmp_path: Pa
 def test_a_source_that_is_neither_a_folder_nor_a_hub_id_is_refused(source: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(source)
-    check_error(caught.value, "no such folder", "organisation/name")
+    check_error(caught.value, "no such folder", "org/name")
 
 
 def test_a_real_lfs_pointer_in_place_of_the_weights_is_named_as_one(tmp_path: Path) -> None:

@@ -168,12 +168,12 @@ def change_manifest(data: bytes, rng: Random) -> bytes:
         return text
     try:
         table = json.loads(text)
-        layout = [1, table["tp_size"], table["source"]["sample"], table["recipe"]["sha256"]]
-        named = strict_json.encode_canonical([*layout, table["tensors"]])
+        source, recipe = table["source"]["fingerprint"], table["recipe"]["sha256"]
+        named = strict_json.encode_canonical([1, table["mesh"], source, recipe, table["tensors"]])
         table["split_id"] = hashlib.sha256(named).hexdigest()
-        if table.pop("sha256", None) is not None:
-            unsealed = strict_json.encode_canonical(table) + b"\n"
-            table["sha256"] = hashlib.sha256(unsealed).hexdigest()
+        del table["sha256"]
+        unsigned = strict_json.encode_canonical(table) + b"\n"
+        table["sha256"] = hashlib.sha256(unsigned).hexdigest()
         return strict_json.encode_canonical(table) + b"\n"
     except (ValueError, KeyError, TypeError, RecursionError):
         return text
@@ -205,7 +205,7 @@ def move_lines(data: bytes, rng: Random) -> bytes:
 
 RECIPE_WORDS = [
     *WORDS, b'"*"', b'"vocab"', b'"heads + 2"', b'"kv_heads (heads + 2)"', b'"n_head / 4"',
-    b"[units]", b"[column]", b"[row]", b"[local]", b"[counts]", b'"{a,b}.*"', b"{",
+    b"[units]", b"[column]", b"[row]", b"[module_attributes]", b"[counts]", b'"{a,b}.*"', b"{",
     b"1979-05-27", b"0x1f", b'"\\u0085"', b'"\\t"', b'"""', b"'", b"=",
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What must hold of every input of a reader: accepted and read rightly, or refused in one line.
 
-Each check raises AssertionError, or whatever the reader should not have raised.
+Each check says whether the reader accepts an input, and raises AssertionError, or whatever the
+reader should not have raised.
 """
 
 import importlib
@@ -45,7 +46,7 @@ def refused(read: Callable[[], T], *errors: type[Exception]) -> T | None:
         return None
 
 
-def check_header(data: bytes) -> None:
+def check_header(data: bytes) -> bool:
     """Any file that we accept, the safetensors library accepts, and reads identically."""
 
     def read() -> tuple[int, Header]:
@@ -54,7 +55,7 @@ def check_header(data: bytes) -> None:
 
     found = refused(read, JsonError, LayoutError)
     if found is None:
-        return
+        return False
     base, header = found
     _json_of(header.raw)
     whole = data[:base] + SAMPLE[: len(data) - base]
@@ -70,6 +71,7 @@ def check_header(data: bytes) -> None:
     assert at == len(data)
     if b"__metadata__" in header.raw or header.metadata:
         assert header.metadata == _their_metadata(whole)
+    return True
 
 
 def _json_of(data: bytes) -> Any:
@@ -90,11 +92,11 @@ def _their_metadata(whole: bytes) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def check_index(data: bytes) -> None:
+def check_index(data: bytes) -> bool:
     """An index names plain files only, is what json reads, and is written as it was read."""
     index = refused(lambda: parse_index(data, "a.safetensors.index.json"), JsonError)
     if index is None:
-        return
+        return False
     assert index.weight_map == _json_of(data)["weight_map"]
     for name in index.weight_map.values():
         assert os.path.basename(name) == name
@@ -102,13 +104,14 @@ def check_index(data: bytes) -> None:
         assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
     again = encode_index(index, 0)
     assert parse_index(again, index.name) == index
+    return True
 
 
-def check_config(data: bytes) -> None:
+def check_config(data: bytes) -> bool:
     """A config gives every count of a recipe or a refusal, and is what json reads."""
     config = refused(lambda: parse_config(data), JsonError)
     if config is None:
-        return
+        return False
     assert config == _json_of(data)
     json.dumps(config, allow_nan=False)
     for recipe in RECIPES:
@@ -116,13 +119,14 @@ def check_config(data: bytes) -> None:
         counts = refused(lambda r=recipe: resolve_counts(r, config), RecipeError)  # type: ignore[misc]
         assert all(unit.count is None or unit.count > 0 for unit in (units or {}).values())
         assert all(count > 0 for count in (counts or {}).values())
+    return True
 
 
-def check_manifest(data: bytes) -> None:
+def check_manifest(data: bytes) -> bool:
     """A manifest is written as it was read, and its shards make whole tensors again."""
     manifest = refused(lambda: parse_manifest(data), JsonError, LayoutError)
     if manifest is None:
-        return
+        return False
     table = _json_of(data)
     assert data == encode_canonical(table) + b"\n"
     table.pop("sha256")
@@ -142,13 +146,14 @@ def check_manifest(data: bytes) -> None:
     units = [unit for rule in ratios for unit in (rule.unit, rule.per_unit)]
     for unit in (*units, *(rule.unit for rule in again.forward_arguments)):
         refused(partial(again.count_local_units, unit, again.mesh.rank(0)), LayoutError)
+    return True
 
 
-def check_recipe(data: bytes) -> None:
+def check_recipe(data: bytes) -> bool:
     """A recipe places any tensor, or refuses it."""
     recipe = refused(lambda: parse_recipe("fuzzed", data), RecipeError)
     if recipe is None:
-        return
+        return False
     attributes = [attribute.module for attribute in recipe.module_attributes]
     arguments = [argument.module for argument in recipe.forward_arguments]
     for module in attributes + arguments:
@@ -156,26 +161,28 @@ def check_recipe(data: bytes) -> None:
     units = refused(lambda: resolve_units(recipe, CONFIG), RecipeError)
     counts = refused(lambda: resolve_counts(recipe, CONFIG), RecipeError)
     if units is None or counts is None:
-        return
+        return True
     for spec in SPECS:
         placed = refused(partial(place_tensor, spec, recipe, units, counts), RecipeError)
         if placed is not None:
             plan = Plan(Mesh(2), (placed,), units)
             refused(plan.check, LayoutError)
+    return True
 
 
-def check_journal(data: bytes) -> None:
+def check_journal(data: bytes) -> bool:
     """A journal's whole lines say the same when they stand alone, and name files of the stage."""
     assert JOURNAL is not None
     record = refused(lambda: JOURNAL.parse_journal(data), JsonError)
     if record is None:
-        return
+        return False
     whole = data[: record.nbytes]
     assert len(whole) == record.nbytes
     assert whole.count(b"\n") == len(record.entries) + (record.run is not None)
     assert JOURNAL.parse_journal(whole) == record
     for entry in record.entries:
         assert os.path.basename(entry.file) == entry.file
+    return True
 
 
 def _recipe(text: str) -> Recipe:

@@ -14,7 +14,7 @@ SEEDS = Path(__file__).parent / "corpus"
 class Target:
     """A reader.  `share` is its part, in percent, of a run over all of them."""
 
-    check: Callable[[bytes], None]
+    check: Callable[[bytes], bool]
     change: Callable[[bytes, Random], bytes]
     max_len: int
     share: int

@@ -157,10 +157,10 @@ BAD: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: saved({"__metadata__": torch.ones(2)}), ("reserved",),
     ),
     "a name with an escape code": (lambda: saved({"\x1b[31m": torch.ones(2)}), ("unprintable",)),
-    "a sparse tensor": (lambda: saved({"a": torch.eye(3).to_sparse()}), ("'a'", "no plain")),
+    "a sparse tensor": (lambda: saved({"a": torch.eye(3).to_sparse()}), ("'a'", "not a plain")),
     "a quantized tensor": (
         lambda: saved({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}),
-        ("'a'", "no plain"),
+        ("'a'", "not a plain"),
     ),
     "a tensor of no data": (lambda: saved({"a": torch.ones(3, device="meta")}), ("'a'",)),
     "complex numbers of 128 bits": (

@@ -40,13 +40,15 @@ OPENED = {
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
     "shardkit/cli/recipe_draft.py": "makes the drafted recipe, exclusive",
     "shardkit/cli/demo.py": "the demo's own output",
-    "shardkit/runtime/load.py": "a shard that open_shard checked, by pread; its checked configs",
     "shardkit/runtime/config.py": "the config this module has just written",
+    "shardkit/runtime/engine/stop_flag.py": "memory without a name, which the engine has made",
     "shardkit/runtime/engine/engine.py": "the tokenizer, by transformers, without remote code",
     "shardkit/verification/models.py": "the unsharded model, by transformers, its headers checked",
     "shardkit/authoring/masked_sum.py": "a small model that a proof has made",
     "shardkit/authoring/proof.py": "a small model that a proof has made",
     "shardkit/authoring/samples.py": "the bundled samples",
+    "shardkit/authoring/sweep.py": "the recorded results of the recipes' proofs",
+    "shardkit/authoring/draft/draft_all.py": "the record of the drafted types",
 }
 
 
