@@ -52,7 +52,7 @@ class Seed:
     nonfinite: bool = False
 
 
-COLUMN_AND_ROW = {"q": (6, 2), "o": (2, 6)}
+COLUMN_AND_ROW: dict[str, tuple[int, ...]] = {"q": (6, 2), "o": (2, 6)}
 MANIFESTS = {
     "blocks": Seed({"qkv": (30,)}, 4, 2, 2, dtype="U8"),
     "nonfinite": Seed(COLUMN_AND_ROW, 3, 1, 2, nonfinite=True),
