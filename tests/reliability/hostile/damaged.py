@@ -133,6 +133,10 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object
     return lay
 
 
+def _edit_mesh(**sizes: object) -> Callable[[Path], object]:
+    return _edit(lambda table: table["mesh"].update(sizes))
+
+
 def _rewrite(change: Callable[[bytes], bytes], name: str = MANIFEST) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
@@ -167,17 +171,17 @@ SHARDS: dict[str, Damage] = {
     "manifest a list": Damage(_rewrite(lambda data: b"[]"), 3, (MANIFEST,)),
     "manifest extended": Damage(_rewrite(lambda data: data + b"{}"), 3, (MANIFEST,)),
     "manifest with a key twice": Damage(
-        _rewrite(lambda data: b'{"tp_size":2,' + data.lstrip()[1:]), 3, (MANIFEST, "duplicate")
+        _rewrite(lambda data: b'{"format":1,' + data.lstrip()[1:]), 3, (MANIFEST, "duplicate")
     ),
     "manifest with a million lists": Damage(
         _rewrite(lambda data: b"[" + b"[]," * 6_000_000 + b"[]]"), 3, (MANIFEST, "commas")
     ),
     "manifest of a FIFO": Damage(_fifo(MANIFEST), 3, (MANIFEST, "not a regular")),
     "manifest linked out": Damage(_link_out(MANIFEST), 3, (MANIFEST,)),
-    "tp_size 0": Damage(_edit(lambda table: table.update(tp_size=0)), 3, ("tp_size",)),
-    "tp_size 3": Damage(_edit(lambda table: table.update(tp_size=3)), 3, (MANIFEST,)),
-    "tp_size of 10^9": Damage(_edit(lambda table: table.update(tp_size=10**9)), 3, ("tp_size",)),
-    "tp_size a string": Damage(_edit(lambda table: table.update(tp_size="2")), 3, ("tp_size",)),
+    "tp_size 0": Damage(_edit_mesh(tp_size=0), 3, ("tp_size",)),
+    "tp_size 3": Damage(_edit_mesh(tp_size=3), 3, (MANIFEST,)),
+    "tp_size of 10^9": Damage(_edit_mesh(tp_size=10**9), 3, ("tp_size",)),
+    "tp_size a string": Damage(_edit_mesh(tp_size="2"), 3, ("tp_size",)),
     "an unknown key": Damage(_edit(lambda table: table.update(more=1)), 3, ("more",)),
     "no first file": Damage(lambda folder: (folder / RANKS[0]).unlink(), 3, (RANKS[0], "missing")),
     "files swapped": Damage(_swap, 3, ("is the file of rank '1'",)),
