@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 CORE_HOURS ?= 2
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
@@ -20,7 +21,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 suite: $(VENV)/dev
-	.ci/offline $(BIN)/python -m pytest
+	.ci/offline $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --ignore tests/authoring/test_proof.py

@@ -1,12 +1,9 @@
 """The runtime on trained models: under torchrun, and driven from one process."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +16,7 @@ from shardkit.runtime.engine.messages import Message, forward_request
 from shardkit.timeouts import Timeouts
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
-
-PROGRAM = """
-import json, os, pathlib, sys, torch
-from shardkit import runtime
-from shardkit.errors import ShardkitError
-torch.set_num_threads(1)
-try:
-    model = runtime.load(sys.argv[1])
-    ids = model.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0].tolist()
-    torch.manual_seed(int(os.environ["RANK"]))  # ranks must sample alike all the same
-    sampled = model.generate(torch.tensor([[1]]), max_new_tokens=20, do_sample=True)[0].tolist()
-    said, code = {"ids": ids, "sampled": sampled}, 0
-except ShardkitError as error:
-    said, code = {"error": str(error), "code": error.exit_code}, error.exit_code
-pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(said))
-sys.exit(code)
-"""
-
-
-def torchrun(
-    ranks: int, folder: Path, tmp_path: Path, program: str = PROGRAM, *arguments: str
-) -> tuple[int, list[dict[str, Any]]]:
-    """Run a program under torchrun; its exit code, and what each rank said."""
-    (tmp_path / "program.py").write_text(program)
-    root = Path(runtime.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-         "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-         str(tmp_path / "program.py"), str(folder), str(tmp_path),
-         *arguments],
-        capture_output=True, text=True, env=environment, timeout=240, check=False,
-    )  # fmt: skip
-    said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
-    return done.returncode, said
-
-
-def golden() -> list[int]:
-    stories = json.loads(shared("models/stories260K-golden.json").read_text())
-    ids: list[int] = stories["stories260K"]["ids"]
-    return ids
-
-
-@pytest.mark.torchrun
-@pytest.mark.parametrize("tp_size", [2, 3, 4, 8])
-def test_a_trained_llama_tells_its_golden_story(
-    tp_size: int, stories260k: Path, tmp_path: Path
-) -> None:
-    cut(stories260k, tmp_path / "shards", tp_size)
-    code, said = torchrun(tp_size, tmp_path / "shards", tmp_path)
-    assert code == 0
-    assert len(said) == tp_size
-    assert all(found["ids"] == golden() for found in said)
-    assert len({tuple(found["sampled"]) for found in said}) == 1
-
+from tests.helpers.torchrun import STORY, golden, torchrun
 
 OWN_GROUP = """
 import json, os, pathlib, sys, torch
@@ -117,36 +60,18 @@ def test_rank_0_controls_the_others_through_the_store_or_without(
     assert said[0]["traced"] == ["lm_head", "model.norm"]
 
 
-def test_its_sharded_source_tells_the_same_story(tmp_path: Path) -> None:
-    cut(shared("models/stories260K-sharded"), tmp_path / "shards", 2)
-    with runtime.launch(tmp_path / "shards") as engine:
-        ids = engine.generate([1], max_new_tokens=200, do_sample=False)[0].tolist()
-    assert ids == golden()
-
-
-@pytest.mark.parametrize("tp_size", [2, 3, 4])
-def test_a_trained_bert_gives_the_unsharded_embeddings(
-    tp_size: int, minilm: Path, tmp_path: Path
-) -> None:
-    from transformers import BertModel
-
-    cut(minilm, tmp_path / "shards", tp_size)
-    with runtime.launch(tmp_path / "shards") as engine:
-        texts = ["A cat sits on the mat.", "Stocks fell on Monday, as they had the week before."]
-        tokens = dict(engine.tokenizer(texts, padding=True, return_tensors="pt"))
-        sharded = engine.forward(**tokens)["last_hidden_state"]
-    with torch.inference_mode():
-        whole = BertModel.from_pretrained(minilm)(**tokens).last_hidden_state
-        exact = BertModel.from_pretrained(minilm, dtype=torch.float64)(**tokens).last_hidden_state
-    rounding = (whole - exact).abs().max()
-    assert (sharded - exact).abs().max() <= 4 * rounding
-
-
 @pytest.fixture(scope="module")
 def stories_tp2(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> Path:
     folder = tmp_path_factory.mktemp("runtime") / "tp2"
     cut(stories260k, folder, 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def engine(stories_tp2: Path) -> Iterator[runtime.Engine]:
+    """Ranks that several tests use, each of which must leave them as they were."""
+    with runtime.launch(stories_tp2) as started:
+        yield started
 
 
 @pytest.fixture
@@ -157,7 +82,7 @@ def shards(stories_tp2: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.torchrun
 def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path: Path) -> None:
-    code, said = torchrun(3, stories_tp2, tmp_path)
+    code, said = torchrun(3, stories_tp2, tmp_path, STORY, "1")
     assert code != 0
     assert len(said) == 3
     assert all("tp_size 2, but 3 ranks" in found["error"] for found in said)
@@ -166,7 +91,7 @@ def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path
 @pytest.mark.torchrun
 def test_a_missing_shard_is_reported_by_every_rank(shards: Path, tmp_path: Path) -> None:
     (shards / "rank-00001-of-00002.safetensors").unlink()
-    code, said = torchrun(2, shards, tmp_path)
+    code, said = torchrun(2, shards, tmp_path, STORY, "1")
     assert code != 0
     assert [found["code"] for found in said] == [7, 7]
     assert all("rank 1" in found["error"] and "missing" in found["error"] for found in said)
@@ -207,15 +132,14 @@ def test_launching_an_unfinished_split_starts_nothing(shards: Path) -> None:
         runtime.launch(shards)
 
 
-def test_an_engine_streams_text_and_ids_as_they_come(stories_tp2: Path) -> None:
-    with runtime.launch(stories_tp2) as engine:
-        parts = list(engine.stream("Once upon a time", max_new_tokens=30, do_sample=False))
-        whole = engine.generate("Once upon a time", max_new_tokens=30, do_sample=False)[0]
-        ids = list(engine.stream([1, 403, 407], max_new_tokens=5, do_sample=False))
-        prompt = engine.input_ids("Once upon a time").shape[1]
-        text = engine.tokenizer.decode(whole[prompt:], skip_special_tokens=True)
-        one, two = (engine.generate([1], seed=s, max_new_tokens=20, do_sample=True) for s in (5, 5))
-        other = engine.generate([1], seed=6, max_new_tokens=20, do_sample=True)
+def test_an_engine_streams_text_and_ids_as_they_come(engine: runtime.Engine) -> None:
+    parts = list(engine.stream("Once upon a time", max_new_tokens=30, do_sample=False))
+    whole = engine.generate("Once upon a time", max_new_tokens=30, do_sample=False)[0]
+    ids = list(engine.stream([1, 403, 407], max_new_tokens=5, do_sample=False))
+    prompt = engine.input_ids("Once upon a time").shape[1]
+    text = engine.tokenizer.decode(whole[prompt:], skip_special_tokens=True)
+    one, two = (engine.generate([1], seed=s, max_new_tokens=20, do_sample=True) for s in (5, 5))
+    other = engine.generate([1], seed=6, max_new_tokens=20, do_sample=True)
     assert len(parts) > 5
     assert "".join(parts).strip() == text.strip()
     assert ids == golden()[3:8]
@@ -224,47 +148,44 @@ def test_an_engine_streams_text_and_ids_as_they_come(stories_tp2: Path) -> None:
 
 
 def test_a_caller_that_stops_iterating_stops_every_rank_and_may_go_on(
-    stories_tp2: Path, monkeypatch: pytest.MonkeyPatch
+    engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many, ran = 10**6, []
-    with runtime.launch(stories_tp2) as engine:
-        request = engine.ranks.request
+    request = engine.ranks.request
 
-        def record(*arguments: Any) -> list[Message]:
-            responses = request(*arguments)
-            ran.append(responses[0].tensors["ids"].shape[1] - 1)
-            return responses
+    def record(*arguments: Any) -> list[Message]:
+        responses = request(*arguments)
+        ran.append(responses[0].tensors["ids"].shape[1] - 1)
+        return responses
 
-        monkeypatch.setattr(engine.ranks, "request", record)
-        for turn in range(4):
-            stream = engine.stream([1], seed=turn, max_new_tokens=many, do_sample=turn % 2 > 0)
-            first = [next(stream) for _ in range(3)]
-            assert isinstance(stream, Generator)
-            stream.close()
-            # It waits for the abandoned request; ranks that had not stopped in step would hang.
-            again = engine.generate([1], max_new_tokens=5, do_sample=False)[0].tolist()
-            assert again == golden()[:6]
-            assert turn % 2 or first == golden()[1:4]
+    monkeypatch.setattr(engine.ranks, "request", record)
+    for turn in range(4):
+        stream = engine.stream([1], seed=turn, max_new_tokens=many, do_sample=turn % 2 > 0)
+        first = [next(stream) for _ in range(3)]
+        assert isinstance(stream, Generator)
+        stream.close()
+        # It waits for the abandoned request; ranks that had not stopped in step would hang.
+        again = engine.generate([1], max_new_tokens=5, do_sample=False)[0].tolist()
+        assert again == golden()[:6]
+        assert turn % 2 or first == golden()[1:4]
     assert ran[1::2] == [5] * 4
     assert all(3 <= steps < 1000 for steps in ran[::2]), ran
 
 
 def test_an_option_that_cannot_be_sent_is_an_error_and_the_engine_goes_on(
-    stories_tp2: Path,
+    engine: runtime.Engine,
 ) -> None:
-    with runtime.launch(stories_tp2) as engine:
-        with pytest.raises(TypeError, match="not JSON serializable"):
-            list(engine.stream([1], max_new_tokens=2, stop_strings=object()))
-        assert len(list(engine.stream([1], max_new_tokens=2))) == 2
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        list(engine.stream([1], max_new_tokens=2, stop_strings=object()))
+    assert len(list(engine.stream([1], max_new_tokens=2))) == 2
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_and_the_engine_goes_on(
-    stories_tp2: Path,
+    engine: runtime.Engine,
 ) -> None:
-    with runtime.launch(stories_tp2) as engine:
-        with pytest.raises(RanksError, match="token ids 1 to 512, but the vocabulary has 512"):
-            engine.logits([1, 512])
-        assert engine.logits([1, 2]).shape == (1, 2, 512)
+    with pytest.raises(RanksError, match="token ids 1 to 512, but the vocabulary has 512"):
+        engine.logits([1, 512])
+    assert engine.logits([1, 2]).shape == (1, 2, 512)
 
 
 def test_a_killed_rank_is_named_and_nothing_is_left_running(stories_tp2: Path) -> None:
@@ -286,10 +207,9 @@ def test_a_stopped_rank_is_reported_within_the_timeout(stories_tp2: Path) -> Non
     assert not any(alive(pid) for pid in engine.ranks.pids)
 
 
-def test_collectives_are_as_few_as_the_architecture_allows(stories_tp2: Path) -> None:
-    with runtime.launch(stories_tp2) as engine:
-        request = forward_request({"input_ids": torch.tensor([[1, 2]])}, {})
-        answer = engine.ranks.request(request)[0]
+def test_collectives_are_as_few_as_the_architecture_allows(engine: runtime.Engine) -> None:
+    request = forward_request({"input_ids": torch.tensor([[1, 2]])}, {})
+    answer = engine.ranks.request(request)[0]
     assert answer.header["counts"] == {"all_reduce": 2 * 5 + 1, "all_gather": 1}
 
 

@@ -135,7 +135,7 @@ MADE: dict[str, Crafted] = {
         lambda: struct.pack(">Q", 64) + model()[8:], 3, ("not a safetensors file",)
     ),
     "a GGUF file": Crafted(lambda: b"GGUF\3\0\0\0" + bytes(64), 3, ("not a safetensors file",)),
-    "an HDF5 file": Crafted(lambda: b"\x89HDF\r\n\x1a\n" + bytes(64), 3, ("not a safetensors file",)),
+    "an HDF5 file": Crafted(lambda: b"\x89HDF\r\n\x1a\n" + bytes(64), 3, ("not a safetensors",)),
     "a numpy file": Crafted(lambda: b"\x93NUMPY\1\0v\0{'descr'", 3, ("not a safetensors file",)),
     "a gzip of a file": Crafted(lambda: b"\x1f\x8b\x08\0\0\0\0\0" + bytes(9), 3, ("safetensors",)),
 }  # fmt: skip
