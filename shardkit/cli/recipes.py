@@ -154,7 +154,7 @@ def draft(
 
     Makes a small random model from the config in FOLDER, or from MODEL_TYPE's default config, and
     uses its gradients to find which slices of which weights depend on each other. Only what passes
-    the checks of `recipes check` is sharded; everything else is listed under [whole] with the
+    the checks of `recipes check` is sharded; everything else is listed under [replicated] with the
     reason. The bundled recipes are not used. A draft is used only if you pass it with --recipe.
     Exits with 4 if the draft does not pass over every number of ranks tried.
 

@@ -71,7 +71,7 @@ def test_a_draft_says_what_it_could_not_shard_and_why(proofs: ProofCache) -> Non
     replicated = made.recipe.replicated
     assert any("attention.receptance" in pattern for pattern in replicated)
     assert all(reason for reason in replicated.values())
-    assert "[whole]" in made.text
+    assert "[replicated]" in made.text
     assert made.outcomes[2].share > LARGEST
 
 

@@ -143,7 +143,7 @@ def _make_comment(
         *(_describe_outcome(size, outcome) for size, outcome in outcomes.items()),
     ]
     if recipe.replicated:
-        lines.append("Modules that could not be sharded are under [whole], with the reason.")
+        lines.append("Modules that could not be sharded are under [replicated], with the reason.")
     if comparison.entries:
         lines.append(_describe_comparison(comparison.entries, comparison.differences))
     lines.append(
