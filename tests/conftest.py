@@ -2,12 +2,17 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.helpers.real_inputs import shared
+
+if TYPE_CHECKING:
+    from shardkit.authoring.rank_pool import RankPool
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +21,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell that runs the suite in the background has it, and so its children, ignore interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator["RankPool"]:
+    """Ranks for every test that only needs some: each imports torch and transformers once."""
+    from shardkit.authoring.rank_pool import RankPool
+
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

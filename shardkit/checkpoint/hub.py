@@ -23,6 +23,8 @@ from shardkit.checkpoint.weight_files import COMPANIONS, find_weight_files, list
 from shardkit.errors import CheckpointError
 from shardkit.strict_json import quote
 
+MAX_SOURCE = 400  # characters: a folder that is not there is taken for a Hub id
+
 
 def download_snapshot(
     repo_id: str, revision: str | None, pickled: bool = False
@@ -53,7 +55,7 @@ def _download_files(repo_id: str, revision: str | None, patterns: Sequence[str])
         )
     except Exception as error:  # the library lets its HTTP client's and storage's errors through
         raise CheckpointError(
-            f"{quote(repo_id)}: {_describe_error(error, repo_id, revision)}"
+            f"{quote(repo_id, MAX_SOURCE)}: {_describe_error(error, repo_id, revision)}"
         ) from None
     return Path(folder)
 

@@ -72,13 +72,9 @@ def parse_manifest(data: bytes) -> Manifest:
     fingerprint, recipe_sha256 = manifest.source.fingerprint, manifest.recipe_sha256
     if manifest.split_id != make_split_id(manifest.plan, fingerprint, recipe_sha256):
         raise JsonError("split_id is not that of this source, recipe and layout")
-    _check_canonical(data, manifest)
-    return manifest
-
-
-def _check_canonical(data: bytes, manifest: Manifest) -> None:
     if data != encode_manifest(manifest):
         raise JsonError("not in canonical form, or not of its own sha256: damaged, or changed")
+    return manifest
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

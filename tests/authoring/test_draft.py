@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,8 @@ LARGEST = 0.72  # of the bytes on one of two ranks: small models have wide norms
 
 
 @pytest.fixture(scope="module")
-def proofs() -> Iterator[ProofCache]:
-    with RankPool() as pool:
-        yield ProofCache(pool)
+def proofs(rank_pool: RankPool) -> ProofCache:
+    return ProofCache(rank_pool)
 
 
 def proven(model_type: str, proofs: ProofCache) -> Draft:
@@ -116,6 +114,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_type_without_a_recipe_is_drafted_and_then_split_by_name_only(
     without_gptj: Path, tmp_path: Path
 ) -> None:

@@ -19,12 +19,6 @@ NEVER_IN_SAMPLES = ("ignore", "vocab", "replicate", "add_once")  # what only som
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
     folder = tmp_path_factory.mktemp("families")
 
@@ -52,11 +46,11 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("name", "tp_size"), list(cases()))
 def test_a_recipe_is_proven_on_its_sample(
-    name: str, tp_size: int, pool: RankPool, source: SampleFolder, tmp_path: Path
+    name: str, tp_size: int, rank_pool: RankPool, source: SampleFolder, tmp_path: Path
 ) -> None:
     whole = source(name)
     recipe = find_recipe(json.loads((whole / "config.json").read_text()))
-    proof = prove_recipe(whole, recipe, pool.of(tp_size), tmp_path, BEAMS)
+    proof = prove_recipe(whole, recipe, rank_pool.of(tp_size), tmp_path, BEAMS)
     assert proof.passed, proof.checks[-1]
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from shardkit.authoring.masked_sum import load_reference
 from shardkit.authoring.proof import prove_recipe
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RecipeError
 from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.tolerance import compare_outputs, worst_output
 from tests.helpers.model_samples import make
@@ -152,7 +152,9 @@ RENAMED = {
 
 
 @pytest.mark.parametrize("what", RENAMED)
-def test_names_that_real_checkpoints_have_are_served(what: str, tmp_path: Path) -> None:
+def test_names_that_real_checkpoints_have_are_served(
+    what: str, rank_pool: RankPool, tmp_path: Path
+) -> None:
     sample, renamings = RENAMED[what]
     folder = make(sample, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -160,8 +162,7 @@ def test_names_that_real_checkpoints_have_are_served(what: str, tmp_path: Path) 
     assert renamed.keys() != weights.keys()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     recipe = find_recipe(json.loads((folder / "config.json").read_text()))
-    with RankProcesses(2) as ranks:
-        proof = prove_recipe(folder, recipe, ranks, tmp_path)
+    proof = prove_recipe(folder, recipe, rank_pool.of(2), tmp_path)
     assert proof.passed, proof.checks[-1]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,6 @@ def test_a_recipe_is_checked_on_a_config_of_ones_own(tmp_path: Path) -> None:
     assert "fewer layers and smaller widths" in refused.stderr
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool() as started:
-        yield started
-
-
 def test_a_bias_that_every_rank_adds_and_an_argument_not_cut_are_among_the_mutants() -> None:
     bloom = load_recipe(find_recipe_folder() / "bloom.toml")
     rules = {rule.pattern: frozenset({rule.pattern + ".bias"}) for rule in bloom.rules}
@@ -80,15 +73,15 @@ def test_a_bias_that_every_rank_adds_and_an_argument_not_cut_are_among_the_mutan
 
 
 def test_ranks_that_a_mutant_has_stopped_do_not_make_the_next_one_fail(
-    pool: RankPool, tmp_path: Path
+    rank_pool: RankPool, tmp_path: Path
 ) -> None:
     recipe = load_recipe(find_recipe_folder() / "gpt2.toml")
     models = make_models(recipe, None, tmp_path)
     name = next(iter(models))
-    (first,) = prove_on_models(recipe, {name: models[name]}, (2,), pool)
-    os.kill(pool.of(2).pids[0], signal.SIGKILL)
-    (broken,) = prove_on_models(recipe, {name: models[name]}, (2,), pool)
-    (again,) = prove_on_models(recipe, {name: models[name]}, (2,), pool)
+    (first,) = prove_on_models(recipe, {name: models[name]}, (2,), rank_pool)
+    os.kill(rank_pool.of(2).pids[0], signal.SIGKILL)
+    (broken,) = prove_on_models(recipe, {name: models[name]}, (2,), rank_pool)
+    (again,) = prove_on_models(recipe, {name: models[name]}, (2,), rank_pool)
     assert [first.proof.passed, broken.proof.passed, again.proof.passed] == [True, False, True]
 
 

@@ -1,13 +1,14 @@
 """Checkpoints as they are found: no prefix, old buffers, tied weights stored twice."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.convert import merge_destination, merge_shards
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.reader import ShardedCheckpoint
@@ -20,10 +21,9 @@ from tests.helpers.split_helpers import split_folder
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(2) as started:
-        yield started
+@pytest.fixture
+def ranks(rank_pool: RankPool) -> RankProcesses:
+    return rank_pool.of(2)
 
 
 def without_prefix(tensors: Tensors) -> Tensors:

@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import shardkit
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.checkpoint import open_checkpoint
 from shardkit.layout import spans as layout
 from shardkit.runtime.engine.rank_processes import RankProcesses
@@ -27,16 +27,14 @@ def quiet(_: int) -> None:
     """No progress bar."""
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(2) as started:
-        yield started
+@pytest.fixture
+def ranks(rank_pool: RankPool) -> RankProcesses:
+    return rank_pool.of(2)
 
 
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(4) as started:
-        yield started
+@pytest.fixture
+def four_ranks(rank_pool: RankPool) -> RankProcesses:
+    return rank_pool.of(4)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tests.reliability.fuzz import oracles
 from tests.reliability.fuzz.run import Result, fuzz, report, runs
 from tests.reliability.fuzz.targets import SEEDS, TARGETS
 
-SECONDS = 10  # a minute in all
+SECONDS = 4  # for each reader
 NO_ATHERIS = "atheris is not installed (pip install 'shardkit[dev]')"
 REFUSED = {
     "config-numbers", "header-duplicate", "header-hole", "header-minus-zero", "header-pointer",
@@ -75,6 +75,13 @@ def no_tensors(raw: bytes, _: int) -> Header:
     return Header((), {}, raw)
 
 
+class AnyBytes(bytes):
+    """Bytes that are equal to all others."""
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+
 def no_entry(*_: object) -> None:
     raise KeyError("dtype")
 
@@ -108,7 +115,7 @@ FAULTS: dict[str, tuple[object, str, object, str, bytes]] = {
         b'{"num_attention_heads":0,"num_key_value_heads":0,"n_head":4}',
     ),
     "a manifest may be spelled in two ways": (
-        manifest_file, "_check_canonical", lambda *_: None, "manifest",
+        manifest_file, "encode_manifest", lambda _: AnyBytes(), "manifest",
         (SEEDS / "manifest/one").read_bytes() + b" ",
     ),
     "an error has two lines": (
