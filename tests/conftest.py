@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,12 @@ def rank_pool() -> Iterator["RankPool"]:
 
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture
+def recipe_check_ranks(rank_pool: "RankPool", monkeypatch: pytest.MonkeyPatch) -> None:
+    """`recipes check`, run in this process, proves on the ranks of the tests."""
+    monkeypatch.setattr("shardkit.cli.recipe_checks.RankPool", lambda: nullcontext(rank_pool))
 
 
 @pytest.fixture(scope="session")

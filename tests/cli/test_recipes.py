@@ -33,6 +33,7 @@ def test_show_prints_the_file_as_it_is() -> None:
     assert "shardkit recipes list" in missing.stderr
 
 
+@pytest.mark.usefixtures("recipe_check_ranks")
 def test_a_recipe_is_checked_and_faults_injected_into_it_are_detected() -> None:
     result = run("recipes", "check", "mpt", "--mutants", "8", "--json")
     found = json.loads(result.stdout)
@@ -51,6 +52,7 @@ def test_a_wrong_recipe_fails_its_check_and_says_where(tmp_path: Path) -> None:
     assert "is off by" in result.stdout
 
 
+@pytest.mark.usefixtures("recipe_check_ranks")
 def test_a_recipe_is_checked_on_a_config_of_ones_own(tmp_path: Path) -> None:
     config = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_head": 3,

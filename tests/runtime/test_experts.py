@@ -19,7 +19,7 @@ SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bflo
     [
         (2, "float32", ""),  # 20 wide: 80 bytes
         (2, "bfloat16", "20 wide in bfloat16"),
-        (4, "float32", "10 wide in float32"),
+        pytest.param(4, "float32", "10 wide in float32", marks=pytest.mark.slow),
     ],
 )
 def test_experts_run_whatever_their_local_width_and_the_user_is_told(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from shardkit import runtime
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import ManifestError, RanksError
-from shardkit.runtime.engine.messages import Message, forward_request
+from shardkit.runtime.engine.messages import Message, forward_request, load_request
 from shardkit.timeouts import Timeouts
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
@@ -22,6 +23,7 @@ OWN_GROUP = """
 import json, os, pathlib, sys, torch
 import torch.distributed as dist
 from shardkit import runtime
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RanksError
 from shardkit.runtime.engine.controller import TorchrunRanks
 from shardkit.runtime.engine.messages import generate_request, load_request, trace_request
@@ -81,11 +83,12 @@ def shards(stories_tp2: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.torchrun
-def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path: Path) -> None:
-    code, said = torchrun(3, stories_tp2, tmp_path, STORY, "1")
+def test_a_wrong_world_size_is_refused_by_every_rank(stories260k: Path, tmp_path: Path) -> None:
+    cut(stories260k, tmp_path / "shards", 3)
+    code, said = torchrun(2, tmp_path / "shards", tmp_path, STORY, "1")
     assert code != 0
-    assert len(said) == 3
-    assert all("tp_size 2, but 3 ranks" in found["error"] for found in said)
+    assert len(said) == 2
+    assert all("tp_size 3, but 2 ranks" in found["error"] for found in said)
 
 
 @pytest.mark.torchrun
@@ -98,14 +101,14 @@ def test_a_missing_shard_is_reported_by_every_rank(shards: Path, tmp_path: Path)
 
 
 def test_ranks_with_different_splits_refuse_each_other(
-    shards: Path, minilm: Path, stories260k: Path, tmp_path: Path
+    shards: Path, rank_pool: RankPool, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     cut(shared("models/stories260K-sharded"), other, 2)
     name = "rank-00000-of-00002.safetensors"
     (shards / name).write_bytes((other / name).read_bytes())
     with pytest.raises(RanksError, match=r"rank-00000-of-00002.safetensors: of another split"):
-        runtime.launch(shards)
+        rank_pool.of(2).request(load_request(shards, None))
 
 
 def test_swapped_shards_are_refused(shards: Path) -> None:
@@ -117,13 +120,13 @@ def test_swapped_shards_are_refused(shards: Path) -> None:
         runtime.launch(shards)
 
 
-def test_a_changed_config_is_refused(shards: Path) -> None:
+def test_a_changed_config_is_refused(shards: Path, rank_pool: RankPool) -> None:
     config = shards / "config.json"
     config.write_text(config.read_text().replace('_heads": 8', '_heads": 4'))
     with pytest.raises(
         RanksError, match=r"config.json: not the file that was copied from the source"
     ):
-        runtime.launch(shards)
+        rank_pool.of(2).request(load_request(shards, None))
 
 
 def test_launching_an_unfinished_split_starts_nothing(shards: Path) -> None:

@@ -183,6 +183,7 @@ def test_a_recipe_is_not_checked_on_a_config_that_is_unsafe_to_build(
         assert word in result.stderr
 
 
+@pytest.mark.usefixtures("recipe_check_ranks")
 def test_a_kernel_that_a_config_names_is_left_out_of_what_a_recipe_is_checked_on(
     tmp_path: Path,
 ) -> None:
