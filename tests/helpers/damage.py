@@ -18,6 +18,21 @@ def quiet(_: int) -> None:
     """No progress bar."""
 
 
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def modify(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 900)
+
+
 @contextmanager
 def written(path: Path, at: int, data: bytes) -> Iterator[None]:
     """Other bytes in a file, for a while."""

@@ -213,6 +213,12 @@ def write_source(
     return folder
 
 
+def llama_source(folder: Path, **sizes: int) -> Path:
+    """The folder of a Llama of one layer."""
+    config = {k: v for k, v in sizes.items() if k in ("heads", "kv", "ffn")}
+    return write_source(folder, llama_config(**config), specs_of(llama(**sizes)))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
