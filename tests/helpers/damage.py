@@ -115,3 +115,20 @@ class Split:
             if data != sound[at : at + len(data)]:
                 count -= 1
                 yield tp_rank, at, data
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit of a file; a negative place is counted from its end."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)

@@ -130,7 +130,12 @@ def run_ranks(
         zygote.wait(list(pids.values()), 10)
     assert not late, f"still running after {limit} s: {said(tmp_path)}"
     check_nothing_left(tmp_path, list(pids.values()))
-    marks = {path.name: float(path.read_text()) for path in stamps.iterdir()}
+    return read_ends(zygote, tmp_path, {at: pid for at, pid in pids.items() if at != faulty})
+
+
+def read_ends(zygote: Zygote, tmp_path: Path, pids: dict[int, int]) -> dict[int, Ended]:
+    """How ranks ended, and how long after the last that any rank stamped but its own end."""
+    marks = {path.name: float(path.read_text()) for path in (tmp_path / "stamps").iterdir()}
     since = max(at for name, at in marks.items() if not name.startswith("ended"))
     ends = {int(name.split("-")[-1]): at for name, at in marks.items() if name.startswith("ended")}
     return {
@@ -140,7 +145,6 @@ def run_ranks(
             ends.get(pid, zygote.ended[pid]["at"]) - since,
         )
         for at, pid in pids.items()
-        if at != faulty
     }
 
 

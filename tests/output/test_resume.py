@@ -1,6 +1,5 @@
 """A stopped run is gone on with: what is proven on disk is kept, all else is written anew."""
 
-import json
 import os
 import re
 import shutil
@@ -20,14 +19,12 @@ from shardkit.output.destination import Destination
 from shardkit.output.publish import JOURNAL
 from shardkit.output.resume import (
     Journal,
-    JournalContents,
     JournalEntry,
-    RunIdentity,
     parse_journal,
 )
 from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
-from shardkit.strict_json import JsonError, encode_canonical
+from tests.helpers.damage import flip, linked, piped, shorten
 from tests.helpers.split_helpers import merge_folder, reshard_folder, shard_name, split_folder
 from tests.helpers.synthetic_checkpoints import (
     contents,
@@ -190,14 +187,6 @@ def test_a_journal_whose_first_line_was_torn_is_begun_anew(
     assert contents(tmp_path / "out") == whole
 
 
-def flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-
-
 @pytest.mark.parametrize("where", ["header", "first tensor", "last byte noted"])
 def test_a_file_that_is_not_what_was_noted_is_written_anew(
     where: str, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
@@ -209,21 +198,7 @@ def test_a_file_that_is_not_what_was_noted_is_written_anew(
     assert contents(tmp_path / "out") == whole
 
 
-def shorter(path: Path) -> None:
-    os.truncate(path, 1000)
-
-
-def linked(path: Path) -> None:
-    path.rename(path.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent / "elsewhere")
-
-
-def piped(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-@pytest.mark.parametrize("change", [Path.unlink, shorter, piped])
+@pytest.mark.parametrize("change", [Path.unlink, shorten, piped])
 def test_a_file_that_is_gone_short_or_no_file_is_written_anew(
     change: Any, source: Path, stage: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -271,42 +246,6 @@ def test_a_merge_does_not_go_on_with_a_split(source: Path, tmp_path: Path) -> No
     killed(split_folder, source, tmp_path / "out", 2, notes=5)
     with pytest.raises(OutputError, match="the source was written to since"):
         merge_folder(tmp_path / "shards", tmp_path / "out", resume=True)
-
-
-HEX = "0123456789abcdef" * 4
-FIRST = {"format": 1, "split_id": HEX, "source": HEX, "files": HEX}
-LINE = {"file": "rank", "tensors": 3, "sha256": HEX}
-HOSTILE: dict[str, list[object]] = {
-    "format 2": [{**FIRST, "format": 2}],
-    "an unknown key": [{**FIRST, "more": 1}],
-    "a missing key": [{key: FIRST[key] for key in ("format", "split_id")}],
-    "a short digest": [{**FIRST, "source": HEX[1:]}],
-    "a list": [[1, 2]],
-    "an entry first": [LINE],
-    "a file outside": [FIRST, {**LINE, "file": "../rank"}],
-    "no name": [FIRST, {**LINE, "file": ""}],
-    "a fraction": [FIRST, {**LINE, "tensors": 1.5}],
-    "less than none": [FIRST, {**LINE, "tensors": -1}],
-    "true": [FIRST, {**LINE, "tensors": True}],
-    "too many": [FIRST, {**LINE, "tensors": 1 << 40}],
-    "a digest in capitals": [FIRST, {**LINE, "sha256": HEX.upper()}],
-    "a first line again": [FIRST, FIRST],
-}
-
-
-@pytest.mark.parametrize("lines", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_journal_is_refused_before_its_last_line(lines: list[object]) -> None:
-    data = b"".join(json.dumps(line).encode() + b"\n" for line in (*lines, LINE))
-    with pytest.raises(JsonError):
-        parse_journal(data)
-
-
-def test_a_journal_reads_back_as_written() -> None:
-    data = encode_canonical(FIRST) + b"\n" + encode_canonical(LINE) + b"\n"
-    record = parse_journal(data)
-    assert record == JournalContents(
-        RunIdentity(HEX, HEX, HEX), (JournalEntry("rank", 3, HEX),), len(data)
-    )
 
 
 @pytest.mark.parametrize("damage", [b"{}\n", b"\xff\n", b'{"file":1}\n', b"[" * 9000 + b"\n"])

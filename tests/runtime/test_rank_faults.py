@@ -18,8 +18,10 @@ from shardkit.errors import RanksLost
 from shardkit.runtime.distributed.diagnosis import RankState, explain_failure, find_difference
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.timeouts import Timeouts
+from tests.helpers.damage import flip
 from tests.helpers.rank_launcher import Ended, Zygote, divisible, free_port, run_ranks
 from tests.helpers.runtime_helpers import cut
+from tests.helpers.shard_damage import DAMAGES, FILE, flipped_data, missing
 
 WORLDS = [2, 3, 4]
 SECONDS = {"join": 5.0, "load": 20.0, "collective": 3.0, "request": 20.0}
@@ -104,64 +106,6 @@ SCENARIOS |= {
 }  # fmt: skip
 
 
-def rank_file(folder: Path, world: int, rank: int) -> Path:
-    return folder / f"rank-{rank:05}-of-{world:05}.safetensors"
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-def missing(folder: Path, world: int, _other: Path) -> None:
-    rank_file(folder, world, world - 1).unlink()
-
-
-def truncated(folder: Path, world: int, _other: Path) -> None:
-    path = rank_file(folder, world, world - 1)
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def swapped(folder: Path, world: int, _other: Path) -> None:
-    mine, theirs = rank_file(folder, world, world - 1), rank_file(folder, world, 0)
-    mine.write_bytes(theirs.read_bytes())
-
-
-def of_another_split(folder: Path, world: int, other: Path) -> None:
-    rank_file(folder, world, world - 1).write_bytes(rank_file(other, world, world - 1).read_bytes())
-
-
-def flipped_header(folder: Path, world: int, _other: Path) -> None:
-    flip(rank_file(folder, world, world - 1), 20)
-
-
-def flipped_data(folder: Path, world: int, _other: Path) -> None:
-    flip(rank_file(folder, world, world - 1), -3)
-
-
-def flipped_manifest(folder: Path, _world: int, _other: Path) -> None:
-    path = folder / "manifest.json"
-    flip(path, path.stat().st_size // 2)
-
-
-def another_config(folder: Path, _world: int, _other: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"vocab_size": 60', '"vocab_size": 61'))
-
-
-def another_manifest(folder: Path, _world: int, other: Path) -> None:
-    shutil.rmtree(folder)
-    shutil.copytree(other, folder)
-
-
-FILE = r"rank {r}: .*rank-\d+-of-\d+.safetensors"
-DAMAGES = {
-    missing: FILE + ".*missing", truncated: FILE, swapped: FILE + ".*rank '0', renamed",
-    of_another_split: FILE + ".*of another split", flipped_header: FILE,
-    flipped_manifest: r"rank {r}: .*manifest.json", another_config: r"rank {r}: .*config.json",
-    another_manifest: r"rank {r} has manifest [0-9a-f]{{12}}",
-}  # fmt: skip
 SCENARIOS |= {
     f"with a folder that is {how.__name__}": Scenario(
         says, model=True, damage=how.__name__, everyone=True, fast=how is missing

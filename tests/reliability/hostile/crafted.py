@@ -11,7 +11,7 @@ from functools import partial
 
 from shardkit.checkpoint.header import MAX_TENSORS, encode_header
 from shardkit.tensor import TensorSpec
-from tests.checkpoint.test_header import BAD, EIGHT, F32, GOOD
+from tests.helpers.header_cases import BAD, EIGHT, F32, GOOD
 from tests.helpers.raw_safetensors import entry, file_bytes
 from tests.helpers.synthetic_checkpoints import llama, tensor_bytes
 

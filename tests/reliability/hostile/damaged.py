@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint import test_index, test_refused_checkpoints
+from tests.checkpoint import test_index
+from tests.checkpoint.test_refused_checkpoints import BAD, TRAPS
 from tests.helpers.fixture_checkpoints import SMALL_CONFIG, small_checkpoint
 from tests.helpers.raw_safetensors import INDEX, small_file, write_folder
 
@@ -85,11 +86,8 @@ def _without_layer(number: int) -> Callable[[Path], object]:
 
 
 SOURCES: dict[str, Damage] = {
-    **{
-        name: Damage(files(content), 3, words)
-        for name, (content, words) in test_refused_checkpoints.BAD.items()
-    },
-    **{name: Damage(trap(lay), 3, words) for name, (lay, words) in test_refused_checkpoints.TRAPS.items()},
+    **{name: Damage(files(content), 3, words) for name, (content, words) in BAD.items()},
+    **{name: Damage(trap(lay), 3, words) for name, (lay, words) in TRAPS.items()},
     **{
         f"index: {name}": Damage(files({INDEX: content}), 3, words)
         for name, (content, words) in test_index.BAD.items()
