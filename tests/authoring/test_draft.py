@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,28 +47,35 @@ def proofs(rank_pool: RankPool) -> ProofCache:
     return ProofCache(rank_pool)
 
 
-def proven(model_type: str, proofs: ProofCache) -> Draft:
-    made = draft_recipe(model_type, lambda _: None, proofs)
-    assert made.passed, made.outcomes
-    assert set(made.outcomes) == {2, 4}
-    return made
+@pytest.fixture(scope="module")
+def proven(proofs: ProofCache) -> Callable[[str], Draft]:
+    """Draft a model type, once for all tests, with every check passed."""
+
+    @cache
+    def draft(model_type: str) -> Draft:
+        made = draft_recipe(model_type, lambda _: None, proofs)
+        assert made.passed, made.outcomes
+        assert set(made.outcomes) == {2, 4}
+        return made
+
+    return draft
 
 
 @pytest.mark.parametrize(
     "model_type", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
 def test_a_draft_shards_a_model_type_and_passes_every_check(
-    model_type: str, proofs: ProofCache, tmp_path: Path
+    model_type: str, proven: Callable[[str], Draft], tmp_path: Path
 ) -> None:
-    made = proven(model_type, proofs)
+    made = proven(model_type)
     assert made.outcomes[2].share < LARGEST
     path = tmp_path / "draft.toml"
     path.write_text(made.text)
     assert load_recipe(path).model_types == (model_type,)
 
 
-def test_a_draft_says_what_it_could_not_shard_and_why(proofs: ProofCache) -> None:
-    made = proven("rwkv", proofs)
+def test_a_draft_says_what_it_could_not_shard_and_why(proven: Callable[[str], Draft]) -> None:
+    made = proven("rwkv")
     replicated = made.recipe.replicated
     assert any("attention.receptance" in pattern for pattern in replicated)
     assert all(reason for reason in replicated.values())
@@ -75,11 +84,11 @@ def test_a_draft_says_what_it_could_not_shard_and_why(proofs: ProofCache) -> Non
 
 
 def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
-    proofs: ProofCache, tmp_path: Path
+    proofs: ProofCache, proven: Callable[[str], Draft], tmp_path: Path
 ) -> None:
     from shardkit.authoring.draft.tiny_model import make_tiny_model
 
-    made = proven("gpt2", proofs)
+    made = proven("gpt2")
     wrong = made.text.replace('"3 heads"', '"heads 3"')
     assert wrong != made.text
     outcome = proofs.prove_text(make_tiny_model("gpt2", tmp_path).folder, wrong, 2)
