@@ -53,10 +53,10 @@ def proven(proofs: ProofCache) -> Callable[[str], Draft]:
 
     @cache
     def draft(model_type: str) -> Draft:
-        made = draft_recipe(model_type, lambda _: None, proofs)
-        assert made.passed, made.outcomes
-        assert set(made.outcomes) == {2, 4}
-        return made
+        result = draft_recipe(model_type, lambda _: None, proofs)
+        assert result.passed, result.outcomes
+        assert set(result.outcomes) == {2, 4}
+        return result
 
     return draft
 
@@ -67,20 +67,20 @@ def proven(proofs: ProofCache) -> Callable[[str], Draft]:
 def test_a_draft_shards_a_model_type_and_passes_every_check(
     model_type: str, proven: Callable[[str], Draft], tmp_path: Path
 ) -> None:
-    made = proven(model_type)
-    assert made.outcomes[2].share < LARGEST
+    result = proven(model_type)
+    assert result.outcomes[2].share < LARGEST
     path = tmp_path / "draft.toml"
-    path.write_text(made.text)
+    path.write_text(result.text)
     assert load_recipe(path).model_types == (model_type,)
 
 
 def test_a_draft_says_what_it_could_not_shard_and_why(proven: Callable[[str], Draft]) -> None:
-    made = proven("rwkv")
-    replicated = made.recipe.replicated
+    result = proven("rwkv")
+    replicated = result.recipe.replicated
     assert any("attention.receptance" in pattern for pattern in replicated)
     assert all(reason for reason in replicated.values())
-    assert "[replicated]" in made.text
-    assert made.outcomes[2].share > LARGEST
+    assert "[replicated]" in result.text
+    assert result.outcomes[2].share > LARGEST
 
 
 def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
@@ -88,16 +88,16 @@ def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
 ) -> None:
     from shardkit.authoring.draft.tiny_model import make_tiny_model
 
-    made = proven("gpt2")
-    wrong = made.text.replace('"3 heads"', '"heads 3"')
-    assert wrong != made.text
+    result = proven("gpt2")
+    wrong = result.text.replace('"3 heads"', '"heads 3"')
+    assert wrong != result.text
     outcome = proofs.prove_text(make_tiny_model("gpt2", tmp_path).folder, wrong, 2)
     assert outcome.failed_check == "masked sum"
 
 
 @pytest.mark.parametrize(("model", "told"), [
     ("no-such-type", "nor a model_type of transformers"),
-    ("dbrx", "no small model of it can be made"),
+    ("dbrx", "no small model of it can be result"),
 ])  # fmt: skip
 def test_what_cannot_be_drafted_is_said_in_one_line(
     model: str, told: str, proofs: ProofCache

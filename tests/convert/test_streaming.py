@@ -85,11 +85,11 @@ def test_the_size_of_a_block_changes_nothing(
 
 
 def test_progress_counts_every_byte_that_is_written(tmp_path: Path) -> None:
-    told: list[int] = []
+    counts: list[int] = []
     source = llama_source(tmp_path / "source")
-    manifest = split_folder(source, tmp_path / "shards", 2, progress=told.append)
+    manifest = split_folder(source, tmp_path / "shards", 2, progress=counts.append)
     headers = sum(len(read_header(tmp_path / "shards" / r.name).raw) + 8 for r in manifest.ranks)
-    assert sum(told) == sum(rank.digest.size for rank in manifest.ranks) - headers
+    assert sum(counts) == sum(rank.digest.size for rank in manifest.ranks) - headers
 
 
 class CountingCheckpoint(Checkpoint):

@@ -9,12 +9,9 @@ from tests.helpers.raw_safetensors import (
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
-
 SINGLE = "model.safetensors"
 
-
 PAIR = {ONE: small_file("b", "a"), TWO: small_file("c")}
-
 
 PAIR_MAP = {"c": TWO, "a": ONE, "b": ONE}
 

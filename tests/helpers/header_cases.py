@@ -12,15 +12,11 @@ from tests.helpers.raw_safetensors import entry, file_bytes, small_file
 
 F32 = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
-
 EIGHT = b"12345678"
-
 
 SOUND = small_file("a", "b", "c")
 
-
 HALF = 1 << 47
-
 
 WRAP = 1 << 31  # 2 * (WRAP + 1)**2 * (WRAP - 1)**2 is 2, modulo 2**62
 
@@ -171,7 +167,6 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
         _file('{"' + "n" * (MAX_NAME + 1) + '":@}'), ("too long",),
     ),
 }  # fmt: skip
-
 
 GOOD: dict[str, bytes] = {
     "three tensors": SOUND,

@@ -14,12 +14,9 @@ from tests.helpers.raw_safetensors import CONFIG, INDEX, index_of, small_file
 
 ROOT = Path(shardkit.__file__).resolve().parents[1]
 
-
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 
-
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
 
 OPEN = """
 import json, sys
@@ -61,7 +58,6 @@ SMALL = {
     "chat_template.jinja": b"{{ messages }}",
 }
 
-
 SURPLUS = {
     "README.md": b"# model",
     ".gitattributes": b"*.bin filter=lfs",
@@ -74,7 +70,6 @@ SURPLUS = {
     "onnx/model.onnx": b"onnx",
 }
 
-
 INDEXED = {
     **SMALL,
     **SURPLUS,
@@ -83,7 +78,6 @@ INDEXED = {
     TWO: small_file("c"),
     "adapter_model.safetensors": small_file("y"),
 }
-
 
 SINGLE = {
     **SMALL,

@@ -14,12 +14,9 @@ from tests.helpers.synthetic_checkpoints import llama, llama_config, specs_of, w
 
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 
-
 NORM = "model.norm.weight"
 
-
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
-
 
 SHA = "0" * 64
 

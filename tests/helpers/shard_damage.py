@@ -20,8 +20,8 @@ def truncated(folder: Path, world: int, _other: Path) -> None:
 
 
 def swapped(folder: Path, world: int, _other: Path) -> None:
-    mine, theirs = rank_file(folder, world, world - 1), rank_file(folder, world, 0)
-    mine.write_bytes(theirs.read_bytes())
+    last, first = rank_file(folder, world, world - 1), rank_file(folder, world, 0)
+    last.write_bytes(first.read_bytes())
 
 
 def of_another_split(folder: Path, world: int, other: Path) -> None:
@@ -52,7 +52,6 @@ def another_manifest(folder: Path, _world: int, other: Path) -> None:
 
 
 FILE = r"rank {r}: .*rank-\d+-of-\d+.safetensors"
-
 
 DAMAGES = {
     missing: FILE + ".*missing", truncated: FILE, swapped: FILE + ".*rank '0', renamed",

@@ -43,8 +43,8 @@ def torchrun(
          *arguments],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
-    said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
-    return done.returncode, said
+    outputs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("said-*"))]
+    return done.returncode, outputs
 
 
 def golden() -> list[int]:

@@ -23,7 +23,6 @@ OWN_GROUP = """
 import json, os, pathlib, sys, torch
 import torch.distributed as dist
 from shardkit import runtime
-from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RanksError
 from shardkit.runtime.engine.controller import TorchrunRanks
 from shardkit.runtime.engine.messages import generate_request, load_request, trace_request
@@ -83,12 +82,11 @@ def shards(stories_tp2: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.torchrun
-def test_a_wrong_world_size_is_refused_by_every_rank(stories260k: Path, tmp_path: Path) -> None:
-    cut(stories260k, tmp_path / "shards", 3)
-    code, said = torchrun(2, tmp_path / "shards", tmp_path, STORY, "1")
+def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path: Path) -> None:
+    code, said = torchrun(3, stories_tp2, tmp_path, STORY, "1")
     assert code != 0
-    assert len(said) == 2
-    assert all("tp_size 3, but 2 ranks" in found["error"] for found in said)
+    assert len(said) == 3
+    assert all("tp_size 2, but 3 ranks" in found["error"] for found in said)
 
 
 @pytest.mark.torchrun
