@@ -13,7 +13,7 @@ import pytest
 from shardkit.errors import ManifestError
 from shardkit.planning import Mesh
 from shardkit.recipe.parse import load_recipe
-from shardkit.shards import encode_manifest, hash_manifest, make_split_id
+from shardkit.shards import encode_manifest, hash_manifest, make_split_id, open_shard
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest
 from shardkit.shards.manifest_json import parse_manifest, read_manifest
 from tests.helpers.manifests import K_PROJ, SHA, Table, changed, fault_of, tiny, written
@@ -198,3 +198,14 @@ def test_a_resharded_manifest_keeps_the_source(folder: Path, tmp_path: Path) -> 
     assert new.source == old.source
     assert new.split_id != old.split_id
     merge_folder(tmp_path / "out", tmp_path / "merged")
+
+
+def test_pieces_that_begin_behind_a_gap_are_refused_when_the_file_is_opened(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    first = manifest.ranks[0]
+    pieces = {n: replace(piece, offset=piece.offset + 2) for n, piece in first.pieces.items()}
+    digest = replace(first.digest, size=first.digest.size + 2)
+    ranks = (replace(first, digest=digest, pieces=pieces), *manifest.ranks[1:])
+    changed = parse_manifest(encode_manifest(replace(manifest, ranks=ranks)))
+    with pytest.raises(ManifestError, match="but its layout makes"):
+        open_shard(folder, changed, changed.mesh.rank(0))
