@@ -23,6 +23,7 @@ from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.parse import KEYS, load_recipe
 from shardkit.shards import encode_manifest
 from shardkit.shards.manifest_json import parse_manifest
+from tests.helpers.command_line import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,8 +121,8 @@ def test_the_words_of_a_page_are_plain_english(page: str) -> None:
 
 @pytest.mark.parametrize("name", ["", *(name for name, _ in list_commands())])
 def test_the_words_of_help_are_plain_english(name: str) -> None:
-    command = dict(list_commands())[name] if name else main
-    assert find_old_words(iter(command.get_help(click.Context(command)).splitlines())) == []
+    # As a user asks for it: click keeps the help option of the first context a command was shown in.
+    assert find_old_words(iter(run(*name.split(), "--help").stdout.splitlines())) == []
 
 
 def test_every_command_is_documented() -> None:

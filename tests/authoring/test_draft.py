@@ -97,7 +97,7 @@ def test_a_draft_of_another_layout_fails_the_checks_it_is_put_through(
 
 @pytest.mark.parametrize(("model", "told"), [
     ("no-such-type", "nor a model_type of transformers"),
-    ("dbrx", "no small model of it can be result"),
+    ("dbrx", "no small model of it can be made"),
 ])  # fmt: skip
 def test_what_cannot_be_drafted_is_said_in_one_line(
     model: str, told: str, proofs: ProofCache
