@@ -121,7 +121,7 @@ def test_the_words_of_a_page_are_plain_english(page: str) -> None:
 
 @pytest.mark.parametrize("name", ["", *(name for name, _ in list_commands())])
 def test_the_words_of_help_are_plain_english(name: str) -> None:
-    # As a user asks for it: click keeps the help option of the first context a command was shown in.
+    # As a user asks for it: click keeps the help option that the first context gives a command.
     assert find_old_words(iter(run(*name.split(), "--help").stdout.splitlines())) == []
 
 
