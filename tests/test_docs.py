@@ -16,11 +16,12 @@ from shardkit import errors
 from shardkit.authoring.draft.draft_all import read_records
 from shardkit.authoring.draft.drafts_page import render_drafts
 from shardkit.authoring.families_page import render_families
-from shardkit.authoring.sweep import list_entries, list_stale, read_results
+from shardkit.authoring.sweep import list_alone, list_entries, list_stale, read_results
 from shardkit.cli import COMMANDS, main
 from shardkit.layout import STYLES, Section, rank_spans
 from shardkit.recipe.catalog import list_recipe_files
-from shardkit.recipe.parse import KEYS, load_recipe
+from shardkit.recipe.parse import load_recipe
+from shardkit.recipe.parse_counts import KEYS
 from shardkit.shards import encode_manifest
 from shardkit.shards.manifest_json import parse_manifest
 from tests.helpers.command_line import run
@@ -199,7 +200,7 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
     recipes = [load_recipe(path) for path in list_recipe_files()]
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --all --write --stale`"
-    assert [recipe.name for recipe in recipes if not results[recipe.name].passed] == []
+    assert [r.name for r in list_alone(recipes) if not results[r.name].passed] == []
 
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:

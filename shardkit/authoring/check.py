@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from shardkit.authoring.mutations import Mutant, list_mutants
 from shardkit.authoring.proof import Proof, prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import find_samples, make_sample, save_random_model
+from shardkit.checkpoint import read_config
 from shardkit.errors import MODEL_ERRORS, CheckpointError, RecipeError
-from shardkit.recipe.recipe import Recipe
+from shardkit.recipe import Recipe, compose_recipe
 from shardkit.runtime.config import read_model_config
 from shardkit.runtime.loader import resolve_model_class
 
@@ -139,14 +140,30 @@ def run_mutants(
         pool: The ranks.
         limit: How many mutants to try at most.
     """
-    rules: dict[str, frozenset[str]] = {}
-    for used in models.values():
-        rules |= {pattern: rules.get(pattern, frozenset()) | used[pattern] for pattern in used}
-    for mutant in islice(list_mutants(recipe, rules), limit):
-        sources = [source for source, used in models.items() if mutant.pattern in used]
-        for source in sources or models:
+    composed = {source: compose_recipe(recipe, read_config(source)) for source in models}
+    for mutant, sources in islice(_list_mutants(composed, models), limit):
+        for source in sources:
             with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
                 proof = prove_recipe(source, mutant.recipe, pool.of(tp_size), Path(scratch))
             if not proof.passed:
                 break  # some models have no bias, and many need no attribute
         yield MutantResult(mutant, proof)
+
+
+def _list_mutants(
+    composed: Mapping[Path, Recipe], models: Mapping[Path, Mapping[str, frozenset[str]]]
+) -> Iterator[tuple[Mutant, list[Path]]]:
+    """Mutants of each recipe that the models have, in turns, and the models to try each on."""
+    mutants = []
+    for recipe in {each.sha256: each for each in composed.values()}.values():
+        sources = [source for source in models if composed[source].sha256 == recipe.sha256]
+        rules: dict[str, frozenset[str]] = {}
+        for used in (models[source] for source in sources):
+            rules |= {pattern: rules.get(pattern, frozenset()) | used[pattern] for pattern in used}
+        mutants.append([(mutant, sources) for mutant in list_mutants(recipe, rules)])
+    seen = set()
+    for mutant, sources in filter(None, chain.from_iterable(zip_longest(*mutants))):
+        if (mutant.fault, mutant.pattern) not in seen:
+            seen.add((mutant.fault, mutant.pattern))
+            using = [source for source in sources if mutant.pattern in models[source]]
+            yield mutant, using or sources

@@ -27,7 +27,7 @@ from shardkit.layout import Style
 from shardkit.planning import Mesh, Placement, Plan, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
-from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.materialize import placements_by_parameter
@@ -89,8 +89,9 @@ def plan_folder(source: Path, recipe: Recipe, tp_size: int) -> Plan:
 
 def match_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
     """The placement on disk of each of the model's parameters; tied ones by all their names."""
-    stored = {p.spec.name: p for p in plan.placements if p.style.is_loaded}
-    placements = placements_by_parameter(model, stored, find_conversions(model, stored))
+    stored = {p.spec.name: p for p in plan.placements}
+    conversions = find_conversions(model, loaded_shapes(stored))
+    placements = placements_by_parameter(model, stored, conversions)
     by_id = {id(model.get_parameter_or_buffer(name)): p for name, p in placements.items()}
     named = model.named_parameters(remove_duplicate=False)
     return {name: by_id[id(tensor)] for name, tensor in named if id(tensor) in by_id}

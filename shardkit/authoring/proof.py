@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from shardkit.authoring.masked_sum import WEIGHT_FILE, masked_sum_errors
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.convert import (
     merge_destination,
     merge_shards,
@@ -16,7 +16,7 @@ from shardkit.convert import (
 )
 from shardkit.errors import MODEL_ERRORS, ShardkitError
 from shardkit.planning import Plan, make_plan, summarize_plan
-from shardkit.recipe.recipe import Recipe
+from shardkit.recipe import Recipe, compose_recipe
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.reader import ShardedCheckpoint
@@ -59,6 +59,7 @@ def prove_recipe(
         scratch: An empty folder for the shards.
         beams: If not 0, also compare beam search over so many beams, if the model has it.
     """
+    recipe = compose_recipe(recipe, read_config(source))
     run = _ProofRun(source, recipe, ranks, scratch, beams)
     checks: list[Check] = []
     for name, step in run.steps.items():

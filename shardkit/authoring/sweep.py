@@ -15,7 +15,7 @@ from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_m
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
-from shardkit.recipe.recipe import Recipe
+from shardkit.recipe import Recipe, compose_recipe
 
 TP_SIZES = (2, 4)
 AWKWARD_TP_SIZES = (2, 3, 4)  # of samples whose sizes divide unevenly
@@ -89,6 +89,8 @@ def digest_inputs(recipe: Recipe) -> str:
     for sample in find_samples(recipe):
         values = sample.name, sample.model, sample.config, sample.limitation, sample.as_built
         parts.append(json.dumps([*values, sample.group]))
+        if recipe.parts:
+            parts.append(compose_recipe(recipe, sample.stored_config).sha256)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -117,11 +119,16 @@ def list_entries(
     return [(r, results[r.name].to_json()) for r in recipes if r.name in results]
 
 
+def list_alone(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes that are proven by themselves; the others are proven as parts of these."""
+    return [recipe for recipe in recipes if not recipe.part_only]
+
+
 def list_stale(results: Mapping[str, SweepResult], recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes that have no results, or have changed since, or whose samples have."""
     return [
         recipe
-        for recipe in recipes
+        for recipe in list_alone(recipes)
         if recipe.name not in results or results[recipe.name].digest != digest_inputs(recipe)
     ]
 
@@ -138,7 +145,7 @@ def sweep_recipes(
     """
     results = read_results(folder)
     with RankPool() as pool:
-        for recipe in selected:
+        for recipe in list_alone(selected):
             results[recipe.name] = result = sweep_recipe(recipe, pool)
             write_results(folder, results, recipes)
             yield recipe, result

@@ -14,6 +14,7 @@ from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
 SECONDS_PER_TYPE = 300.0
+BY_MODEL_TYPE = "by its model_type"
 
 
 @click.group()
@@ -41,7 +42,10 @@ def list_recipes(as_json: bool) -> None:
         return
     for entry in entries:
         print_line(f"{entry['recipe']}: {', '.join(entry['model_types'])}")
-        print_line(f"  divides    {', '.join(entry['divides'])}")
+        if entry["divides"]:
+            print_line(f"  divides    {', '.join(entry['divides'])}")
+        for field, part in entry["parts"].items():
+            print_line(f"  composes   {field}, under {part['module']}: {part['recipe']}")
         for pattern, reason in entry["replicated"].items():
             print_line(f"  replicates {pattern}: {reason}")
     types = sum(len(entry["model_types"]) for entry in entries)
@@ -197,6 +201,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "model_types": list(recipe.model_types),
         "divides": list(dict.fromkeys(units)),
+        "parts": {
+            part.config_field: {"module": part.module, "recipe": part.recipe or BY_MODEL_TYPE}
+            for part in recipe.parts
+        },
         "replicated": {rule.pattern: rule.reason for rule in recipe.rules if rule.reason},
         "notes": recipe.notes,
     }

@@ -23,6 +23,7 @@ from shardkit.recipe import (
     ForwardArgument,
     ModuleAttribute,
     Recipe,
+    compose_recipe,
     find_recipe,
     resolve_counts,
     resolve_units,
@@ -156,6 +157,7 @@ def plan_for(
     """
     if not isinstance(recipe, Recipe):
         recipe = find_recipe(checkpoint.config, recipe)
+    recipe = compose_recipe(recipe, checkpoint.config)
     return recipe, make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
 
 
@@ -174,6 +176,7 @@ def make_plan(
         RecipeError: For a tensor that no rule names, or two rules name.
         LayoutError: For a `tp_size` that cannot work.
     """
+    recipe = compose_recipe(recipe, config)
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
     placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
     plan = Plan(
@@ -192,7 +195,7 @@ def place_tensor(
     """One tensor's placement. Raises RecipeError."""
     rule = recipe.rule_for(spec.name)
     ndim = len(spec.shape)
-    dim = rule.dim(ndim)
+    dim = rule.dim(spec.shape, counts or {})
     axis = dim
     if rule.terms and rule.style.divides == "nothing" and ndim:
         axis = ndim - 1  # what is gathered is the input, which is as wide as the tensor

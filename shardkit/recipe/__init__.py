@@ -1,11 +1,13 @@
 """Which tensors of a model family are sharded how, as data."""
 
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
 from shardkit.recipe.parse import load_recipe, parse_recipe
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
+    Part,
     Recipe,
     Rule,
     UnitRule,
@@ -16,11 +18,13 @@ from shardkit.recipe.recipe import (
 __all__ = [
     "ForwardArgument",
     "ModuleAttribute",
+    "Part",
     "Recipe",
     "Rule",
     "UnitRule",
     "compile_module_pattern",
     "compile_tensor_pattern",
+    "compose_recipe",
     "find_recipe",
     "list_recipe_files",
     "load_recipe",

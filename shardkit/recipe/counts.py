@@ -6,7 +6,7 @@ imported.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardkit.errors import RecipeError
@@ -20,6 +20,20 @@ def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     """Whether a recipe is for this config: its `when` conditions hold, defaults included."""
     conditions = recipe.when.get(str(config.get("model_type")), {})
     return all(_field_value(config, field) == value for field, value in conditions.items())
+
+
+def read_part_config(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
+    """The config of a part, its `model_type` the class's own if it states none.
+
+    None if the config says that there is no such part, or does not have that table at all.
+    """
+    table = _get_field(config, field)
+    if not isinstance(table, Mapping):
+        return None
+    if isinstance(table.get("model_type"), str):
+        return table
+    cls = _find_config_class(config, field.split("."))
+    return {**table, "model_type": getattr(cls, "model_type", "")}
 
 
 def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
@@ -115,21 +129,28 @@ def _class_default(config: Mapping[str, Any], field: str) -> Any:
 
     The class is read, never built: building one derives some fields from the defaults of others.
     """
+    *path, last = field.split(".")
+    if (cls := _find_config_class(config, path)) is None:
+        return None
+    declared = inspect.signature(cls).parameters
+    names = [name for name, theirs in cls.attribute_map.items() if theirs == last]
+    names.append(cls.attribute_map.get(last, last))
+    values = (declared[name].default for name in [last, *names] if name in declared)
+    return next((value for value in values if type(value) in (int, bool, str)), None)
+
+
+def _find_config_class(config: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The config class of a config, or of a table inside it; None if it is unknown."""
     from transformers import CONFIG_MAPPING  # here, as it costs 2 s and is rarely needed
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     cls: Any = CONFIG_MAPPING[model_type]
-    *path, last = field.split(".")
     for at, key in enumerate(path):
         stated = _get_field(config, ".".join([*path[: at + 1], "model_type"]))
         known = isinstance(stated, str) and stated in CONFIG_MAPPING
         cls = CONFIG_MAPPING[stated] if known else cls.sub_configs.get(key)
         if not hasattr(cls, "sub_configs"):
             return None
-    declared = inspect.signature(cls).parameters
-    names = [name for name, theirs in cls.attribute_map.items() if theirs == last]
-    names.append(cls.attribute_map.get(last, last))
-    values = (declared[name].default for name in [last, *names] if name in declared)
-    return next((value for value in values if type(value) in (int, bool, str)), None)
+    return cls

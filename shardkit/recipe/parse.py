@@ -5,26 +5,32 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from shardkit.errors import RecipeError
 from shardkit.files import read_small_file
 from shardkit.layout import STYLES, Style, Term, parse_axis
-from shardkit.layout.axis import NAME
 from shardkit.layout.style import REPLICATE
-from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Rule, UnitRule
+from shardkit.recipe.parse_counts import FIELD, KEYS, parse_counts, parse_parts, parse_units
+from shardkit.recipe.recipe import (
+    ForwardArgument,
+    ModuleAttribute,
+    Recipe,
+    Rule,
+    UnitRule,
+)
+from shardkit.recipe.toml_values import (
+    check_pattern,
+    expect_flag,
+    expect_string,
+    expect_strings,
+    expect_table,
+)
 from shardkit.strict_json import escape_line
 
-KEYS = {
-    "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
-    "replicated", "module_attributes", "forward_arguments", *STYLES,
-}  # fmt: skip
-PATTERN = re.compile(r"(?:[^{}\s]|\{[^{}*\s]+\})+")
-FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
 TENSOR = re.compile(rf"{FIELD}\.(?:weight|bias)", re.ASCII)  # of a module
-COUNT = re.compile(rf"{FIELD}(?: / (?:{FIELD}|[1-9][0-9]{{0,3}}))?", re.ASCII)
 MAX_BYTES = 1 << 20
 MAX_DIM = 8  # of a forward argument
 
@@ -52,9 +58,9 @@ def parse_recipe(name: str, data: bytes) -> Recipe:
 def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
     if unknown := sorted(table.keys() - KEYS):
         raise RecipeError(f"unknown keys: {', '.join(unknown)}")
-    units = dict(_parse_units(_read_table(table, "units")))
-    counts = dict(_parse_counts(_read_table(table, "counts"), units))
-    model_types = _read_strings(table, "model_types")
+    units = dict(parse_units(expect_table(table, "units")))
+    counts = dict(parse_counts(expect_table(table, "counts"), units))
+    model_types = expect_strings(table, "model_types")
     if not model_types:
         raise RecipeError("model_types is missing or empty")
     recipe = Recipe(
@@ -64,11 +70,13 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         rules=tuple(_parse_rules(table, units, counts)),
         units=units,
         counts=counts,
-        when=_parse_conditions(_read_table(table, "when"), model_types),
-        module_attributes=tuple(_parse_attributes(_read_table(table, "module_attributes"), units)),
-        forward_arguments=tuple(_parse_arguments(_read_table(table, "forward_arguments"), units)),
-        base_model_prefix=_read_string(table.get("base_model_prefix", ""), "base_model_prefix"),
-        notes=_read_string(table.get("notes", ""), "notes"),
+        when=_parse_conditions(expect_table(table, "when"), model_types),
+        module_attributes=tuple(_parse_attributes(expect_table(table, "module_attributes"), units)),
+        forward_arguments=tuple(_parse_arguments(expect_table(table, "forward_arguments"), units)),
+        parts=tuple(parse_parts(expect_table(table, "parts"))),
+        part_only=expect_flag(table, "part_only"),
+        base_model_prefix=expect_string(table.get("base_model_prefix", ""), "base_model_prefix"),
+        notes=expect_string(table.get("notes", ""), "notes"),
     )
     _check_rules(recipe)
     _check_units(recipe)
@@ -82,18 +90,19 @@ def _parse_rules(
     styles = STYLES.values()
     for style in (style for style in styles if style.axis == "none"):
         yield from _parse_list(table, style, ())
-    for pattern, reason in _read_table(table, "replicated").items():
-        why = _read_string(reason, f"replicated.{pattern}")
-        yield Rule(_check_pattern("replicated", pattern), REPLICATE, reason=why)
+    for pattern, reason in expect_table(table, "replicated").items():
+        why = expect_string(reason, f"replicated.{pattern}")
+        yield Rule(check_pattern("replicated", pattern), REPLICATE, reason=why)
     for style in (style for style in styles if style.axis == "vocab"):
         yield from _parse_list(table, style, (Term((), style.axis),))
-    flipped, used = set(_read_strings(table, "fan_in_fan_out")), set()
+    flipped, used = set(expect_strings(table, "fan_in_fan_out")), set()
     for style in (style for style in styles if style.axis == "stated"):
-        for pattern, entry in _read_table(table, style.name).items():
+        for pattern, entry in expect_table(table, style.name).items():
             key = f"{style.name}.{pattern}"
-            text, dim = _read_axis_and_dim(key, entry, style.is_linear)
+            text, dim, whole = _read_axis_and_dim(key, entry, style.is_linear, counts)
             terms = _parse_terms(key, text, units, counts)
-            yield Rule(_check_pattern(style.name, pattern), style, terms, pattern in flipped, dim)
+            check_pattern(style.name, pattern)
+            yield Rule(pattern, style, terms, pattern in flipped, dim, whole)
             if style.is_linear and dim is None:
                 used.add(pattern)
     if unused := sorted(flipped - used):
@@ -101,17 +110,27 @@ def _parse_rules(
 
 
 def _parse_list(table: dict[str, Any], style: Style, terms: tuple[Term, ...]) -> Iterator[Rule]:
-    for pattern in _read_strings(table, style.name):
-        yield Rule(_check_pattern(style.name, pattern), style, terms)
+    for pattern in expect_strings(table, style.name):
+        yield Rule(check_pattern(style.name, pattern), style, terms)
 
 
-def _read_axis_and_dim(key: str, entry: Any, may_state_dim: bool) -> tuple[Any, int | None]:
-    """A rule's axis, and the dimension it states, as `"heads"` or `{ axis = "heads", dim = 0 }`."""
+def _read_axis_and_dim(
+    key: str, entry: Any, is_linear: bool, counts: Collection[str]
+) -> tuple[Any, int | None, str]:
+    """A rule's axis, the dimension that it states, and the count of the one that stays whole."""
     if not isinstance(entry, dict):
-        return entry, None
-    if entry.keys() != {"axis", "dim"} or not may_state_dim:
-        raise RecipeError(f'{key}: must be "AXIS", or for column or row {{ axis = …, dim = N }}')
-    return entry["axis"], _read_dim(key, entry["dim"])
+        return entry, None, ""
+    if not is_linear or entry.keys() not in ({"axis", "dim"}, {"axis", "whole"}):
+        raise RecipeError(
+            f'{key}: must be "AXIS", or for column or row {{ axis = …, dim = N }} or'
+            " { axis = …, whole = COUNT }"
+        )
+    if "dim" in entry:
+        return entry["axis"], _read_dim(key, entry["dim"]), ""
+    whole = expect_string(entry["whole"], key)
+    if whole not in counts:
+        raise RecipeError(f"{key}: {whole!r} is not one of [counts]")
+    return entry["axis"], None, whole
 
 
 def _read_dim(key: str, dim: Any) -> int:
@@ -140,6 +159,7 @@ def _check_units(recipe: Recipe) -> None:
     used |= {name for rule in recipe.module_attributes for name in (rule.unit, rule.per_unit)}
     used |= {rule.unit for rule in recipe.forward_arguments} | {"vocab"}
     factors = {name for rule in recipe.rules for term in rule.terms for name in term.counts}
+    factors |= {rule.whole for rule in recipe.rules}
     if unused := sorted(recipe.counts.keys() - factors):
         raise RecipeError(f"counts.{unused[0]}: no rule uses it")
     if unused := sorted(recipe.units.keys() - used):
@@ -160,55 +180,13 @@ def _check_units(recipe: Recipe) -> None:
                 raise RecipeError(f"{key}: {term.unit} is not shared_by {term.shared_by}")
 
 
-def _parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
-    yield "vocab", UnitRule(())
-    for name, value in table.items():
-        _check_name("units", name)
-        entry = value if isinstance(value, dict) else {"count": value}
-        if unknown := sorted(entry.keys() - {"count", "shared_by"}):
-            raise RecipeError(f"units.{name}: unknown keys: {', '.join(unknown)}")
-        shared_by = _read_string(entry.get("shared_by", ""), f"units.{name}.shared_by")
-        if shared_by and shared_by not in table:
-            raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is not a unit")
-        count = entry.get("count")
-        fields = () if count == "*" else _read_count_fields(f"units.{name}", count, " or be '*',")
-        yield name, UnitRule(fields, shared_by)
-
-
-def _parse_counts(
-    table: dict[str, Any], units: dict[str, UnitRule]
-) -> Iterator[tuple[str, UnitRule]]:
-    for name, value in table.items():
-        _check_name("counts", name)
-        if name in units:
-            raise RecipeError(f"counts.{name}: a unit has that name")
-        yield name, UnitRule(_read_count_fields(f"counts.{name}", value))
-
-
-def _check_name(key: str, name: str) -> None:
-    if name in KEYS:
-        raise RecipeError(f"{key}.{name}: a key of the recipe; put it above the first table")
-    if not NAME.fullmatch(name):
-        raise RecipeError(f"{key}.{name}: not a name a unit can have")
-
-
-def _read_count_fields(key: str, value: Any, otherwise: str = "") -> tuple[str, ...]:
-    fields = [value] if isinstance(value, str) else value
-    if not isinstance(fields, list) or not fields:
-        raise RecipeError(f"{key}: must name a config field,{otherwise} not {value!r}")
-    for field in fields:
-        if not COUNT.fullmatch(_read_string(field, key)):
-            raise RecipeError(f"{key}: {field!r} is not a config field, nor a ratio of two")
-    return tuple(fields)
-
-
 def _parse_conditions(
     table: dict[str, Any], model_types: tuple[str, ...]
 ) -> dict[str, dict[str, object]]:
     for model_type in table:
         if model_type not in model_types:
             raise RecipeError(f"when.{model_type}: not one of model_types")
-        for field, value in _read_table(table, model_type, "when.").items():
+        for field, value in expect_table(table, model_type, "when.").items():
             if type(value) not in (bool, int, str):
                 raise RecipeError(f"when.{model_type}.{field}: {value!r} is not a plain value")
     return table
@@ -218,16 +196,16 @@ def _parse_attributes(
     table: dict[str, Any], units: dict[str, UnitRule]
 ) -> Iterator[ModuleAttribute]:
     for module, entry in table.items():
-        for attribute, text in _read_table(table, module, "module_attributes.").items():
+        for attribute, text in expect_table(table, module, "module_attributes.").items():
             key = f"module_attributes.{module}.{attribute}"
-            names = _read_string(text, key).split("/")
+            names = expect_string(text, key).split("/")
             counted = [name in units and bool(units[name].fields) for name in names]
             tensor = TENSOR.fullmatch(text)
             if not (len(names) < 3 and all(counted)) and text not in units and not tensor:
                 raise RecipeError(
                     f"{key}: {text!r} is not a unit, a ratio of two with counts, or MODULE.weight"
                 )
-            yield ModuleAttribute(_check_pattern("module_attributes", module), attribute, *names)
+            yield ModuleAttribute(check_pattern("module_attributes", module), attribute, *names)
         if not entry:
             raise RecipeError(f"module_attributes.{module}: is empty")
 
@@ -236,51 +214,25 @@ def _parse_arguments(
     table: dict[str, Any], units: dict[str, UnitRule]
 ) -> Iterator[ForwardArgument]:
     for module in table:
-        for argument, entry in _read_table(table, module, "forward_arguments.").items():
+        for argument, entry in expect_table(table, module, "forward_arguments.").items():
             key = f"forward_arguments.{module}.{argument}"
             if not isinstance(entry, dict) or entry.keys() != {"dim", "axis"}:
                 raise RecipeError(f"{key}: must be {{ dim = N, axis = UNIT }}")
-            words = _read_string(entry["axis"], key).split()
+            words = expect_string(entry["axis"], key).split()
             outer = words[:1] == ["*"]
             if len(words) != 1 + outer or not units.get(words[-1], UnitRule(())).fields:
                 axis = entry["axis"]
                 raise RecipeError(f"{key}: {axis!r} is not a unit with a count, or '* UNIT'")
             dim = _read_dim(key, entry["dim"])
             yield ForwardArgument(
-                _check_pattern("forward_arguments", module), argument, dim, words[-1], outer
+                check_pattern("forward_arguments", module), argument, dim, words[-1], outer
             )
-
-
-def _check_pattern(key: str, pattern: str) -> str:
-    if not PATTERN.fullmatch(pattern):
-        raise RecipeError(f"{key}: {pattern!r} is not a name, nor one with * and {{a,b}} in it")
-    return pattern
 
 
 def _parse_terms(
     key: str, text: Any, units: dict[str, UnitRule], counts: dict[str, UnitRule]
 ) -> tuple[Term, ...]:
-    terms = parse_axis(_read_string(text, key), counts)
+    terms = parse_axis(expect_string(text, key), counts)
     if unknown := sorted({t.unit for t in terms if t.unit and t.unit not in units}):
         raise RecipeError(f"{key}: {', '.join(unknown)} is not a unit; declare it under [units]")
     return terms
-
-
-def _read_table(table: dict[str, Any], key: str, inside: str = "") -> dict[str, Any]:
-    value = table.get(key, {})
-    if not isinstance(value, dict):
-        raise RecipeError(f"{inside}{key} must be a table, not {value!r}")
-    return value
-
-
-def _read_strings(table: dict[str, Any], key: str) -> tuple[str, ...]:
-    value = table.get(key, [])
-    if not isinstance(value, list):
-        raise RecipeError(f"{key} must be a list of names, not {value!r}")
-    return tuple(_read_string(item, key) for item in value)
-
-
-def _read_string(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise RecipeError(f"{key} must be a string, not {value!r}")
-    return value

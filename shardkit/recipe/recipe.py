@@ -6,7 +6,7 @@ transformers builds them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,6 +25,8 @@ class Rule:
         fan_in_fan_out: Whether weights are stored `[in, out]` (Conv1D, Embedding) instead of
             `[out, in]`. The word is PEFT's.
         stated_dim: The divided dimension if it is neither of those.
+        whole: A count. Of the last two dimensions, the one that is so long is not divided, for a
+            weight that some checkpoints store transposed.
         reason: Why something large is replicated.
     """
 
@@ -33,13 +35,20 @@ class Rule:
     terms: tuple[Term, ...] = ()
     fan_in_fan_out: bool = False
     stated_dim: int | None = None
+    whole: str = ""
     reason: str = ""
 
-    def dim(self, ndim: int) -> int | None:
-        """The divided dimension of an `ndim`-dimensional tensor; None if it is not divided."""
+    def dim(self, shape: Sequence[int], counts: Mapping[str, int]) -> int | None:
+        """The divided dimension of a tensor of this shape; None if it is not divided."""
+        ndim = len(shape)
         if self.stated_dim is not None and ndim:
             return min(self.stated_dim, ndim - 1)
-        return self.style.dim(ndim, self.fan_in_fan_out)
+        dim = self.style.dim(ndim, self.fan_in_fan_out)
+        if dim is None or not self.whole or ndim < 2:
+            return dim
+        other = 2 * ndim - 3 - dim  # the other one of the last two
+        size = counts.get(self.whole)
+        return other if shape[dim] == size != shape[other] else dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,29 @@ class ForwardArgument:
     outer: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model inside of another, which has a recipe of its own.
+
+    Attributes:
+        config_field: The field of the outer config that holds the part's config.
+        module: A pattern of the module, or modules, that the part is under on disk; its first
+            alternative is the module's name in transformers' model.
+        recipe: The name of its recipe; empty for the one of its config's `model_type`.
+    """
+
+    config_field: str
+    module: str
+    recipe: str = ""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One model family's layouts. `sha256` is the digest of the file that it was read from."""
+    """One model family's layouts. `sha256` is the digest of the file that it was read from.
+
+    One with `parts` has its own rules only, until `compose_recipe` adds those of the parts. One
+    that is `part_only` is of a model that no checkpoint holds alone.
+    """
 
     name: str
     sha256: str
@@ -113,6 +142,8 @@ class Recipe:
     when: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
+    parts: tuple[Part, ...] = ()
+    part_only: bool = False
     base_model_prefix: str = ""
     notes: str = ""
 

@@ -7,7 +7,7 @@ public API of transformers; this module is the only one that knows them.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from shardkit.errors import ManifestError
+from shardkit.planning import Placement
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Conversion:
     """How tensors on disk become tensors of the model.
 
     `sources` are `(name on disk, pattern)` in the order the model stacks them; `target` the first
-    name they make.
+    name they make. `whole` is the shape of the whole first source, by which an operation that
+    depends on the shape decides for every rank's part.
     """
 
     target: str
     sources: tuple[tuple[str, str], ...]
     converter: WeightConverter | None
+    whole: tuple[int, ...] = ()
 
     def run(
         self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
@@ -43,14 +47,28 @@ class Conversion:
         if self.converter is None:
             return {self.target: tensors[self.sources[0][0]]}
         converter = deepcopy(self.converter)
+        converter.operations = [*self._choose_operations(converter, model)]
         for name, pattern in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda t=tensors[name]: t)
         converted = converter.convert(self.target, model=model, config=model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
+    def _choose_operations(
+        self, converter: WeightConverter, model: PreTrainedModel
+    ) -> Iterator[ConversionOps]:
+        """The operations without those that leave a whole tensor of this shape as it is."""
+        for operation in converter.operations:
+            if getattr(operation, "check_dims", False):
+                if self.whole == tuple(model.get_parameter_or_buffer(self.target).shape):
+                    continue
+                operation.check_dims = False
+            yield operation
 
-def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
-    """The conversions that take these names on disk into the model.
+
+def find_conversions(
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]
+) -> list[Conversion]:
+    """The conversions that take tensors of these names and whole shapes into the model.
 
     A name that the model's class says to skip (keys of a layer that uses another's) is left out.
     Raises ManifestError for any other that the model has no place for.
@@ -61,7 +79,7 @@ def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conve
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict()
     groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for name in sorted(names, key=dot_natural_key):
+    for name in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
@@ -71,7 +89,14 @@ def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conve
             raise ManifestError(f"{name}: {type(model).__name__} has no tensor {target!r} for it")
         group = ("", name) if pattern is None else (target, "")
         groups[group].append((name, target if pattern is None else pattern))
-    return [_make_conversion(group, sources, by_pattern) for group, sources in groups.items()]
+    return [
+        _make_conversion(group, sources, by_pattern, shapes) for group, sources in groups.items()
+    ]
+
+
+def loaded_shapes(placements: Mapping[str, Placement]) -> dict[str, tuple[int, ...]]:
+    """The whole shapes of the tensors that a model is made of, by name on disk."""
+    return {name: p.spec.shape for name, p in placements.items() if p.style.is_loaded}
 
 
 def is_skipped_key(model: PreTrainedModel, name: str) -> bool:
@@ -83,8 +108,10 @@ def _make_conversion(
     group: tuple[str, str],
     sources: Sequence[tuple[str, str]],
     by_pattern: Mapping[str, WeightConverter],
+    shapes: Mapping[str, Sequence[int]],
 ) -> Conversion:
     stacked, _ = group
     if not stacked:
         return Conversion(sources[0][1], tuple(sources), None)
-    return Conversion(stacked, tuple(sources), by_pattern[sources[0][1]])
+    name, pattern = sources[0]
+    return Conversion(stacked, tuple(sources), by_pattern[pattern], tuple(shapes[name]))

@@ -18,7 +18,7 @@ from shardkit.errors import ManifestError, first_line
 from shardkit.layout.style import ADD_ONCE
 from shardkit.planning import Rank
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
-from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
@@ -166,8 +166,7 @@ def load_into(
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
-    loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
-    conversions = find_conversions(model, loaded)
+    conversions = find_conversions(model, loaded_shapes(manifest.placements))
     placements = placements_by_parameter(model, manifest.placements, conversions)
     missing = model.state_dict().keys() - placements.keys()
     tied = find_tied_placements(model, placements, missing)

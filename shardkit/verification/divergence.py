@@ -7,7 +7,7 @@ import torch
 from shardkit.layout import Span
 from shardkit.layout.style import COLUMN, REPLICATE
 from shardkit.planning import Placement, Rank
-from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
 from shardkit.shards.manifest import Manifest
@@ -30,8 +30,7 @@ def describe_divergence(
     expected = reference.trace(inputs, names)
     rounded = unsharded.trace(inputs, names)
     ranks = sharded.trace(inputs, list(expected))
-    loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
-    conversions = find_conversions(unsharded.model, loaded)
+    conversions = find_conversions(unsharded.model, loaded_shapes(manifest.placements))
     placements = placements_by_parameter(unsharded.model, manifest.placements, conversions)
     for name in expected:
         for tp_rank, outputs in enumerate(ranks):

@@ -169,3 +169,17 @@ def test_names_that_real_checkpoints_have_are_served(
 def renamed_by(renamings: dict[str, str], name: str) -> str:
     old = next((old for old in renamings if name.startswith(old)), None)
     return name if old is None else renamings[old] + name.removeprefix(old)
+
+
+def test_stacked_experts_may_be_stored_either_way_round(
+    tmp_path: Path, rank_pool: RankPool
+) -> None:
+    source = make("qwen3_vl_moe", tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    stacks = {name for name in weights if ".mlp.experts." in name}
+    assert len(stacks) == 6
+    turned = {n: t.transpose(1, 2).contiguous() if n in stacks else t for n, t in weights.items()}
+    save_file(turned, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = find_recipe(json.loads((source / "config.json").read_text()))
+    proof = prove_recipe(source, recipe, rank_pool.of(2), tmp_path)
+    assert proof.passed, proof.checks

@@ -112,7 +112,7 @@ def test_a_recipe_may_be_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", list_recipe_files(), ids=lambda path: path.stem)
 def test_every_bundled_recipe_loads_and_its_patterns_compile(path: Path) -> None:
     loaded = load_recipe(path)
-    assert loaded.rules
+    assert loaded.rules or loaded.parts
     for rule in loaded.rules:
         compile_tensor_pattern(rule.pattern, loaded.base_model_prefix)
     attributes = [attribute.module for attribute in loaded.module_attributes]
@@ -218,4 +218,21 @@ def test_the_divided_dimension_follows_from_style_and_rank(
 ) -> None:
     terms = () if style in ("replicate", "ignore") else (Term((), "heads"),)
     rule = Rule("any", STYLES[style], terms, fan_in_fan_out)
-    assert [rule.dim(ndim) for ndim in range(4)] == dims
+    assert [rule.dim((8,) * ndim, {}) for ndim in range(4)] == dims
+
+
+@pytest.mark.parametrize(
+    ("style", "shape", "dim"),
+    [
+        ("column", (4, 96, 64), 1),
+        ("column", (4, 64, 96), 2),
+        ("column", (4, 64, 64), 1),
+        ("row", (4, 64, 48), 2),
+        ("row", (4, 48, 64), 1),
+    ],
+)
+def test_the_dimension_of_a_stated_count_stays_whole(
+    style: str, shape: tuple[int, ...], dim: int
+) -> None:
+    rule = Rule("any", STYLES[style], (Term((), "ffn"),), whole="hidden")
+    assert rule.dim(shape, {"hidden": 64}) == dim

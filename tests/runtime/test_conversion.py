@@ -23,14 +23,17 @@ def model() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
+def shapes_of(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    """The model's own tensors, and one more."""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()} | {EXTRA: (16, 16)}
+
+
 def test_a_tensor_that_the_model_has_no_place_for_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ManifestError, match="has no tensor"):
-        find_conversions(model, [*model.state_dict(), EXTRA])
+        find_conversions(model, shapes_of(model))
 
 
 def test_a_tensor_that_the_model_s_class_skips_is_left_out(model: LlamaForCausalLM) -> None:
     model._keys_to_ignore_on_load_unexpected = {r"layers\.1\.", r"layers\.0\."}
-    found = {
-        conversion.target for conversion in find_conversions(model, [*model.state_dict(), EXTRA])
-    }
-    assert found == set(model.state_dict())  # layer 0 too: what the model has is never skipped
+    targets = {conversion.target for conversion in find_conversions(model, shapes_of(model))}
+    assert targets == set(model.state_dict())  # layer 0 too: what the model has is never skipped

@@ -1,0 +1,172 @@
+"""Composes a recipe of the recipes of its parts: a text model and a vision encoder, say.
+
+A part's rules are those of its own recipe, with its module before every name, its config's field
+before every field, and for all but the first part a prefix before every unit.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardkit.errors import RecipeError
+from shardkit.layout import Term
+from shardkit.recipe.catalog import find_recipe
+from shardkit.recipe.counts import read_part_config
+from shardkit.recipe.recipe import (
+    ForwardArgument,
+    ModuleAttribute,
+    Part,
+    Recipe,
+    Rule,
+    UnitRule,
+)
+
+VOCAB = "vocab"  # a unit of every recipe
+
+
+def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """The recipe with the rules of its parts, as a config has them; itself if it has none.
+
+    Args:
+        recipe: The outer recipe.
+        config: The whole config.json.
+
+    Raises:
+        RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
+    """
+    if not recipe.parts:
+        return recipe
+    nested = [_Nesting(recipe, part, at == 0) for at, part in enumerate(recipe.parts)]
+    parts = [inner for nesting in nested if (inner := nesting.nest(config)) is not None]
+    every = [recipe, *parts]
+    return replace(
+        recipe,
+        sha256=hashlib.sha256("".join(r.sha256 for r in every).encode()).hexdigest(),
+        rules=tuple(rule for r in every for rule in r.rules),
+        units={name: unit for r in every for name, unit in r.units.items()},
+        counts={name: count for r in every for name, count in r.counts.items()},
+        module_attributes=tuple(a for r in every for a in r.module_attributes),
+        forward_arguments=tuple(a for r in every for a in r.forward_arguments),
+        parts=(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Nesting:
+    """One part of a recipe. The first is the language model: its units keep their names."""
+
+    outer: Recipe
+    part: Part
+    is_first: bool
+
+    def nest(self, config: Mapping[str, Any]) -> Recipe | None:
+        """The part's recipe, in the outer model's names; None if this config has no such part."""
+        field = self.part.config_field
+        part_config = read_part_config(config, field)
+        if part_config is None and not self.is_first:
+            return None
+        try:
+            inner = find_recipe(part_config or config, self.part.recipe or None)
+        except RecipeError as error:
+            raise RecipeError(f"config.json: {field}: {error}") from None
+        if inner.parts:
+            raise RecipeError(
+                f"recipe {self.outer.name!r}: parts.{field}: recipe {inner.name!r} has parts itself"
+            )
+        # Older configs have the text model's fields outermost.
+        table = "" if part_config is None else f"{field}."
+        return replace(
+            inner,
+            rules=tuple(self._nest_rule(rule, inner.base_model_prefix) for rule in inner.rules),
+            units={self._nest_name(n): self._nest_count(u, table) for n, u in inner.units.items()},
+            counts={
+                self._nest_name(n): self._nest_count(c, table) for n, c in inner.counts.items()
+            },
+            module_attributes=tuple(
+                self._nest_attribute(a, inner.base_model_prefix) for a in inner.module_attributes
+            ),
+            forward_arguments=tuple(
+                self._nest_argument(a, inner.base_model_prefix) for a in inner.forward_arguments
+            ),
+        )
+
+    def _nest_name(self, unit: str) -> str:
+        """A unit's or count's name in the outer recipe."""
+        if self.is_first or unit in ("", VOCAB) or "." in unit:
+            return unit
+        return f"{self.part.config_field.removesuffix('_config').replace('.', '_')}_{unit}"
+
+    def _nest_count(self, rule: UnitRule, table: str) -> UnitRule:
+        fields = tuple(
+            " / ".join(side if side.isdigit() else table + side for side in field.split(" / "))
+            for field in rule.fields
+        )
+        return UnitRule(fields, self._nest_name(rule.shared_by))
+
+    def _nest_rule(self, rule: Rule, prefix: str) -> Rule:
+        terms = tuple(self._nest_term(term) for term in rule.terms)
+        pattern, whole = self._nest_pattern(rule.pattern, prefix), self._nest_name(rule.whole)
+        return replace(rule, pattern=pattern, terms=terms, whole=whole)
+
+    def _nest_term(self, term: Term) -> Term:
+        outer, inner = (
+            tuple(self._nest_name(f) if isinstance(f, str) else f for f in factors)
+            for factors in (term.outer, term.inner)
+        )
+        unit = None if term.unit is None else self._nest_name(term.unit)
+        return replace(
+            term, outer=outer, unit=unit, inner=inner, shared_by=self._nest_name(term.shared_by)
+        )
+
+    def _nest_pattern(self, pattern: str, prefix: str) -> str:
+        """A pattern of tensors under the part's module; an output layer may stand outside of it."""
+        module = self.part.module
+        if not prefix:
+            return f"{module}.{pattern}"
+        if pattern.startswith(f"{prefix}."):
+            return f"{module}.{_make_optional([prefix])}{pattern[len(prefix) + 1 :]}"
+        modules = [*list_alternatives(module)]
+        outer = f"{self.outer.base_model_prefix}."
+        modules += [m.removeprefix(outer) for m in modules if m.startswith(outer)]
+        if self.is_first:
+            return f"{_make_optional(modules)}{pattern}"
+        return f"{{{','.join(f'{m}.' for m in modules)}}}{pattern}"
+
+    def _nest_module(self, pattern: str, prefix: str) -> str:
+        """A pattern of modules of transformers' model, under the part's own."""
+        module = next(iter(list_alternatives(self.part.module)))
+        inside = module.removeprefix(f"{self.outer.base_model_prefix}.")
+        return f"{inside}.{_make_optional([prefix]) if prefix else ''}{pattern}"
+
+    def _nest_attribute(self, rule: ModuleAttribute, prefix: str) -> ModuleAttribute:
+        return replace(
+            rule,
+            module=self._nest_module(rule.module, prefix),
+            unit=self._nest_name(rule.unit),
+            per_unit=self._nest_name(rule.per_unit),
+        )
+
+    def _nest_argument(self, rule: ForwardArgument, prefix: str) -> ForwardArgument:
+        module = self._nest_module(rule.module, prefix)
+        return replace(rule, module=module, unit=self._nest_name(rule.unit))
+
+
+def list_alternatives(pattern: str) -> tuple[str, ...]:
+    """The names that a pattern of one `{a,b}`, or of none, stands for.
+
+    Example:
+        >>> list_alternatives("{model.,}visual")
+        ('model.visual', 'visual')
+    """
+    head, brace, rest = pattern.partition("{")
+    if not brace:
+        return (pattern,)
+    words, _, tail = rest.partition("}")
+    return tuple(f"{head}{word}{tail}" for word in words.split(","))
+
+
+def _make_optional(patterns: list[str]) -> str:
+    """A pattern of any of these modules and a dot, or of nothing."""
+    names = [name for pattern in patterns for name in list_alternatives(pattern)]
+    return f"{{{''.join(f'{name}.,' for name in names)}}}"

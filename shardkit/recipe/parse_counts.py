@@ -1,0 +1,80 @@
+"""Reads a recipe's units, counts and parts: what it takes from the config."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from shardkit.errors import RecipeError
+from shardkit.layout import STYLES
+from shardkit.layout.axis import NAME
+from shardkit.recipe.recipe import Part, UnitRule
+from shardkit.recipe.toml_values import check_pattern, expect_string
+
+KEYS = {
+    "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
+    "replicated", "module_attributes", "forward_arguments", "parts", "part_only", *STYLES,
+}  # fmt: skip
+FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
+FIELD_NAME = re.compile(FIELD, re.ASCII)
+COUNT = re.compile(rf"{FIELD}(?: / (?:{FIELD}|[1-9][0-9]{{0,3}}))?", re.ASCII)
+
+
+def parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
+    """The units by name, the vocabulary first. Raises RecipeError."""
+    yield "vocab", UnitRule(())
+    for name, value in table.items():
+        _check_name("units", name)
+        entry = value if isinstance(value, dict) else {"count": value}
+        if unknown := sorted(entry.keys() - {"count", "shared_by"}):
+            raise RecipeError(f"units.{name}: unknown keys: {', '.join(unknown)}")
+        shared_by = expect_string(entry.get("shared_by", ""), f"units.{name}.shared_by")
+        if shared_by and shared_by not in table:
+            raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is not a unit")
+        count = entry.get("count")
+        fields = () if count == "*" else _read_count_fields(f"units.{name}", count, " or be '*',")
+        yield name, UnitRule(fields, shared_by)
+
+
+def parse_counts(
+    table: dict[str, Any], units: dict[str, UnitRule]
+) -> Iterator[tuple[str, UnitRule]]:
+    """The counts by name. Raises RecipeError."""
+    for name, value in table.items():
+        _check_name("counts", name)
+        if name in units:
+            raise RecipeError(f"counts.{name}: a unit has that name")
+        yield name, UnitRule(_read_count_fields(f"counts.{name}", value))
+
+
+def _check_name(key: str, name: str) -> None:
+    if name in KEYS:
+        raise RecipeError(f"{key}.{name}: a key of the recipe; put it above the first table")
+    if not NAME.fullmatch(name):
+        raise RecipeError(f"{key}.{name}: not a name a unit can have")
+
+
+def _read_count_fields(key: str, value: Any, otherwise: str = "") -> tuple[str, ...]:
+    fields = [value] if isinstance(value, str) else value
+    if not isinstance(fields, list) or not fields:
+        raise RecipeError(f"{key}: must name a config field,{otherwise} not {value!r}")
+    for field in fields:
+        if not COUNT.fullmatch(expect_string(field, key)):
+            raise RecipeError(f"{key}: {field!r} is not a config field, nor a ratio of two")
+    return tuple(fields)
+
+
+def parse_parts(table: dict[str, Any]) -> Iterator[Part]:
+    """The parts, in the order of the table. Raises RecipeError."""
+    for config_field, value in table.items():
+        key = f"parts.{config_field}"
+        entry = value if isinstance(value, dict) else {"module": expect_string(value, key)}
+        if not {"module"} <= entry.keys() <= {"module", "recipe"}:
+            raise RecipeError(f'{key}: must be "MODULE", or {{ module = "…", recipe = "NAME" }}')
+        if not FIELD_NAME.fullmatch(config_field):
+            raise RecipeError(f"{key}: not the name of a config field")
+        module = check_pattern(key, expect_string(entry["module"], key))
+        if module.count("{") > 1:
+            raise RecipeError(
+                f"{key}: {module!r} has more than one {{a,b}}; list whole names in one"
+            )
+        yield Part(config_field, module, expect_string(entry.get("recipe", ""), key))
