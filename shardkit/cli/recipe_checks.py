@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
+from shardkit.authoring.model_classes import write_model_classes
 from shardkit.authoring.publishing import find_proofs_folder
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.sweep import SweepResult, list_stale, read_results, sweep_recipes
 from shardkit.cli.options import status_line
 from shardkit.cli.output import format_count, print_line
 from shardkit.recipe.catalog import list_recipe_files
+from shardkit.recipe.model_classes import CLASSES_FILE
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
 
@@ -86,6 +88,8 @@ def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
     for recipe, result in sweep_recipes(selected, recipes, folder):
         _print_sweep(recipe, result)
         passed = passed and result.passed
+    types = {kind for recipe in selected for kind in recipe.model_types}
+    write_model_classes(folder.parent / CLASSES_FILE, types)
     print_line(f"{format_count(len(selected), 'recipe')} checked; results in {folder}")
     return passed
 

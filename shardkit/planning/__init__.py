@@ -7,6 +7,7 @@ from shardkit.planning.costs import (
     estimate_kv_cache,
     generates_text,
 )
+from shardkit.planning.loading import decide_loading
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.placement import Placement, Plan, make_plan, place_tensor, plan_for
 from shardkit.planning.report import PlanReport, plan
@@ -33,6 +34,7 @@ __all__ = [
     "Rank",
     "TensorGroup",
     "count_collectives",
+    "decide_loading",
     "describe_treatment",
     "describe_units",
     "estimate_kv_cache",

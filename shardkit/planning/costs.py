@@ -126,7 +126,7 @@ def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
         stated = BY_TORCH_NAME.get(str(config.get(key)))
         if stated is not None and stated.is_compute:
             return stated.name
-    stored = Counter(p.spec.dtype for p in plan.placements if p.style.is_loaded)
+    stored = Counter(p.spec.dtype for p in plan.placements if p.is_loaded)
     most = max(stored, key=stored.__getitem__, default=None)
     return most if most is not None and DTYPES[most].is_compute else None
 
@@ -145,7 +145,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     dense = [path for path in paths if "experts" not in path]
     makes_text = generates_text(plan, config)
     per_prompt = _count_encoder_sums(dense, makes_text)
-    vocab = [p for p in plan.placements if p.style is VOCAB]
+    vocab = [p for p in plan.placements if p.style is VOCAB and p.is_loaded]
     outputs = [p for p in vocab if _is_output(p.spec)]
     has_output = bool(vocab) and (bool(outputs) or makes_text)
     has_embedding = len(vocab) > len(outputs)
@@ -165,7 +165,11 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
 def _placements_of(plan: Plan, style: Style) -> list[Placement]:
     """The tensors of a style that its collective is for: not a row-parallel layer's bias."""
     replicated_ok = style.divides == "nothing"
-    return [p for p in plan.placements if p.style is style and (p.dim is not None or replicated_ok)]
+    return [
+        p
+        for p in plan.placements
+        if p.style is style and p.is_loaded and (p.dim is not None or replicated_ok)
+    ]
 
 
 def _count_encoder_sums(paths: list[list[str]], makes_text: bool) -> int:

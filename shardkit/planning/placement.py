@@ -18,6 +18,7 @@ from shardkit.layout import (
     rank_spans,
     resolve_sections,
 )
+from shardkit.planning.loading import decide_loading, is_stated
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.recipe import (
     ForwardArgument,
@@ -41,18 +42,25 @@ class Placement:
         dim: The dimension that is divided; None if none is.
         sections: What `dim` holds. If the style gathers inputs, what the input's last dimension
             holds, though the tensor itself is replicated.
+        in_model: Whether the model's class has a place for it.
     """
 
     spec: TensorSpec
     style: Style
     dim: int | None = None
     sections: tuple[Section, ...] = ()
+    in_model: bool = True
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a rank loads it; what is not loaded is stored for a merge."""
+        return self.style.is_loaded and self.in_model
 
     def spans(self, rank: Rank) -> tuple[Span, ...]:
         """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""
         if self.dim is not None:
             return rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
-        return (Span(0, 1),) if self.style.is_loaded or rank.is_first else ()
+        return (Span(0, 1),) if self.is_loaded or rank.is_first else ()
 
     def shard_spec(self, rank: Rank) -> TensorSpec | None:
         """What a rank stores under the tensor's name; None if it stores nothing."""
@@ -84,6 +92,8 @@ class Plan:
         units: What is divided, counted.
         module_attributes: Attributes of the model's modules that count units.
         forward_arguments: Arguments of the model's modules that hold units.
+        model_class: The class of transformers that the checkpoint is of; empty for the one that
+            config.json names.
     """
 
     mesh: Mesh
@@ -91,6 +101,7 @@ class Plan:
     units: Mapping[str, Unit]
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
+    model_class: str = ""
 
     @property
     def tp_size(self) -> int:
@@ -175,12 +186,19 @@ def make_plan(
     Raises:
         RecipeError: For a tensor that no rule names, or two rules name.
         LayoutError: For a `tp_size` that cannot work.
+        CheckpointError: If the checkpoint lacks a head that the class in its config needs.
     """
-    recipe = compose_recipe(recipe, config)
+    recipe, specs = compose_recipe(recipe, config), list(specs)
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
+    loaded = decide_loading(config, [spec.name for spec in specs])
+    placements = (place_tensor(spec, recipe, units, counts) for spec in specs)
     plan = Plan(
-        Mesh(tp_size), placements, units, recipe.module_attributes, recipe.forward_arguments
+        Mesh(tp_size),
+        tuple(replace(p, in_model=p.spec.name not in loaded.unloaded) for p in placements),
+        units,
+        recipe.module_attributes,
+        recipe.forward_arguments,
+        "" if is_stated(loaded.model_class, config) else loaded.model_class,
     )
     plan.check()
     return plan

@@ -68,7 +68,7 @@ class PlanSummary:
     @cached_property
     def loaded_bytes(self) -> tuple[int, ...]:
         """The weights in each rank's memory, as stored; what only a merge needs is not loaded."""
-        loaded = (g.rank_bytes for g in self.groups if g.example.style.is_loaded)
+        loaded = (g.rank_bytes for g in self.groups if g.example.is_loaded)
         return _add_rows(loaded, self.plan.mesh.world_size)
 
     @property
@@ -90,7 +90,7 @@ class PlanSummary:
             return Imbalance(1.0, largest, None)
 
         def excess(group: TensorGroup) -> int:
-            nbytes = group.rank_bytes if group.example.style.is_loaded else (0,) * len(loaded)
+            nbytes = group.rank_bytes if group.example.is_loaded else (0,) * len(loaded)
             return nbytes[largest] * len(nbytes) - sum(nbytes)
 
         ratio = loaded[largest] * len(loaded) / sum(loaded)
@@ -101,7 +101,15 @@ def summarize_plan(plan: Plan) -> PlanSummary:
     """Group a plan's tensors by layout."""
     by_layout: dict[object, list[Placement]] = {}
     for p in plan.placements:
-        key = (NUMBER.sub("#", p.spec.name), p.spec.dtype, p.spec.shape, p.style, p.dim, p.sections)
+        key = (
+            NUMBER.sub("#", p.spec.name),
+            p.spec.dtype,
+            p.spec.shape,
+            p.style,
+            p.dim,
+            p.sections,
+            p.in_model,
+        )
         by_layout.setdefault(key, []).append(p)
     return PlanSummary(plan, tuple(_make_group(same, plan.mesh) for same in by_layout.values()))
 
@@ -122,7 +130,7 @@ def collapse_names(names: Sequence[str]) -> str:
 def describe_treatment(placement: Placement, mesh: Mesh) -> str:
     """What becomes of a tensor over a mesh, in a word or two."""
     if placement.dim is None:
-        return "replicated" if placement.style.is_loaded else "rank 0 only"
+        return "replicated" if placement.is_loaded else "rank 0 only"
     modes = {
         kv_head_mode(s.units, s.shared_by, mesh.tp_size)
         for s in placement.sections

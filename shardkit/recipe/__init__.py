@@ -3,6 +3,7 @@
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
+from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors
 from shardkit.recipe.parse import load_recipe, parse_recipe
 from shardkit.recipe.recipe import (
     ForwardArgument,
@@ -17,6 +18,7 @@ from shardkit.recipe.recipe import (
 
 __all__ = [
     "ForwardArgument",
+    "LoadedTensors",
     "ModuleAttribute",
     "Part",
     "Recipe",
@@ -25,6 +27,7 @@ __all__ = [
     "compile_module_pattern",
     "compile_tensor_pattern",
     "compose_recipe",
+    "find_loaded_tensors",
     "find_recipe",
     "list_recipe_files",
     "load_recipe",

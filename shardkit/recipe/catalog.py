@@ -1,13 +1,17 @@
 """The bundled recipes, and which of them matches a checkpoint."""
 
+import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from shardkit.errors import RecipeError
+from shardkit.layout.style import REPLICATE
 from shardkit.recipe.counts import matches_config
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe
+from shardkit.recipe.toml_values import expect_strings
 
 HERE = Path(__file__).parents[1]
 
@@ -21,6 +25,13 @@ def find_recipe_folder() -> Path:
 def list_recipe_files() -> list[Path]:
     """Every bundled recipe file, by name."""
     return sorted(find_recipe_folder().glob("*.toml"))
+
+
+@cache
+def load_heads() -> tuple[str, ...]:
+    """The heads that any model may have, which are replicated. Raises RecipeError."""
+    path = find_recipe_folder() / "shared" / "heads.toml"
+    return expect_strings(tomllib.loads(path.read_text(encoding="utf-8")), REPLICATE.name)
 
 
 def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> Recipe:

@@ -11,7 +11,8 @@ from typing import Any
 
 from shardkit.errors import RecipeError
 from shardkit.layout import Term
-from shardkit.recipe.catalog import find_recipe
+from shardkit.layout.style import REPLICATE
+from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_part_config
 from shardkit.recipe.recipe import (
     ForwardArgument,
@@ -26,7 +27,7 @@ VOCAB = "vocab"  # a unit of every recipe
 
 
 def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with the rules of its parts, as a config has them; itself if it has none.
+    """The recipe with the rules of its parts, as a config has them, and those of common heads.
 
     Args:
         recipe: The outer recipe.
@@ -35,8 +36,16 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
     """
-    if not recipe.parts:
-        return recipe
+    return add_heads(_compose_parts(recipe, config) if recipe.parts else recipe)
+
+
+def add_heads(recipe: Recipe) -> Recipe:
+    """The recipe with rules for the heads that any model may have, and that it does not name."""
+    heads = [head for head in load_heads() if not recipe.has_rule_for(f"{head}.weight")]
+    return replace(recipe, rules=(*recipe.rules, *(Rule(head, REPLICATE) for head in heads)))
+
+
+def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     nested = [_Nesting(recipe, part, at == 0) for at, part in enumerate(recipe.parts)]
     parts = [inner for nesting in nested if (inner := nesting.nest(config)) is not None]
     every = [recipe, *parts]

@@ -19,7 +19,7 @@ MAX_COUNT = 1 << 32
 def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     """Whether a recipe is for this config: its `when` conditions hold, defaults included."""
     conditions = recipe.when.get(str(config.get("model_type")), {})
-    return all(_field_value(config, field) == value for field, value in conditions.items())
+    return all(read_field(config, field) == value for field, value in conditions.items())
 
 
 def read_part_config(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
@@ -85,10 +85,10 @@ def _resolve_count(rule: UnitRule, config: Mapping[str, Any]) -> int | None:
 
 def _read_count(config: Mapping[str, Any], field: str) -> int:
     name, _, per = field.partition(" / ")
-    value = _check_count(_field_value(config, name), name)
+    value = _check_count(read_field(config, name), name)
     if not per:
         return value
-    by = int(per) if per.isdigit() else _check_count(_field_value(config, per), per)
+    by = int(per) if per.isdigit() else _check_count(read_field(config, per), per)
     if value % by:
         raise RecipeError(f"config.json: {name} {value} is no multiple of {per} {by}")
     return value // by
@@ -100,7 +100,7 @@ def _check_count(value: object, field: str) -> int:
     return value
 
 
-def _field_value(config: Mapping[str, Any], field: str) -> Any:
+def read_field(config: Mapping[str, Any], field: str) -> Any:
     """A field of the config, or if it is left out, its class's default."""
     return _get_field(config, field) if _has_field(config, field) else _class_default(config, field)
 

@@ -151,6 +151,10 @@ class Recipe:
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(compile_tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
 
+    def has_rule_for(self, tensor: str) -> bool:
+        """Whether a rule names `tensor`."""
+        return any(pattern.fullmatch(tensor) for pattern, _ in self._compiled)
+
     def rule_for(self, tensor: str) -> Rule:
         """The one rule that names `tensor`. Raises RecipeError if none does, or two do."""
         rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from shardkit.checkpoint import Checkpoint, check_config, parse_config, read_config
 from shardkit.errors import CheckpointError, ManifestError, first_line
 from shardkit.files import write_all
+from shardkit.planning import decide_loading
 from shardkit.shards import Manifest, read_companion
 from shardkit.strict_json import JsonError
 from shardkit.tensor import TensorSpec
@@ -46,9 +47,13 @@ def read_shard_configs(folder: Path, manifest: Manifest) -> ShardConfigs:
 
 
 def read_source_config(folder: Path) -> PreTrainedConfig:
-    """The config of an unsharded checkpoint's folder. Raises CheckpointError."""
+    """The config of an unsharded checkpoint's folder, its class decided. Raises CheckpointError."""
     with Checkpoint(folder) as checkpoint:
-        return build_config(checkpoint.config, checkpoint.specs(), folder)
+        specs, table = checkpoint.specs(), checkpoint.config
+    loaded = decide_loading(table, [spec.name for spec in specs])
+    if loaded.model_class:
+        table = {**table, "architectures": [loaded.model_class]}
+    return build_config(table, specs, folder)
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:

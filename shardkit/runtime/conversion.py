@@ -5,7 +5,6 @@ Converting commutes with sharding, so each rank converts its own shard. The func
 public API of transformers; this module is the only one that knows them.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -22,7 +21,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from shardkit.errors import ManifestError
 from shardkit.planning import Placement
 
 
@@ -70,8 +68,8 @@ def find_conversions(
 ) -> list[Conversion]:
     """The conversions that take tensors of these names and whole shapes into the model.
 
-    A name that the model's class says to skip (keys of a layer that uses another's) is left out.
-    Raises ManifestError for any other that the model has no place for.
+    As transformers does, it leaves out what the model has no place for. What the model needs and no
+    tensor makes is an error later, so that a wrong name cannot pass for one that is left out.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -83,10 +81,8 @@ def find_conversions(
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
-        if target not in state and is_skipped_key(model, target):
-            continue
         if target not in state:
-            raise ManifestError(f"{name}: {type(model).__name__} has no tensor {target!r} for it")
+            continue
         group = ("", name) if pattern is None else (target, "")
         groups[group].append((name, target if pattern is None else pattern))
     return [
@@ -96,12 +92,7 @@ def find_conversions(
 
 def loaded_shapes(placements: Mapping[str, Placement]) -> dict[str, tuple[int, ...]]:
     """The whole shapes of the tensors that a model is made of, by name on disk."""
-    return {name: p.spec.shape for name, p in placements.items() if p.style.is_loaded}
-
-
-def is_skipped_key(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's class says that a tensor it lacks may be in a checkpoint."""
-    return any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
+    return {name: p.spec.shape for name, p in placements.items() if p.is_loaded}
 
 
 def _make_conversion(

@@ -142,7 +142,10 @@ def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> RankShard:
 def build_on_meta(shard: RankShard, dtype: torch.dtype | None) -> PreTrainedModel:
     """The whole model, on the meta device. Raises ShardkitError if none can be made."""
     placements = shard.manifest.plan.placements
-    config = build_config(shard.configs.config, [p.spec for p in placements], shard.folder)
+    table = shard.configs.config
+    if shard.manifest.plan.model_class:
+        table = {**table, "architectures": [shard.manifest.plan.model_class]}
+    config = build_config(table, [p.spec for p in placements], shard.folder)
     dtype = dtype or choose_dtype(config, shard.manifest)
     with torch.device("meta"):
         model: PreTrainedModel = resolve_model_class(config)._from_config(config, dtype=dtype)

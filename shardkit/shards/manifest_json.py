@@ -40,6 +40,8 @@ KEYS = (
     "format shardkit split_id mesh recipe source units module_attributes forward_arguments tensors"
     " ranks companion_files sha256"
 )
+# Left out if they say what is usual: config.json names the class, and a tensor is in it.
+MODEL_CLASS, IN_MODEL = "model_class", "in_model"
 MESH_KEYS = "tp_size ep_size pp_size"
 DIGEST_KEYS = "size sha256"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
@@ -67,7 +69,7 @@ def parse_manifest(data: bytes) -> Manifest:
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT:
         raise JsonError(f"format {quote(version)}; this shardkit reads format {FORMAT}")
-    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS))
+    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS, MODEL_CLASS))
     check_manifest(manifest)
     fingerprint, recipe_sha256 = manifest.source.fingerprint, manifest.recipe_sha256
     if manifest.split_id != make_split_id(manifest.plan, fingerprint, recipe_sha256):
@@ -100,6 +102,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, object]:
     """The manifest as JSON values: tables, lists, strings and integers; without its own digest."""
     plan = manifest.plan
     return {
+        **({MODEL_CLASS: plan.model_class} if plan.model_class else {}),
         "format": FORMAT,
         "shardkit": manifest.shardkit,
         "split_id": manifest.split_id,
@@ -133,6 +136,7 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
         "style": placement.style.name,
         "dim": -1 if placement.dim is None else placement.dim,
         "sections": [_fields_to_json(s, SECTION_KEYS) for s in placement.sections],
+        **({} if placement.in_model else {IN_MODEL: False}),
     }
 
 
@@ -197,6 +201,7 @@ def _parse_plan(fields: JsonObject, order: list[str]) -> Plan:
         {name: _parse_unit(value, name) for name, value in fields.table("units").items()},
         fields.items("module_attributes", _parse_attribute),
         fields.items("forward_arguments", _parse_argument),
+        fields.string(MODEL_CLASS) if MODEL_CLASS in fields else "",
     )
 
 
@@ -231,7 +236,7 @@ def _parse_source_file(value: Any, where: str) -> SourceFile:
 def _parse_placement(name: str, value: Any) -> Placement:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
         raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
-    fields = JsonObject(value, name, "dtype shape style dim sections")
+    fields = JsonObject(value, name, "dtype shape style dim sections", IN_MODEL)
     shape = fields.items("shape", lambda size, at: read_integer(size, f"{name}: {at}", MAX_DIM))
     dtype, style = fields.string("dtype"), fields.string("style")
     if dtype not in DTYPES or len(shape) > MAX_RANK:
@@ -241,7 +246,8 @@ def _parse_placement(name: str, value: Any) -> Placement:
     dim = fields.integer("dim", len(shape) - 1, -1)
     sections = fields.items("sections", lambda part, at: _parse_section(part, f"{name}: {at}"))
     spec = TensorSpec(name, dtype, shape)
-    placement = Placement(spec, STYLES[style], None if dim == -1 else dim, sections)
+    in_model = fields.boolean(IN_MODEL) if IN_MODEL in fields else True
+    placement = Placement(spec, STYLES[style], None if dim == -1 else dim, sections, in_model)
     check_placement(placement)
     return placement
 

@@ -216,7 +216,8 @@ def test_layer_numbers_are_collapsed(names: list[str], expected: str) -> None:
 def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
     names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(3)]
     shapes = dict(zip(names, [(16,), (24,), (16,)], strict=True))
-    plan = make_plan(specs(shapes), find_recipe({"model_type": "llama"}), LLAMA, 2)
+    config = {**LLAMA, "num_hidden_layers": 3}
+    plan = make_plan(specs(shapes), find_recipe(config), config, 2)
     found = [(g.pattern, g.count, g.rank_bytes) for g in summarize_plan(plan).groups]
     assert found == [
         ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),

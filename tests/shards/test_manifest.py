@@ -75,7 +75,21 @@ def test_the_same_source_still_makes_the_golden_manifest(tmp_path: Path) -> None
     # A difference here is a new format: keep the reader of the old one, and raise FORMAT.
     golden = parse_manifest(GOLDEN.read_bytes())
     manifest = replace(golden_split(tmp_path), shardkit=golden.shardkit)
+    assert manifest.plan.model_class == "LlamaForCausalLM"  # of a config that names no class
+    manifest = replace(manifest, plan=replace(manifest.plan, model_class=""))
     assert encode_manifest(manifest).decode() == GOLDEN.read_text()
+
+
+def test_what_is_not_usual_is_kept_by_the_manifest(tmp_path: Path) -> None:
+    split = golden_split(tmp_path)
+    first, *others = split.plan.placements
+    plan = replace(split.plan, placements=(replace(first, in_model=False), *others))
+    changed_split_id = make_split_id(plan, split.source.fingerprint, split.recipe_sha256)
+    assert changed_split_id != split.split_id
+    table = json.loads(encode_manifest(replace(split, plan=plan)))
+    assert table["model_class"] == "LlamaForCausalLM"
+    entries = [entry.get("in_model", True) for entry in table["tensors"].values()]
+    assert entries.count(False) == 1
 
 
 @pytest.mark.parametrize("part", ["source", "recipe", "size", "layout"])

@@ -1,0 +1,166 @@
+"""Which modules each model class of transformers has, measured on the bundled samples.
+
+Each class that transformers has for a model type is built from the type's samples and saved, and
+the names in the files are compared. The result, `recipes/model_classes.json`, is what a plan
+decides by, which never imports transformers.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from shardkit.authoring.samples import Sample, list_samples
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import MODEL_ERRORS
+from shardkit.recipe.model_classes import NUMBERS, ModelClass, encode_classes, list_ancestors
+from shardkit.runtime.models.registry import find_model_class
+
+# transformers' mappings from types to classes, those of models that generate first: of classes
+# that a checkpoint's tensors fit alike, the first is chosen.
+MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+    "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_MASKED_LM",
+    "MODEL_FOR_PRETRAINING",
+)  # fmt: skip
+
+
+@dataclass
+class SavedNames:
+    """The tensors that a class saves, numbers as `*`.
+
+    Attributes:
+        prefix: The class's base_model_prefix.
+        some: Those saved with some sample.
+        every: Those saved with every sample.
+        tied: Those that may be tied to others, and are then not saved.
+        skips: Regular expressions of those that the class leaves out of a checkpoint on purpose.
+    """
+
+    prefix: str
+    some: set[str] = field(default_factory=set)
+    every: set[str] | None = None
+    tied: set[str] = field(default_factory=set)
+    skips: set[str] = field(default_factory=set)
+
+    def add(self, names: set[str], model: PreTrainedModel) -> None:
+        """Count a model of the class in, and the names that it saves."""
+        ties = tuple(model._tied_weights_keys or ())
+        stored = {NUMBERS.sub("*", name) for name in model.state_dict()} | names
+        self.tied |= {name for name in stored if any(re.search(tie, name) for tie in ties)}
+        self.some |= names | self.tied
+        self.every = names if self.every is None else self.every & names
+        self.skips |= set(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def write_model_classes(path: Path, model_types: Iterable[str] | None = None) -> None:
+    """Measure the classes of these types, or of all that have samples, and store them."""
+    samples: dict[str, list[Sample]] = {}
+    for sample in list_samples():
+        samples.setdefault(sample.model_type, []).append(sample)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for model_type in sorted(samples.keys() & set(samples if model_types is None else model_types)):
+        stored[model_type] = encode_classes(measure_classes(samples[model_type]))
+    lines = (f"{json.dumps(name)}: {json.dumps(stored[name])}" for name in sorted(stored))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
+    """The classes of one model type, by what each saves."""
+    saved: dict[str, SavedNames] = {}
+    for cls in list_classes(samples[0].model_class.config_class):
+        for sample in samples:
+            try:
+                model = build_model(cls, sample.model_class.config_class(**sample.config))
+                names = list_saved_names(model)
+            except MODEL_ERRORS:
+                continue  # a class that some configs do not suit
+            saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix)).add(names, model)
+    return make_classes(saved)
+
+
+def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
+    """What a plan needs to know of a type's classes.
+
+    Example:
+        >>> names = {"Head": {"base.a", "base.b", "head.w"}, "Base": {"a", "b", "c"}}
+        >>> saved = {name: SavedNames("base", some, some) for name, some in names.items()}
+        >>> head, base = make_classes(saved)
+        >>> sorted(head.modules), sorted(head.needs), sorted(base.modules)
+        (['base.a', 'base.b', 'head'], ['base', 'head'], ['base.a', 'base.b', 'c'])
+    """
+    union = {name for each in saved.values() for name in each.some}
+    every_name = {full for each in saved.values() for full in _add_prefix(each.some, each, union)}
+    classes = []
+    for name, each in saved.items():
+        always = _add_prefix(each.every or set(), each, union)
+        tied = {full for full in each.tied if not full.startswith(f"{each.prefix}.")}
+        heads = {full for full in always if not full.startswith(f"{each.prefix}.")}
+        base = {each.prefix} if heads != always else set()
+        modules = collapse_modules(_add_prefix(each.some, each, union), every_name)
+        needs = collapse_modules(heads - tied, every_name) | base
+        ties = collapse_modules(tied, every_name)
+        skips = tuple(sorted(each.skips))
+        classes.append(ModelClass(name, each.prefix, modules, needs, ties, skips))
+    return classes
+
+
+def _add_prefix(names: set[str], each: SavedNames, union: set[str]) -> set[str]:
+    """Names with the base model's prefix before those that other classes have it before."""
+    prefixed = {name: f"{each.prefix}.{name}" for name in names}
+    return {prefixed[name] if prefixed[name] in union else name for name in names}
+
+
+def collapse_modules(names: set[str], every_name: set[str]) -> frozenset[str]:
+    """The largest modules of which all tensors are among these names.
+
+    Example:
+        >>> sorted(collapse_modules({"a.b.w", "a.c.w", "d.w"}, {"a.b.w", "a.c.w", "d.w", "d.b"}))
+        ['a', 'd.w']
+    """
+    partial = {ancestor for name in every_name - names for ancestor in list_ancestors(name)}
+    return frozenset(
+        next((ancestor for ancestor in list_ancestors(name) if ancestor not in partial), name)
+        for name in names
+    )
+
+
+def list_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Every class that transformers has for a type, those it maps the type to first."""
+    mappings = [getattr(modeling_auto, f"{name}_MAPPING_NAMES", {}) for name in MAPPINGS]
+    mappings += [
+        getattr(modeling_auto, name)
+        for name in sorted(dir(modeling_auto))
+        if name.startswith("MODEL_FOR") and name.endswith("_MAPPING_NAMES")
+    ]
+    mappings.append(modeling_auto.MODEL_MAPPING_NAMES)
+    names: list[str] = []
+    for mapping in mappings:
+        entry = mapping.get(config_class.model_type, ())
+        names += [entry] if isinstance(entry, str) else entry
+    module = config_class.__module__.replace(".configuration_", ".modeling_")
+    names += getattr(import_module(module), "__all__", ())
+    classes = [find_model_class(name) for name in dict.fromkeys(names)]
+    return [cls for cls in classes if cls is not None and cls.config_class is config_class]
+
+
+def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a class. Raises one of MODEL_ERRORS if the config does not suit the class."""
+    model = cls(config)
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{cls.__name__} has no parameters of its own")
+    return model
+
+
+def list_saved_names(model: PreTrainedModel) -> set[str]:
+    """The names under which a model's tensors are stored, numbers as `*`."""
+    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
+        model.save_pretrained(folder)
+        with Checkpoint(Path(folder)) as checkpoint:
+            return {NUMBERS.sub("*", spec.name) for spec in checkpoint.specs()}

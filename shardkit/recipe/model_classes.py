@@ -1,0 +1,187 @@
+"""Which of transformers' classes a checkpoint is of, and which of its tensors that class loads.
+
+transformers ignores the tensors that its class has no place for: a pooler beside a masked-LM head,
+a second head. What its classes have is data, `recipes/model_classes.json`, measured by `authoring`,
+so that a plan imports neither torch nor transformers.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardkit.recipe.catalog import find_recipe_folder
+from shardkit.recipe.counts import read_field
+
+CLASSES_FILE = "model_classes.json"
+SETS = ("modules", "needs", "ties")
+NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class FullName:
+    """A tensor's name, numbers as `*`.
+
+    `lacks_prefix` says whether no class has it under that name, so that it may be one of the base
+    model's, saved without the prefix.
+    """
+
+    pattern: str
+    lacks_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelClass:
+    """A model class of transformers.
+
+    Attributes:
+        name: Its name.
+        prefix: The base model's module, which checkpoints saved from the base model lack.
+        modules: The modules that it has, numbers as `*`, and what is inside of them with them.
+        needs: Of these, those of which a checkpoint has a tensor: the base model, and heads.
+        ties: Heads that it needs unless they are tied to the embeddings.
+        skips: Regular expressions of names that it leaves out on purpose.
+    """
+
+    name: str
+    prefix: str
+    modules: frozenset[str]
+    needs: frozenset[str]
+    ties: frozenset[str] = frozenset()
+    skips: tuple[str, ...] = ()
+
+    def has(self, name: FullName) -> bool:
+        """Whether it has a tensor."""
+        return not self.modules.isdisjoint(self._list_owners(name))
+
+    def find_missing(self, names: Iterable[FullName], with_ties: bool = False) -> str:
+        """A module that it needs of which there is no tensor; empty if there is none."""
+        owners = {owner for name in names for owner in self._list_owners(name)}
+        return min((self.needs | (self.ties if with_ties else set())) - owners, default="")
+
+    def _list_owners(self, name: FullName) -> list[str]:
+        """The tensor's name and those of the modules that it is in."""
+        prefix = f"{self.prefix}." if name.lacks_prefix and self.prefix else ""
+        return list_ancestors(f"{prefix}{name.pattern}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTensors:
+    """What transformers makes of a checkpoint.
+
+    Attributes:
+        model_class: The class; empty if it is not known.
+        unloaded: The tensors that the class does not load.
+        missing: A module that the class needs and the checkpoint lacks; empty if there is none.
+        better_class: If a module is missing, a class that the checkpoint is complete for.
+    """
+
+    model_class: str = ""
+    unloaded: frozenset[str] = frozenset()
+    missing: str = ""
+    better_class: str = ""
+
+
+def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> LoadedTensors:
+    """The class of a config, or if transformers has no such class, the one its tensors fit best.
+
+    Args:
+        config: The contents of config.json.
+        names: The checkpoint's tensors.
+
+    Example:
+        >>> bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+        >>> names = ["bert.pooler.dense.weight", "cls.predictions.transform.dense.weight"]
+        >>> sorted(find_loaded_tensors(bert, names).unloaded)
+        ['bert.pooler.dense.weight']
+    """
+    classes = read_classes(str(config.get("model_type")))
+    every_module = frozenset[str]().union(*(each.modules for each in classes))
+    by_name = {name: _find_full_name(NUMBERS.sub("*", name), every_module) for name in names}
+    known = {full for full in by_name.values() if any(c.has(full) for c in classes)}
+    foreign = set(by_name.values()) - known
+    stated = config.get("architectures")
+    stated = [str(name) for name in stated] if isinstance(stated, list) else []
+    chosen = next((c for name in stated for c in classes if c.name == name), None)
+    missing = chosen.find_missing(known) if chosen and not foreign else ""
+    best = None
+    if chosen is None or missing:
+        best = _choose_class(classes, config, known, is_whole=not foreign)
+        chosen = chosen or best
+    if chosen is None:
+        return LoadedTensors()
+    unloaded = {n for n, full in by_name.items() if not _loads(chosen, n, full, full in known)}
+    better_class = best.name if best and missing else ""
+    return LoadedTensors(chosen.name, frozenset(unloaded), missing, better_class)
+
+
+def _find_full_name(pattern: str, every_module: frozenset[str]) -> FullName:
+    return FullName(pattern, lacks_prefix=every_module.isdisjoint(list_ancestors(pattern)))
+
+
+def _choose_class(
+    classes: Sequence[ModelClass],
+    config: Mapping[str, Any],
+    names: Collection[FullName],
+    is_whole: bool,
+) -> ModelClass | None:
+    """The first class that needs nothing else, of those that leave the fewest tensors out.
+
+    If the names are not the whole checkpoint's, nothing can be said to be missing.
+    """
+    complete = [each for each in classes if not (is_whole and each.find_missing(names))]
+    if is_whole and any(each.find_missing(names, with_ties=True) for each in complete):
+        table = "text_config." if "text_config" in config else ""
+        if read_field(config, f"{table}tie_word_embeddings") is not True:
+            complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
+    return min(complete, key=lambda each: sum(not each.has(n) for n in names), default=None)
+
+
+def _loads(chosen: ModelClass, name: str, full_name: FullName, is_known: bool) -> bool:
+    """Whether a class loads a tensor; one that no class of the type is known to have may be."""
+    if not is_known:
+        return not any(re.search(skip, name) for skip in chosen.skips)
+    return chosen.has(full_name)
+
+
+def list_ancestors(name: str) -> list[str]:
+    """A tensor's name and those of the modules it is in.
+
+    Example:
+        >>> list_ancestors("a.b.c")
+        ['a', 'a.b', 'a.b.c']
+    """
+    parts = name.split(".")
+    return [".".join(parts[: at + 1]) for at in range(len(parts))]
+
+
+def read_classes(model_type: str) -> list[ModelClass]:
+    """The classes of a type, in the order in which one of several is chosen; empty if unknown."""
+    entry = _read_file(find_recipe_folder() / CLASSES_FILE).get(model_type, {})
+    return [_decode_class(name, value) for name, value in entry.items()]
+
+
+def _decode_class(name: str, value: Mapping[str, Any]) -> ModelClass:
+    modules, needs, ties = (frozenset(value[key]) for key in SETS)
+    return ModelClass(name, value["prefix"], modules, needs, ties, tuple(value["skips"]))
+
+
+def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:
+    """The classes of a type as JSON values."""
+    return {
+        each.name: {
+            "prefix": each.prefix,
+            **{key: sorted(getattr(each, key)) for key in SETS},
+            "skips": list(each.skips),
+        }
+        for each in classes
+    }
+
+
+@cache
+def _read_file(path: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return table

@@ -1,0 +1,76 @@
+"""Which class a checkpoint is of, and which of its tensors that class loads."""
+
+from typing import Any
+
+import pytest
+
+from shardkit.recipe import LoadedTensors, find_loaded_tensors
+
+LAYER = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"]
+POOLER = ["bert.pooler.dense.weight"]
+MASKED_LM = ["cls.predictions.bias", "cls.predictions.transform.dense.weight"]
+NEXT_SENTENCE = ["cls.seq_relationship.weight"]
+PUBLISHED = [*LAYER, *POOLER, *MASKED_LM, *NEXT_SENTENCE]  # as bert-base-uncased has it
+LLAMA = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"]
+
+
+def load(names: list[str], model_type: str = "bert", **fields: Any) -> LoadedTensors:
+    return find_loaded_tensors({"model_type": model_type, **fields}, names)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "unloaded"),
+    [
+        ("BertForPreTraining", []),
+        ("BertForMaskedLM", POOLER + NEXT_SENTENCE),
+        ("BertModel", MASKED_LM + NEXT_SENTENCE),
+        ("BertForNextSentencePrediction", MASKED_LM),
+    ],
+)
+def test_what_a_class_has_no_place_for_is_not_loaded(model_class: str, unloaded: list[str]) -> None:
+    loaded = load(PUBLISHED, architectures=[model_class])
+    assert (loaded.model_class, loaded.missing) == (model_class, "")
+    assert sorted(loaded.unloaded) == sorted(unloaded)
+
+
+@pytest.mark.parametrize("stated", [None, [], ["BertForOldPurposes"], "BertModel", [3]])
+@pytest.mark.parametrize(
+    ("names", "model_class"),
+    [
+        (PUBLISHED, "BertForPreTraining"),
+        ([*LAYER, *MASKED_LM], "BertLMHeadModel"),
+        ([*LAYER, *POOLER], "BertModel"),
+        ([name.removeprefix("bert.") for name in LAYER + POOLER], "BertModel"),
+        ([*LAYER, *POOLER, "classifier.weight"], "BertForMultipleChoice"),
+    ],
+)
+def test_without_a_class_that_transformers_has_the_tensors_decide(
+    stated: object, names: list[str], model_class: str
+) -> None:
+    assert load(names, architectures=stated).model_class == model_class
+
+
+def test_a_head_that_is_missing_is_named_with_the_class_that_is_whole() -> None:
+    loaded = load([*LAYER, *POOLER], architectures=["BertForNextSentencePrediction"])
+    assert (loaded.missing, loaded.better_class) == ("cls.seq_relationship", "BertModel")
+
+
+@pytest.mark.parametrize(
+    ("fields", "model_class"),
+    [
+        ({"tie_word_embeddings": True}, "LlamaForCausalLM"),
+        ({"tie_word_embeddings": False}, "LlamaModel"),
+        ({}, "LlamaModel"),
+    ],
+)
+def test_a_head_may_be_missing_only_if_it_is_tied(fields: dict[str, Any], model_class: str) -> None:
+    assert load(LLAMA, "llama", **fields).model_class == model_class
+
+
+def test_a_tensor_that_no_class_is_known_to_have_may_be_one_of_the_model() -> None:
+    loaded = load([*LLAMA, "lm_head.weight", "v_head.weight"], "llama")
+    assert (loaded.model_class, loaded.unloaded) == ("LlamaForCausalLM", frozenset())
+
+
+def test_a_type_that_is_not_known_keeps_what_its_config_says() -> None:
+    assert load(LLAMA, "no-such-type", architectures=["X"]) == LoadedTensors()
