@@ -70,13 +70,13 @@ def store_ties(tensors: Tensors, model: PreTrainedModel) -> Tensors:
     return {**{name: state[name].clone() for name in ties if name in state}, **tensors}
 
 
-def keep(tensors: Tensors, model: PreTrainedModel) -> Tensors:
+def keep_names(tensors: Tensors, model: PreTrainedModel) -> Tensors:
     """The tensors as they are saved."""
     return tensors
 
 
 CHANGES: Mapping[str, Callable[[Tensors, PreTrainedModel], Tensors]] = {
-    "as saved": keep,
+    "as saved": keep_names,
     "without the prefix": remove_prefix,
     "ties stored": store_ties,
 }
