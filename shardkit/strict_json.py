@@ -124,21 +124,25 @@ class JsonObject:
         value: What should be an object.
         where: What errors call it.
         keys: The keys it must have, separated by spaces.
+        optional: The keys it may have besides.
 
     Raises:
         JsonError: If it is not an object, lacks a key, or has one that is not expected.
     """
 
-    def __init__(self, value: Any, where: str, keys: str) -> None:
+    def __init__(self, value: Any, where: str, keys: str, optional: str = "") -> None:
         self.where = where
         self._table = read_table(value, where)
-        if self._table.keys() != set(keys.split()):
+        if self._table.keys() - set(optional.split()) != set(keys.split()):
             actual = ", ".join(sorted(self._table)) or "nothing"
             raise JsonError(f"{where}: has the keys {quote(actual)}, not {keys}")
 
     def value(self, key: str) -> Any:
         """The field, whatever it is."""
         return self._table[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._table
 
     def name(self, key: str) -> str:
         """What errors call a field."""

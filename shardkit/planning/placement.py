@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint import Checkpoint, find_wrapper_prefix
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import (
     Section,
@@ -19,6 +19,7 @@ from shardkit.layout import (
     resolve_sections,
 )
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
+from shardkit.planning.unknown_tensors import describe_unknown_tensor
 from shardkit.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -83,6 +84,7 @@ class Plan:
         units: What is divided, counted.
         module_attributes: Attributes of the model's modules that count units.
         forward_arguments: Arguments of the model's modules that hold units.
+        wrapper_prefix: What training wrappers put before every tensor's name; empty if nothing.
     """
 
     mesh: Mesh
@@ -90,6 +92,7 @@ class Plan:
     units: Mapping[str, Unit]
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
+    wrapper_prefix: str = ""
 
     @property
     def tp_size(self) -> int:
@@ -174,11 +177,17 @@ def make_plan(
         RecipeError: For a tensor that no rule names, or two rules name.
         LayoutError: For a `tp_size` that cannot work.
     """
+    whole = tuple(specs)
+    prefix = find_wrapper_prefix([spec.name for spec in whole])
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
-    plan = Plan(
-        Mesh(tp_size), placements, units, recipe.module_attributes, recipe.forward_arguments
-    )
+    try:
+        placements = tuple(place_tensor(spec, recipe, units, counts, prefix) for spec in whole)
+    except RecipeError:
+        if fault := describe_unknown_tensor([spec.name for spec in whole], recipe, prefix):
+            raise RecipeError(fault) from None
+        raise
+    attributes, arguments = recipe.module_attributes, recipe.forward_arguments
+    plan = Plan(Mesh(tp_size), placements, units, attributes, arguments, prefix)
     plan.check()
     return plan
 
@@ -188,9 +197,10 @@ def place_tensor(
     recipe: Recipe,
     units: Mapping[str, Unit],
     counts: Mapping[str, int] | None = None,
+    wrapper_prefix: str = "",
 ) -> Placement:
-    """One tensor's placement. Raises RecipeError."""
-    rule = recipe.rule_for(spec.name)
+    """One tensor's placement, by the rule for its name without a prefix. Raises RecipeError."""
+    rule = recipe.rule_for(spec.name.removeprefix(wrapper_prefix))
     ndim = len(spec.shape)
     dim = rule.dim(ndim)
     axis = dim

@@ -1,6 +1,6 @@
 """Which tensors of a model family are sharded how, as data."""
 
-from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.catalog import find_recipe, is_bundled, list_recipe_files
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
 from shardkit.recipe.parse import load_recipe, parse_recipe
 from shardkit.recipe.recipe import (
@@ -22,6 +22,7 @@ __all__ = [
     "compile_module_pattern",
     "compile_tensor_pattern",
     "find_recipe",
+    "is_bundled",
     "list_recipe_files",
     "load_recipe",
     "matches_config",

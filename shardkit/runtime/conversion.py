@@ -49,11 +49,18 @@ class Conversion:
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
 
-def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
+def find_conversions(
+    model: PreTrainedModel, names: Iterable[str], wrapper_prefix: str = ""
+) -> list[Conversion]:
     """The conversions that take these names on disk into the model.
 
     A name that the model's class says to skip (keys of a layer that uses another's) is left out.
     Raises ManifestError for any other that the model has no place for.
+
+    Args:
+        model: The model, its tensors on any device.
+        names: The names on disk.
+        wrapper_prefix: What training wrappers put before each of them.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -62,8 +69,9 @@ def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conve
     state = model.state_dict()
     groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name in sorted(names, key=dot_natural_key):
+        plain = name.removeprefix(wrapper_prefix)
         target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
+            plain, renamings, converters, model.base_model_prefix, state
         )
         if target not in state and is_skipped_key(model, target):
             continue

@@ -167,7 +167,7 @@ def load_into(
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
     loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
-    conversions = find_conversions(model, loaded)
+    conversions = find_conversions(model, loaded, plan.wrapper_prefix)
     placements = placements_by_parameter(model, manifest.placements, conversions)
     missing = model.state_dict().keys() - placements.keys()
     tied = find_tied_placements(model, placements, missing)

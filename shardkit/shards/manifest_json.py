@@ -67,7 +67,7 @@ def parse_manifest(data: bytes) -> Manifest:
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT:
         raise JsonError(f"format {quote(version)}; this shardkit reads format {FORMAT}")
-    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS))
+    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS, "wrapper_prefix"))
     check_manifest(manifest)
     fingerprint, recipe_sha256 = manifest.source.fingerprint, manifest.recipe_sha256
     if manifest.split_id != make_split_id(manifest.plan, fingerprint, recipe_sha256):
@@ -122,6 +122,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, object]:
             name: _fields_to_json(digest, DIGEST_KEYS)
             for name, digest in manifest.companion_files.items()
         },
+        **({"wrapper_prefix": plan.wrapper_prefix} if plan.wrapper_prefix else {}),
     }
 
 
@@ -170,7 +171,6 @@ def _source_to_json(source: SourceRecord) -> dict[str, object]:
 def _parse_manifest(fields: JsonObject) -> Manifest:
     source = _parse_source(fields.value("source"))
     recipe = JsonObject(fields.value("recipe"), "recipe", "name sha256")
-    companions = fields.table("companion_files").items()
     return Manifest(
         split_id=fields.hex("split_id"),
         plan=_parse_plan(fields, [name for file in source.files for name in file.tensors]),
@@ -180,7 +180,7 @@ def _parse_manifest(fields: JsonObject) -> Manifest:
         ranks=fields.items("ranks", _parse_rank),
         companion_files={
             read_file_name(name, "companion_files"): _parse_digest(value, name)
-            for name, value in companions
+            for name, value in fields.table("companion_files").items()
         },
         shardkit=fields.string("shardkit"),
     )
@@ -197,6 +197,7 @@ def _parse_plan(fields: JsonObject, order: list[str]) -> Plan:
         {name: _parse_unit(value, name) for name, value in fields.table("units").items()},
         fields.items("module_attributes", _parse_attribute),
         fields.items("forward_arguments", _parse_argument),
+        fields.string("wrapper_prefix") if "wrapper_prefix" in fields else "",
     )
 
 
@@ -233,15 +234,15 @@ def _parse_placement(name: str, value: Any) -> Placement:
         raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
     fields = JsonObject(value, name, "dtype shape style dim sections")
     shape = fields.items("shape", lambda size, at: read_integer(size, f"{name}: {at}", MAX_DIM))
-    dtype, style = fields.string("dtype"), fields.string("style")
+    dtype, style = map(fields.string, ("dtype", "style"))
     if dtype not in DTYPES or len(shape) > MAX_RANK:
         raise JsonError(f"{name}: no dtype {quote(dtype)}, or too many dimensions")
     if style not in STYLES:
         raise JsonError(f"{name}: no style {quote(style)}")
     dim = fields.integer("dim", len(shape) - 1, -1)
     sections = fields.items("sections", lambda part, at: _parse_section(part, f"{name}: {at}"))
-    spec = TensorSpec(name, dtype, shape)
-    placement = Placement(spec, STYLES[style], None if dim == -1 else dim, sections)
+    dim_or_none = None if dim == -1 else dim
+    placement = Placement(TensorSpec(name, dtype, shape), STYLES[style], dim_or_none, sections)
     check_placement(placement)
     return placement
 

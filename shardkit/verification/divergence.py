@@ -31,7 +31,7 @@ def describe_divergence(
     rounded = unsharded.trace(inputs, names)
     ranks = sharded.trace(inputs, list(expected))
     loaded = [name for name, p in manifest.placements.items() if p.style.is_loaded]
-    conversions = find_conversions(unsharded.model, loaded)
+    conversions = find_conversions(unsharded.model, loaded, manifest.plan.wrapper_prefix)
     placements = placements_by_parameter(unsharded.model, manifest.placements, conversions)
     for name in expected:
         for tp_rank, outputs in enumerate(ranks):

@@ -82,7 +82,7 @@ def convert_checkpoint(
         (scratch / name).write_bytes(data)
     for name, path in real.items():
         _convert_file(path, name, scratch / safetensors_name(name))
-    if index is not None:
+    if index is not None and index.weight_map:
         places = {tensor: safetensors_name(file) for tensor, file in index.weight_map.items()}
         (scratch / safetensors_name(index.name)).write_bytes(
             encode_index(Index(index.name, places, index.metadata), 0)
