@@ -10,7 +10,7 @@ from pathlib import Path
 from shardkit import strict_json
 from shardkit.checkpoint import header
 from shardkit.checkpoint.config import read_config
-from shardkit.checkpoint.config_check import check_config
+from shardkit.checkpoint.config_check import check_config, check_numbers
 from shardkit.checkpoint.hub_cache import check_blob, check_bytes, is_blob
 from shardkit.checkpoint.index import check_index
 from shardkit.checkpoint.weight_files import (
@@ -133,14 +133,21 @@ class Checkpoint:
             return self._names == [SINGLE]
         return self.index.name == USUAL_INDEX and self.has_true_index
 
-    def check_config(self) -> "Checkpoint":
-        """Return itself; raise CheckpointError if the config and the tensors do not agree."""
+    def check_numbers(self) -> "Checkpoint":
+        """Return itself; close it and raise CheckpointError if the config is of no model at all."""
         try:
-            check_config(self.config, self.specs(), self.folder)
+            check_numbers(self.config, self.specs(), self.folder)
         except BaseException:
             self.close()
             raise
         return self
+
+    def check_config(self) -> None:
+        """Raise CheckpointError if the config and the tensors do not agree.
+
+        A recipe must be known first: of an unknown type nobody can tell what is missing.
+        """
+        check_config(self.config, self.specs(), self.folder)
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, file by file, in the order its bytes lie."""
@@ -240,7 +247,7 @@ class Checkpoint:
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     folder, commit = find_folder(source, revision)
-    return Checkpoint(folder, commit, source if commit else "").check_config()
+    return Checkpoint(folder, commit, source if commit else "").check_numbers()
 
 
 def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:

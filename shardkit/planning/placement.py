@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shardkit.checkpoint import Checkpoint, find_wrapper_prefix
+from shardkit.checkpoint import find_wrapper_prefix
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import (
     Section,
@@ -24,7 +24,6 @@ from shardkit.recipe import (
     ForwardArgument,
     ModuleAttribute,
     Recipe,
-    find_recipe,
     resolve_counts,
     resolve_units,
 )
@@ -141,25 +140,6 @@ class Plan:
     def count_local_units(self, unit: str, rank: Rank) -> int:
         """How many units of a kind a rank holds, copies counted. Raises LayoutError."""
         return num_indices(self.local_spans(unit, rank))
-
-
-def plan_for(
-    checkpoint: Checkpoint, tp_size: int, recipe: Recipe | str | None = None
-) -> tuple[Recipe, Plan]:
-    """The recipe of a checkpoint, and its plan over `tp_size` ranks.
-
-    Args:
-        checkpoint: An open checkpoint.
-        tp_size: The number of ranks.
-        recipe: A recipe, or the name or path of one, instead of the one for its model_type.
-
-    Raises:
-        RecipeError: If there is no recipe for it, or the recipe does not fit.
-        LayoutError: If it cannot be divided over so many ranks.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = find_recipe(checkpoint.config, recipe)
-    return recipe, make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
 
 
 def make_plan(
