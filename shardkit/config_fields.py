@@ -21,6 +21,8 @@ DECODER_HEADS = ("decoder_attention_heads",)
 ENCODER_HEADS = ("encoder_attention_heads",)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 VOCAB_SIZE = ("vocab_size",)
+# Rows that a class's embedding has beyond the vocabulary, by a field that only its config has.
+VOCAB_EXTRA_ROWS = {"cross_attention_layers": 8}
 
 # Tables of a config that describe a tower beside the language model, and the language model's own.
 TEXT_TABLE = "text_config"

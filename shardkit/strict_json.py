@@ -124,7 +124,7 @@ class JsonObject:
         value: What should be an object.
         where: What errors call it.
         keys: The keys it must have, separated by spaces.
-        optional: Keys that it may have as well.
+        optional: The keys it may have besides.
 
     Raises:
         JsonError: If it is not an object, lacks a key, or has one that is not expected.

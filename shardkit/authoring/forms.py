@@ -155,7 +155,7 @@ def _compare(model: PreTrainedModel, folder: Path, ranks: RankProcesses, is_free
     If the class is free to choose, that it runs is enough.
     """
     shards = folder.parent / f"{folder.name}-shards"
-    with Checkpoint(folder).check_config() as checkpoint:
+    with Checkpoint(folder) as checkpoint:
         recipe, plan = plan_for(checkpoint, ranks.size)
         split_checkpoint(checkpoint, plan, recipe, shard_destination(shards, force=True))
     sharded = ShardedModel(ranks)

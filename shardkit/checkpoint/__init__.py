@@ -7,6 +7,11 @@ from shardkit.checkpoint.header import encode_header
 from shardkit.checkpoint.index import Index, encode_index
 from shardkit.checkpoint.pickled import open_source
 from shardkit.checkpoint.source import Source
+from shardkit.checkpoint.wrapper_names import (
+    describe_wrapper_mark,
+    find_wrapper_prefix,
+    is_wrapper_prefix,
+)
 
 __all__ = [
     "MAX_COMPANION",
@@ -16,8 +21,11 @@ __all__ = [
     "Source",
     "SourceFile",
     "check_config",
+    "describe_wrapper_mark",
     "encode_header",
     "encode_index",
+    "find_wrapper_prefix",
+    "is_wrapper_prefix",
     "open_checkpoint",
     "open_source",
     "parse_config",

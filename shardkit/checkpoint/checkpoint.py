@@ -10,9 +10,18 @@ from pathlib import Path
 from shardkit import strict_json
 from shardkit.checkpoint import header
 from shardkit.checkpoint.config import read_config
-from shardkit.checkpoint.config_check import check_config
+from shardkit.checkpoint.config_check import check_config, check_numbers
 from shardkit.checkpoint.hub_cache import check_blob, check_bytes, is_blob
-from shardkit.checkpoint.weight_files import find_weight_files, is_companion, list_names
+from shardkit.checkpoint.index import check_index
+from shardkit.checkpoint.weight_files import (
+    SINGLE,
+    USUAL_INDEX,
+    find_weight_files,
+    is_companion,
+    is_whole_set,
+    list_names,
+)
+from shardkit.checkpoint.wrapper_names import find_wrapper_prefix
 from shardkit.errors import CheckpointError, SourceChanged
 from shardkit.files import (
     Progress,
@@ -90,23 +99,55 @@ class Checkpoint:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is wrong and does no harm, a line each."""
-        stated = self.index.total_size if self.index else None
-        total = sum(spec.nbytes for spec in self.specs())
-        if self.index is None or stated in (None, 0, total):
+        if self.index is None:
+            return ()
+        where = self.folder / self.index.name
+        if not self.has_true_index:
+            what = "is of another build" if self.index.weight_map else "is not there"
+            return (
+                f"{where}: {what}, but the {len(self.files)} weights files are a whole set without"
+                " it; they are taken, and a merge writes an index of them",
+            )
+        stated, total = self.index.total_size, sum(spec.nbytes for spec in self.specs())
+        if stated in (None, 0, total):
             return ()
         return (
-            f"{self.folder / self.index.name}: total_size is {quote(stated)}, but the tensors are"
+            f"{where}: total_size is {quote(stated)}, but the tensors are"
             f" {total} bytes; what is written has the true size",
         )
 
-    def check_config(self) -> "Checkpoint":
-        """Return itself; raise CheckpointError if the config and the tensors do not agree."""
+    @property
+    def wrapper_prefix(self) -> str:
+        """What training wrappers put before every tensor's name; empty if nothing."""
+        return find_wrapper_prefix(list(self._places))
+
+    @property
+    def has_true_index(self) -> bool:
+        """Whether the index names each tensor in the file that has it, or none is needed."""
+        return self.index is None or self.index.weight_map == self._locate_tensors()
+
+    @property
+    def has_usual_files(self) -> bool:
+        """Whether the files have the names, and the index, that transformers looks for."""
+        if self.index is None:
+            return self._names == [SINGLE]
+        return self.index.name == USUAL_INDEX and self.has_true_index
+
+    def check_numbers(self) -> "Checkpoint":
+        """Return itself; close it and raise CheckpointError if the config is of no model at all."""
         try:
-            check_config(self.config, self.specs(), self.folder)
+            check_numbers(self.config, self.specs(), self.folder)
         except BaseException:
             self.close()
             raise
         return self
+
+    def check_config(self) -> None:
+        """Raise CheckpointError if the config and the tensors do not agree.
+
+        A recipe must be known first: of an unknown type nobody can tell what is missing.
+        """
+        check_config(self.config, self.specs(), self.folder)
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, file by file, in the order its bytes lie."""
@@ -194,27 +235,19 @@ class Checkpoint:
         tensors = tuple(entry.spec.name for entry in head.entries)
         return SourceFile(name, self._stats[-1].st_size, head.metadata, tensors)
 
+    def _locate_tensors(self) -> dict[str, str]:
+        return {tensor: file.name for file in self.files for tensor in file.tensors}
+
     def _check_index(self) -> None:
-        if self.index is None:
-            return
-        where = self.folder / self.index.name
-        actual = {tensor: file.name for file in self.files for tensor in file.tensors}
-        for tensor, file in self.index.weight_map.items():
-            if actual.get(tensor) != file:
-                holder = actual.get(tensor, "no file")
-                raise CheckpointError(
-                    f"{where}: says {quote(tensor)} is in {file}, but it is in {holder}"
-                )
-        if extra := sorted(actual.keys() - self.index.weight_map.keys()):
-            raise CheckpointError(
-                f"{where}: does not name {quote(extra[0])}, which is in {actual[extra[0]]}"
-            )
+        if self.index is not None:
+            is_whole = self._names == [SINGLE] or is_whole_set(self._names)
+            check_index(self.index, self._locate_tensors(), is_whole, self.folder)
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     folder, commit = find_folder(source, revision)
-    return Checkpoint(folder, commit, source if commit else "").check_config()
+    return Checkpoint(folder, commit, source if commit else "").check_numbers()
 
 
 def find_folder(source: str, revision: str | None, pickled: bool = False) -> tuple[Path, str]:

@@ -1,6 +1,7 @@
 """`model.safetensors.index.json`: which file holds which tensor, read strictly, written again."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,35 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     stated = table.get("metadata")
     metadata = stated if isinstance(stated, dict) else {}
     return Index(name, weight_map, _keep_metadata(metadata), metadata.get("total_size"))
+
+
+def check_index(index: Index, files: Mapping[str, str], is_whole: bool, folder: Path) -> None:
+    """Raise CheckpointError if an index and the files that it is of do not agree.
+
+    An index that only says otherwise than the files of a whole set is old, and does no harm. One
+    that names a tensor which no file has may be right, and the files incomplete.
+
+    Args:
+        index: What it says.
+        files: The file that each tensor is in.
+        is_whole: Whether the files are a whole set by their names.
+        folder: Where they are, for the message.
+    """
+    where, delete = folder / index.name, ""
+    if is_whole:
+        delete = ", or delete the index if it is older than the files"
+    for tensor, file in index.weight_map.items():
+        if files.get(tensor) != file and not (tensor in files and is_whole):
+            raise CheckpointError(
+                f"{where}: says {quote(tensor)} is in {file}, but it is in"
+                f" {files.get(tensor, 'no file')}; fetch it again{delete}"
+            )
+    extra = sorted(files.keys() - index.weight_map.keys())
+    if extra and not is_whole:
+        raise CheckpointError(
+            f"{where}: does not name {quote(extra[0])}, which is in {files[extra[0]]};"
+            " fetch it again"
+        )
 
 
 def _keep_metadata(metadata: dict[str, Any]) -> dict[str, str | int]:

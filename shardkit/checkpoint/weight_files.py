@@ -3,6 +3,7 @@
 A Hub repository is judged by the same rules from its list of names, before its weights are fetched.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from shardkit.checkpoint.index import SUFFIX, WEIGHTS, Index, read_index
 from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name
 
-SINGLE = "model.safetensors"
+SINGLE, USUAL_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ".bin"
-PICKLED_SINGLE, PICKLED_INDEX = f"pytorch_model{PICKLED}", f"{PICKLED}.index.json"
+PICKLED_STEM = "pytorch_model"
+PICKLED_SINGLE, PICKLED_INDEX = f"{PICKLED_STEM}{PICKLED}", f"{PICKLED}.index.json"
 PICKLES = (PICKLED, ".pt", ".pth", ".ckpt")
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 MANIFEST_NAME = "manifest.json"  # shard folders have their own, so none is a companion
+NUMBERED = re.compile(r"(?P<stem>.*?)[-_](?P<at>\d+)-of-(?P<count>\d+)\.\w+")
+MAX_NUMBER = 9  # digits
 _WAY_OUT = " convert them to safetensors first, or pass --allow-pickle"
 
 
@@ -43,8 +47,13 @@ def find_weight_files(
 ) -> tuple[Index | None, list[str]]:
     """The index, if there is one, and the weights files. Raises CheckpointError if in doubt.
 
-    `names` are what the folder holds, or will hold; only an index is read. With `pickled`, pickled
-    files are named if there are no others.
+    An index is of another build if the files that are there are a whole set without it: then they
+    are named, and the index is as it was read. If a whole set has none, the index is an empty one.
+
+    Args:
+        folder: Where they are; only an index is read.
+        names: What the folder holds, or will hold.
+        pickled: Whether to name pickled files if there are no others.
     """
     indices = _prefer_hugging_face_files(name for name in names if name.endswith(SUFFIX))
     weights = _prefer_hugging_face_files(name for name in names if name.endswith(WEIGHTS))
@@ -59,18 +68,46 @@ def find_weight_files(
             " keep one"
         )
     if indices:
-        return _find_indexed_files(folder, indices[0], names)
+        return _find_indexed_files(folder, indices[0], names, weights)
     if SINGLE in weights or len(weights) == 1:
         return None, [SINGLE if SINGLE in weights else weights[0]]
+    if is_whole_set(weights):
+        return Index(USUAL_INDEX, {}), weights
     if weights:
         raise CheckpointError(
             f"{folder}: {len(weights)} safetensors files, and no *{SUFFIX} that says which belong"
-            f" to the model; fetch the index, or leave only {SINGLE}"
+            f" to the model; fetch the index, or leave only {SINGLE}, or all of one set"
+            " 1-of-n to n-of-n"
         )
+    return _find_pickled_files(folder, names, pickled)
+
+
+def is_whole_set(names: Sequence[str]) -> bool:
+    """Whether files are the n of one set, numbered 1-of-n to n-of-n, or from 0, and no others."""
+    matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    if not matches or len(matches) < len(names):
+        return False
+    sets = {(match["stem"], match["count"]) for match in matches}
+    if len(sets) > 1 or max(len(match["count"]) for match in matches) > MAX_NUMBER:
+        return False
+    numbers, count = sorted(int(match["at"]) for match in matches), int(matches[0]["count"])
+    return len(numbers) == count and numbers in (
+        list(range(1, count + 1)),
+        list(range(count)),
+    )
+
+
+def _find_pickled_files(
+    folder: Path, names: Sequence[str], pickled: bool
+) -> tuple[Index | None, list[str]]:
+    """As `find_weight_files`, in a folder without safetensors."""
     if pickled and PICKLED_SINGLE in names:
         return None, [PICKLED_SINGLE]
+    pickles = [n for n in names if n.startswith(PICKLED_STEM) and n.endswith(PICKLED)]
     if pickled and (pickled_indices := [name for name in names if name.endswith(PICKLED_INDEX)]):
-        return _find_indexed_files(folder, pickled_indices[0], names, PICKLED)
+        return _find_indexed_files(folder, pickled_indices[0], names, pickles, PICKLED)
+    if pickled and is_whole_set(pickles):
+        return Index(f"{PICKLED_SINGLE}.index.json", {}), pickles
     if any(name.endswith(PICKLES) for name in names):
         read = f" there is neither {PICKLED_SINGLE} nor *{PICKLED_INDEX}" if pickled else ""
         raise CheckpointError(
@@ -80,19 +117,23 @@ def find_weight_files(
 
 
 def _find_indexed_files(
-    folder: Path, name: str, names: Sequence[str], suffix: str = WEIGHTS
-) -> tuple[Index, list[str]]:
+    folder: Path, name: str, names: Sequence[str], weights: Sequence[str], suffix: str = WEIGHTS
+) -> tuple[Index | None, list[str]]:
+    """The files that an index names; or all the weights there are, a whole set without it."""
     index = read_index(folder, name, suffix)
     files = sorted(set(index.weight_map.values()))
-    present = set(names)
-    if SINGLE in present and SINGLE not in files:
+    missing = [file for file in files if file not in names]
+    if missing and (list(weights) == [SINGLE] or is_whole_set(weights)):
+        return index, sorted(weights)
+    if SINGLE in names and SINGLE not in files:
         raise CheckpointError(
             f"{folder}: has both {SINGLE} and {name}, which does not name it; remove one"
         )
-    if missing := [file for file in files if file not in present]:
+    if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{folder / missing[0]}: missing, though {name} names it{more}; fetch it again"
+            f"{folder / missing[0]}: missing, though {name} names it{more}; fetch it again, or"
+            f" leave all of one set 1-of-n to n-of-n and no other *{suffix}"
         )
     return index, files
 

@@ -134,6 +134,7 @@ def _find_possible_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         recipe = find_recipe(checkpoint.config)
         name = recipe.name
+        checkpoint.check_config()
         plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, 1)
     except (RecipeError, LayoutError) as error:
         return {"recipe": name, "possible_tp": None, "reason": str(error)}

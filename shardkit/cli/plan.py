@@ -5,7 +5,14 @@ from typing import Any
 import click
 
 from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP
-from shardkit.cli.output import format_bytes, format_count, group_ranks, print_json, print_line
+from shardkit.cli.output import (
+    format_bytes,
+    format_count,
+    group_ranks,
+    print_json,
+    print_line,
+    print_warning,
+)
 from shardkit.cli.split_output import plan_bytes_to_json, print_plan_bytes
 from shardkit.layout import STYLES
 from shardkit.planning import Collectives, KvCache, PlanReport, TensorGroup
@@ -40,6 +47,8 @@ def plan(
     report = plan_source(
         source, tp_size, recipe=recipe, revision=revision, allow_pickle=allow_pickle
     )
+    for warning in report.warnings:
+        print_warning(warning)
     if as_json:
         print_json(plan_to_json(report))
     else:
@@ -53,6 +62,7 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         "revision": report.revision,
         "model_type": report.model_type,
         "recipe": report.recipe.name,
+        "wrapper_prefix": report.plan.wrapper_prefix,
         **plan_bytes_to_json(report.summary),
         "groups": [_group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
@@ -113,6 +123,11 @@ def _print_plan(report: PlanReport) -> None:
         f"{report.source}: {report.model_type}, recipe {report.recipe.name}, {tensors},"
         f" {format_bytes(total)}"
     )
+    if plan.wrapper_prefix:
+        print_line(
+            f"Prefix       {plan.wrapper_prefix} before every tensor's name is a training"
+            " wrapper's: it is ignored, and a merge gives it back"
+        )
     ranks = format_count(plan.tp_size, "rank")
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
     print_plan_bytes(summary)

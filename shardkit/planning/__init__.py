@@ -1,5 +1,6 @@
 """Where every tensor lies, and what it costs, before a byte of weights is read."""
 
+from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.costs import (
     Collectives,
     KvCache,
@@ -9,7 +10,7 @@ from shardkit.planning.costs import (
 )
 from shardkit.planning.loading import decide_loading
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
-from shardkit.planning.placement import Placement, Plan, make_plan, place_tensor, plan_for
+from shardkit.planning.placement import Placement, Plan, make_plan, place_tensor
 from shardkit.planning.report import PlanReport, plan
 from shardkit.planning.summary import (
     Imbalance,

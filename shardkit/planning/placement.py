@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint import find_wrapper_prefix
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import (
     Section,
@@ -20,12 +20,12 @@ from shardkit.layout import (
 )
 from shardkit.planning.loading import decide_loading, is_stated
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
+from shardkit.planning.unknown_tensors import describe_unknown_tensor
 from shardkit.recipe import (
     ForwardArgument,
     ModuleAttribute,
     Recipe,
     compose_recipe,
-    find_recipe,
     resolve_counts,
     resolve_units,
 )
@@ -94,6 +94,7 @@ class Plan:
         forward_arguments: Arguments of the model's modules that hold units.
         model_class: The class of transformers that the checkpoint is of; empty for the one that
             config.json names.
+        wrapper_prefix: What training wrappers put before every tensor's name; empty if nothing.
     """
 
     mesh: Mesh
@@ -102,6 +103,7 @@ class Plan:
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
     model_class: str = ""
+    wrapper_prefix: str = ""
 
     @property
     def tp_size(self) -> int:
@@ -152,26 +154,6 @@ class Plan:
         return num_indices(self.local_spans(unit, rank))
 
 
-def plan_for(
-    checkpoint: Checkpoint, tp_size: int, recipe: Recipe | str | None = None
-) -> tuple[Recipe, Plan]:
-    """The recipe of a checkpoint, and its plan over `tp_size` ranks.
-
-    Args:
-        checkpoint: An open checkpoint.
-        tp_size: The number of ranks.
-        recipe: A recipe, or the name or path of one, instead of the one for its model_type.
-
-    Raises:
-        RecipeError: If there is no recipe for it, or the recipe does not fit.
-        LayoutError: If it cannot be divided over so many ranks.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = find_recipe(checkpoint.config, recipe)
-    recipe = compose_recipe(recipe, checkpoint.config)
-    return recipe, make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
-
-
 def make_plan(
     specs: Iterable[TensorSpec], recipe: Recipe, config: Mapping[str, Any], tp_size: int
 ) -> Plan:
@@ -188,17 +170,28 @@ def make_plan(
         LayoutError: For a `tp_size` that cannot work.
         CheckpointError: If the checkpoint lacks a head that the class in its config needs.
     """
-    recipe, specs = compose_recipe(recipe, config), list(specs)
+    recipe, whole = compose_recipe(recipe, config), tuple(specs)
+    prefix = find_wrapper_prefix([spec.name for spec in whole])
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    loaded = decide_loading(config, [spec.name for spec in specs])
-    placements = (place_tensor(spec, recipe, units, counts) for spec in specs)
+    names = [spec.name.removeprefix(prefix) for spec in whole]
+    try:
+        placements = [place_tensor(spec, recipe, units, counts, prefix) for spec in whole]
+    except RecipeError:
+        if fault := describe_unknown_tensor([spec.name for spec in whole], recipe, prefix):
+            raise RecipeError(fault) from None
+        raise
+    loaded = decide_loading(config, names)
     plan = Plan(
         Mesh(tp_size),
-        tuple(replace(p, in_model=p.spec.name not in loaded.unloaded) for p in placements),
+        tuple(
+            replace(placement, in_model=name not in loaded.unloaded)
+            for placement, name in zip(placements, names, strict=True)
+        ),
         units,
         recipe.module_attributes,
         recipe.forward_arguments,
         "" if is_stated(loaded.model_class, config) else loaded.model_class,
+        prefix,
     )
     plan.check()
     return plan
@@ -209,9 +202,10 @@ def place_tensor(
     recipe: Recipe,
     units: Mapping[str, Unit],
     counts: Mapping[str, int] | None = None,
+    wrapper_prefix: str = "",
 ) -> Placement:
-    """One tensor's placement. Raises RecipeError."""
-    rule = recipe.rule_for(spec.name)
+    """One tensor's placement, by the rule for its name without a prefix. Raises RecipeError."""
+    rule = recipe.rule_for(spec.name.removeprefix(wrapper_prefix))
     ndim = len(spec.shape)
     dim = rule.dim(spec.shape, counts or {})
     axis = dim

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import open_source
+from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.costs import (
     Collectives,
     KvCache,
@@ -14,7 +15,7 @@ from shardkit.planning.costs import (
     estimate_kv_cache,
     generates_text,
 )
-from shardkit.planning.placement import Plan, plan_for
+from shardkit.planning.placement import Plan
 from shardkit.planning.summary import PlanSummary, find_blocking_tensor, summarize_plan
 from shardkit.recipe import Recipe
 
@@ -30,6 +31,7 @@ class PlanReport:
         recipe: The recipe that was used.
         plan: Where every tensor lies.
         config: The checkpoint's config.json.
+        warnings: What is wrong with the source and does no harm, a line each.
     """
 
     source: str
@@ -38,6 +40,7 @@ class PlanReport:
     recipe: Recipe
     plan: Plan
     config: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def summary(self) -> PlanSummary:
@@ -106,4 +109,5 @@ def plan(
             used,
             made_plan,
             checkpoint.config,
+            checkpoint.warnings,
         )

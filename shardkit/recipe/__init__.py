@@ -1,6 +1,6 @@
 """Which tensors of a model family are sharded how, as data."""
 
-from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.catalog import find_recipe, is_bundled, list_recipe_files
 from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
 from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors
@@ -29,6 +29,7 @@ __all__ = [
     "compose_recipe",
     "find_loaded_tensors",
     "find_recipe",
+    "is_bundled",
     "list_recipe_files",
     "load_recipe",
     "matches_config",

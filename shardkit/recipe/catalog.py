@@ -34,6 +34,12 @@ def load_heads() -> tuple[str, ...]:
     return expect_strings(tomllib.loads(path.read_text(encoding="utf-8")), REPLICATE.name)
 
 
+def is_bundled(recipe: Recipe) -> bool:
+    """Whether a recipe is a bundled file, and not a changed copy of one."""
+    path = find_recipe_folder() / f"{recipe.name}.toml"
+    return path.is_file() and load_recipe(path).sha256 == recipe.sha256
+
+
 def find_recipe(config: Mapping[str, Any], name_or_path: str | None = None) -> Recipe:
     """The recipe for a config's model_type, or the one asked for by name or path.
 

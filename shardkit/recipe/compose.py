@@ -41,7 +41,7 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
 
 def add_heads(recipe: Recipe) -> Recipe:
     """The recipe with rules for the heads that any model may have, and that it does not name."""
-    heads = [head for head in load_heads() if not recipe.has_rule_for(f"{head}.weight")]
+    heads = [head for head in load_heads() if not recipe.rules_for(f"{head}.weight")]
     return replace(recipe, rules=(*recipe.rules, *(Rule(head, REPLICATE) for head in heads)))
 
 

@@ -151,19 +151,18 @@ class Recipe:
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(compile_tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
 
-    def has_rule_for(self, tensor: str) -> bool:
-        """Whether a rule names `tensor`."""
-        return any(pattern.fullmatch(tensor) for pattern, _ in self._compiled)
+    def rules_for(self, tensor: str) -> list[Rule]:
+        """Every rule that names `tensor`: one, if the recipe fits."""
+        return [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
 
     def rule_for(self, tensor: str) -> Rule:
         """The one rule that names `tensor`. Raises RecipeError if none does, or two do."""
-        rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
+        rules = self.rules_for(tensor)
         if len(rules) == 1:
             return rules[0]
         if not rules:
             raise RecipeError(
-                f"{tensor}: no rule of recipe {self.name!r} names this tensor, and none is guessed;"
-                " add a rule to the recipe, or pass another with --recipe"
+                f"{tensor}: no rule of recipe {self.name!r} names this tensor, and none is guessed"
             )
         names = " and ".join(repr(rule.pattern) for rule in rules)
         raise RecipeError(f"{tensor}: {len(rules)} rules of recipe {self.name!r} name it: {names}")

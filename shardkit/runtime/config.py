@@ -50,7 +50,8 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
     """The config of an unsharded checkpoint's folder, its class decided. Raises CheckpointError."""
     with Checkpoint(folder) as checkpoint:
         specs, table = checkpoint.specs(), checkpoint.config
-    loaded = decide_loading(table, [spec.name for spec in specs])
+        prefix = checkpoint.wrapper_prefix
+    loaded = decide_loading(table, [spec.name.removeprefix(prefix) for spec in specs])
     if loaded.model_class:
         table = {**table, "architectures": [loaded.model_class]}
     return build_config(table, specs, folder)

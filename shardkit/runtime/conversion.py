@@ -64,12 +64,17 @@ class Conversion:
 
 
 def find_conversions(
-    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], wrapper_prefix: str = ""
 ) -> list[Conversion]:
-    """The conversions that take tensors of these names and whole shapes into the model.
+    """The conversions that take tensors into the model.
 
     As transformers does, it leaves out what the model has no place for. What the model needs and no
     tensor makes is an error later, so that a wrong name cannot pass for one that is left out.
+
+    Args:
+        model: The model, its tensors on any device.
+        shapes: The whole shapes of the tensors, by name on disk.
+        wrapper_prefix: What training wrappers put before each of the names.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -78,8 +83,9 @@ def find_conversions(
     state = model.state_dict()
     groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name in sorted(shapes, key=dot_natural_key):
+        plain = name.removeprefix(wrapper_prefix)
         target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
+            plain, renamings, converters, model.base_model_prefix, state
         )
         if target not in state:
             continue

@@ -169,7 +169,8 @@ def load_into(
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
-    conversions = find_conversions(model, loaded_shapes(manifest.placements))
+    shapes = loaded_shapes(manifest.placements)
+    conversions = find_conversions(model, shapes, plan.wrapper_prefix)
     placements = placements_by_parameter(model, manifest.placements, conversions)
     missing = model.state_dict().keys() - placements.keys()
     tied = find_tied_placements(model, placements, missing)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from shardkit.checkpoint import is_wrapper_prefix
 from shardkit.checkpoint.header import MAX_DIM
 from shardkit.layout import Section
 from shardkit.planning import Placement, Plan, Rank
@@ -14,6 +15,7 @@ def check_manifest(manifest: Manifest) -> None:
     _check_files(manifest)
     manifest.plan.check()
     _check_units(manifest.plan)
+    _check_prefix(manifest.plan)
     for rank in manifest.mesh.ranks():
         _check_pieces(manifest, rank)
 
@@ -69,6 +71,13 @@ def _check_units(plan: Plan) -> None:
         by_tensor = attribute.is_counted_by_tensor and not attribute.per_unit
         if attribute.unit not in plan.units and not by_tensor:
             raise JsonError(f"module_attributes: {quote(attribute.unit)} is not a unit")
+
+
+def _check_prefix(plan: Plan) -> None:
+    """A prefix is of wrappers alone, and every tensor has it: no other part may be cut off."""
+    prefix, names = plan.wrapper_prefix, [p.spec.name for p in plan.placements]
+    if prefix and not (is_wrapper_prefix(prefix) and all(n.startswith(prefix) for n in names)):
+        raise JsonError(f"wrapper_prefix: {quote(prefix)} is not that of every tensor")
 
 
 def _check_pieces(manifest: Manifest, rank: Rank) -> None:

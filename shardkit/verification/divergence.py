@@ -30,7 +30,8 @@ def describe_divergence(
     expected = reference.trace(inputs, names)
     rounded = unsharded.trace(inputs, names)
     ranks = sharded.trace(inputs, list(expected))
-    conversions = find_conversions(unsharded.model, loaded_shapes(manifest.placements))
+    shapes = loaded_shapes(manifest.placements)
+    conversions = find_conversions(unsharded.model, shapes, manifest.plan.wrapper_prefix)
     placements = placements_by_parameter(unsharded.model, manifest.placements, conversions)
     for name in expected:
         for tp_rank, outputs in enumerate(ranks):

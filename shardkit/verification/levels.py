@@ -201,6 +201,7 @@ def _open_source(request: _Request) -> Iterator[Checkpoint | None]:
         yield None
         return
     with open_source(request.source, request.revision, request.allow_pickle) as checkpoint:
+        checkpoint.check_config()
         yield checkpoint
 
 

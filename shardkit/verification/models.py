@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
 
+from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError
-from shardkit.runtime.config import read_source_config
+from shardkit.runtime.config import GENERATION_CONFIG, read_source_config
 from shardkit.runtime.engine.controller import RankController
 from shardkit.runtime.engine.messages import (
     forward_request,
@@ -58,8 +61,9 @@ class ReferenceModel:
         """Load it with transformers. Raises CheckpointError if weights are missing."""
         config = read_source_config(folder)
         model, info = resolve_model_class(config).from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+            **locate_weights(folder), config=config, dtype=dtype, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
         self.model = model.eval()
         choose_expert_kernel(self.model)
         if dtype == torch.float64:  # a few classes make parameters that stay float32
@@ -82,6 +86,31 @@ class ReferenceModel:
     def trace(self, inputs: Tensors, modules: Iterable[str]) -> Tensors:
         """What the named modules output, by name, in the order they ran."""
         return self._runner.trace(inputs, modules)
+
+
+def locate_weights(folder: Path) -> dict[str, Any]:
+    """Where transformers takes a checkpoint's weights from, as arguments of `from_pretrained`.
+
+    The folder, or if transformers cannot read its files or its names as they are, the tensors
+    themselves, mapped from the files that the checkpoint is made of.
+    """
+    with Checkpoint(folder) as checkpoint:
+        files, prefix = [file.name for file in checkpoint.files], checkpoint.wrapper_prefix
+        if checkpoint.has_usual_files and not prefix:
+            return {"pretrained_model_name_or_path": folder}
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for file in files
+        for name, tensor in load_file(folder / file).items()
+    }
+    if not (folder / GENERATION_CONFIG).exists():
+        return {"pretrained_model_name_or_path": None, "state_dict": tensors}
+    generation = GenerationConfig.from_pretrained(folder)
+    return {
+        "pretrained_model_name_or_path": None,
+        "state_dict": tensors,
+        "generation_config": generation,
+    }
 
 
 def select_float_outputs(outputs: Tensors) -> Tensors:

@@ -27,7 +27,10 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"pytorch_model.bin": b"x", "pytorch_model.bin.index.json": {}},
         ("only pickled weights", "convert", "safetensors"),
     ),
-    "several files and no index": (PAIR, ("2 safetensors files", "no *", "fetch the index")),
+    "several files and no index": (
+        {"a.safetensors": PAIR[ONE], "b.safetensors": PAIR[TWO]},
+        ("2 safetensors files", "no *", "fetch the index", "1-of-n to n-of-n"),
+    ),
     "two indices": (
         PAIR | {INDEX: index_of(PAIR_MAP), "other.safetensors.index.json": index_of(PAIR_MAP)},
         ("2 indices", INDEX, "other.safetensors.index.json", "keep one"),
@@ -45,13 +48,18 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         (TWO, "'b'", ONE, "as well"),
     ),
     "a tensor the index does not name": (
-        PAIR | {INDEX: index_of({"c": TWO, "a": ONE})}, (INDEX, "does not name 'b'", ONE),
+        {"x.safetensors": PAIR[ONE], INDEX: index_of({"a": "x.safetensors"})},
+        (INDEX, "does not name 'b'", "x.safetensors"),
     ),
     "a tensor that no file has": (
         PAIR | {INDEX: index_of(PAIR_MAP | {"d": ONE})}, (INDEX, "'d'", ONE, "no file"),
     ),
     "a tensor in another file than the index says": (
-        PAIR | {INDEX: index_of(PAIR_MAP | {"a": TWO})}, (INDEX, "'a'", TWO, ONE),
+        {
+            "x.safetensors": PAIR[ONE], "y.safetensors": PAIR[TWO],
+            INDEX: index_of({"a": "y.safetensors", "b": "x.safetensors", "c": "y.safetensors"}),
+        },
+        (INDEX, "'a'", "y.safetensors", "x.safetensors"),
     ),
     "an unprintable name in the index": (
         PAIR | {INDEX: index_of(PAIR_MAP | {"d\n": ONE})}, (r"'d\n'",),

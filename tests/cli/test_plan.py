@@ -138,7 +138,7 @@ def test_a_plan_imports_neither_torch_nor_transformers(model: Path) -> None:
         [sys.executable, "-c", IMPORTS, "plan", str(model), "--tp", "8"],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[]")  # after its warnings
 
 
 def test_a_plan_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ def missing_config(tmp: Path) -> Refusal:
 
 
 def missing_index(tmp: Path) -> Refusal:
-    (small_checkpoint(tmp / "model") / "model.safetensors.index.json").unlink()
+    model = small_checkpoint(tmp / "model")
+    (model / "model.safetensors.index.json").unlink()
+    (model / WEIGHTS).rename(model / "weights.safetensors")  # not of a set by its name
     return ["split", f"{tmp}/model", f"{tmp}/out", "--tp", "2"], 3, "2 safetensors files"
 
 

@@ -152,7 +152,7 @@ def test_an_unknown_model_type_is_refused_with_the_ways_out() -> None:
 
 
 def test_a_tensor_that_no_rule_names_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^model.extra.weight: no rule .* add a rule"):
+    with pytest.raises(RecipeError, match=r"^model.extra.weight: no rule .* none is guessed"):
         recipe(Rule("model.norm", STYLES["replicate"])).rule_for("model.extra.weight")
 
 

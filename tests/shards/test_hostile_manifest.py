@@ -57,6 +57,14 @@ PIECE = ("ranks", 0, "pieces", NORM)
 
 
 HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
+    "a prefix that is a model's own": (
+        changed("wrapper_prefix", to="model."), "wrapper_prefix: 'model.' is not that of every",
+    ),
+    "a prefix that no tensor has": (
+        changed("wrapper_prefix", to="module."), "wrapper_prefix: 'module.' is not that of every",
+    ),
+    "an empty prefix": (changed("wrapper_prefix", to=""), "canonical form"),
+    "a prefix of another type": (changed("wrapper_prefix", to=1), "wrapper_prefix: is 1, not a"),
     "another format": (changed("format", to=2), "format 2; this shardkit reads format 1"),
     "no format": (without("format"), "format None"),
     "format true": (changed("format", to=True), "not in canonical form"),

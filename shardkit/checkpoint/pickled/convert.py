@@ -63,12 +63,12 @@ def open_source(
     index, files = find_weight_files(folder, list_names(folder), pickled=True)
     name = name_of_folder(folder) if not commit else source
     if not files[0].endswith(PICKLED):
-        with Checkpoint(folder, commit, name).check_config() as checkpoint:
+        with Checkpoint(folder, commit, name).check_numbers() as checkpoint:
             yield checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as scratch:
         convert_checkpoint(folder, index, files, Path(scratch))
-        with Checkpoint(Path(scratch), commit, name).check_config() as checkpoint:
+        with Checkpoint(Path(scratch), commit, name).check_numbers() as checkpoint:
             yield checkpoint
 
 
@@ -82,7 +82,7 @@ def convert_checkpoint(
         (scratch / name).write_bytes(data)
     for name, path in real.items():
         _convert_file(path, name, scratch / safetensors_name(name))
-    if index is not None:
+    if index is not None and index.weight_map:
         places = {tensor: safetensors_name(file) for tensor, file in index.weight_map.items()}
         (scratch / safetensors_name(index.name)).write_bytes(
             encode_index(Index(index.name, places, index.metadata), 0)

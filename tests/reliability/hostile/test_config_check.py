@@ -10,11 +10,12 @@ import pytest
 from shardkit.checkpoint import Checkpoint, open_checkpoint
 from shardkit.checkpoint.config_check import MANY, check_config, group_layers
 from shardkit.errors import CheckpointError
+from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.tensor import TensorSpec
 from tests.helpers.command_line import run
-from tests.helpers.fixture_checkpoints import SMALL_CONFIG, sparse_checkpoint
+from tests.helpers.fixture_checkpoints import SMALL_CONFIG, small_specs, sparse_checkpoint
 from tests.helpers.real_inputs import shared
-from tests.helpers.synthetic_checkpoints import BART, T5, llama, mixtral
+from tests.helpers.synthetic_checkpoints import BART, T5, llama, mixtral, write_source
 
 Names = Mapping[str, tuple[int, ...]]
 
@@ -55,6 +56,10 @@ AGREE: dict[str, tuple[dict[str, Any], Names]] = {
         {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}},
         layers(2, "language_model.model.layers") | VISION,
     ),
+    "a tower of more tensors, its config under an unusual name": (
+        {"num_hidden_layers": 2, "sight_config": {"layers": 5}},
+        layers(2) | layers(5, "sight.blocks"),
+    ),
     "layers that are listed": ({"layers_block_type": ["a", "b"]}, layers(2)),
     "experts": ({"num_hidden_layers": 1, "num_local_experts": 2}, mixtral()),
     "numbers that size nothing": ({"rope_theta": 10**9, "num_params": 10**12}, layers(1)),
@@ -90,6 +95,14 @@ CONTRADICT: dict[str, tuple[dict[str, Any], Names, tuple[str, ...]]] = {
     "two that predict further, of one": (
         {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}, layers(4), ("model.layers.3",),
     ),
+    "a layer less, beside a list of few tensors": (
+        {"num_hidden_layers": 3}, layers(2) | {f"head.{at}.weight": (8,) for at in range(3)},
+        ("model.layers.2",),
+    ),
+    "a layer less beside an unusual tower": (
+        {"num_hidden_layers": 4}, layers(3) | layers(5, "sight.blocks"),
+        ("num_hidden_layers is 4",),
+    ),
     "a listed layer less": ({"layer_types": ["a"] * 3}, layers(2), ("layer_types is 3",)),
 }  # fmt: skip
 
@@ -121,6 +134,33 @@ def test_integers_that_are_no_weights_need_none() -> None:
     check({}, shapes, "I64")
 
 
+def test_an_unknown_type_has_no_recipe_and_is_not_called_damaged(tmp_path: Path) -> None:
+    config = {**SMALL_CONFIG, "model_type": "unheard_of", "num_hidden_layers": 7}
+    source = write_source(tmp_path / "source", config, small_specs())
+    refused = run("plan", source, "--tp", "2")
+    assert refused.exit_code == 1
+    assert "'unheard_of': no recipe" in refused.stderr
+    assert run("plan", source, "--tp", "2", "--recipe", "llama").exit_code == 3
+
+
+def test_an_unknown_type_with_an_unusual_tower_is_split_by_a_recipe_of_one_s_own(
+    tmp_path: Path,
+) -> None:
+    config = {**SMALL_CONFIG, "model_type": "unheard_of", "sight": {"layers": 9}}
+    tower = [TensorSpec(f"sight.blocks.{at}.norm{n}.weight", "F32", (16,)) for at in range(9)
+             for n in range(9)]  # fmt: skip
+    source = write_source(tmp_path / "source", config, [*small_specs(), *tower])
+    text = (find_recipe_folder() / "llama.toml").read_text()
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        text.replace("replicate = [", f'replicate = ["sight.blocks.*.norm{{{NINE}}}", ')
+    )
+    assert run("plan", source, "--tp", "2").exit_code == 1
+    split = run("split", source, tmp_path / "out", "--tp", "2", "--recipe", mine)
+    assert split.exit_code == 0, split.stderr
+
+
+NINE = ",".join(map(str, range(9)))
 REAL = (
     "llama-3.1-70b-reflection", "mixtral-8x22b-wizardlm2", "falcon-40b",
     "gpt-neox-redpajama-incite-7b", "bloom-176b",
@@ -148,7 +188,8 @@ def test_every_sample_agrees_and_none_without_a_layer_does(tmp_path: Path) -> No
     for sample in list_samples():
         folder = make_sample(sample, tmp_path / sample.name)
         with Checkpoint(folder) as checkpoint:
-            specs, config = checkpoint.check_config().specs(), checkpoint.config
+            checkpoint.check_config()
+            specs, config = checkpoint.specs(), checkpoint.config
         lists = group_layers(spec.name for spec in specs)
         if not lists:
             continue  # an LSTM has weights of its layers, and no modules
