@@ -1,11 +1,13 @@
 """A plan: where every tensor lies on every rank, before any weight is read."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint.config_check import group_layers
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import (
     Section,
@@ -40,12 +42,22 @@ class Placement:
         dim: The dimension that is divided; None if none is.
         sections: What `dim` holds. If the style gathers inputs, what the input's last dimension
             holds, though the tensor itself is replicated.
+        units: The names of the units that its rule divides; none if it is read from a manifest.
+        is_skipped: Whether it is of a layer that the model does not run, though its rule is not
+            for what is ignored; only told of a source.
     """
 
     spec: TensorSpec
     style: Style
     dim: int | None = None
     sections: tuple[Section, ...] = ()
+    units: tuple[str, ...] = field(default=(), compare=False)
+    is_skipped: bool = field(default=False, compare=False)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model loads it."""
+        return self.style.is_loaded and not self.is_skipped
 
     def spans(self, rank: Rank) -> tuple[Span, ...]:
         """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""
@@ -105,15 +117,14 @@ class Plan:
     def check(self) -> None:
         """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
         self.mesh.check()
+        if self.tp_size > self.max_tp_size:
+            raise LayoutError(self._describe_limit())
         for placement in self.placements:
             byte_view(placement.spec, placement.dim)
             try:
                 placement.tiles(self.mesh)
             except LayoutError as error:
-                most, limit = self.max_tp_size, ""
-                if self.tp_size > most:
-                    limit = f"; this checkpoint divides over tp_size 1 to {most}"
-                raise LayoutError(f"{placement.spec.name}: {error}{limit}") from None
+                raise LayoutError(f"{placement.spec.name}: {error}") from None
 
     @cached_property
     def max_tp_size(self) -> int:
@@ -126,6 +137,32 @@ class Plan:
             if not section.replicated
         ]
         return min(limits, default=MAX_TP_SIZE)
+
+    def _describe_limit(self) -> str:
+        """Why there are too many ranks: of which tensor there is not a unit for each."""
+        most = self.max_tp_size
+        for p in self.placements:
+            for section in p.sections if p.dim is not None else ():
+                if section.max_tp_size == most and not section.replicated:
+                    what = self.name_unit(p, section.shared_by or section.units, 0)
+                    return (
+                        f"{p.spec.name}: {most} {what} cannot be divided over tp_size"
+                        f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
+                    )
+        return f"tp_size {self.tp_size} is not 1 to {most}"
+
+    def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
+        """What the recipe calls a unit of a tensor, told by its counts; else just units."""
+        counts = (count, shared_by)
+        exact = [
+            name for name, unit in self.units.items() if (unit.count, unit.shared_by) == counts
+        ]
+        any_count = [
+            name for name, unit in self.units.items() if not unit.count and name != "vocab"
+        ]
+        names = ["vocab"] if placement.style.axis == "vocab" else exact or any_count
+        stated = [name for name in names if name in placement.units] or names
+        return stated[0] if len(stated) == 1 else "units"
 
     def local_spans(self, unit: str, rank: Rank) -> tuple[Span, ...]:
         """The units of a kind that a rank holds. Raises LayoutError if the unit has no count."""
@@ -176,6 +213,10 @@ def make_plan(
     """
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
     placements = tuple(place_tensor(spec, recipe, units, counts) for spec in specs)
+    if skipped := find_skipped((p.spec.name for p in placements), config):
+        placements = tuple(
+            replace(p, is_skipped=True) if p.spec.name in skipped else p for p in placements
+        )
     plan = Plan(
         Mesh(tp_size), placements, units, recipe.module_attributes, recipe.forward_arguments
     )
@@ -202,4 +243,18 @@ def place_tensor(
         sections = resolve_sections(rule.terms, spec.shape[axis], units, counts)
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
-    return Placement(spec, rule.style, dim, sections)
+    names = tuple(dict.fromkeys(term.unit for term in rule.terms if term.unit))
+    return Placement(spec, rule.style, dim, sections, names)
+
+
+def find_skipped(names: Iterable[str], config: Mapping[str, Any]) -> frozenset[str]:
+    """Tensors of layers that only predict further tokens, after the last that the config counts."""
+    text = config.get(fields.TEXT_TABLE)
+    text = {**config, **text} if isinstance(text, Mapping) else config
+    count = next((text[key] for key in fields.LAYERS if type(text.get(key)) is int), None)
+    if count is None or not any(text.get(key) for key in fields.PREDICTION_LAYERS):
+        return frozenset()
+    lists = group_layers(names := list(names))
+    longest = max(lists, key=lambda name: sum(lists[name].values()), default="")
+    prefixes = tuple(f"{longest}.{at}." for at in lists.get(longest, ()) if at >= count)
+    return frozenset(name for name in names if name.startswith(prefixes))
