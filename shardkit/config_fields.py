@@ -23,6 +23,7 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 VOCAB_SIZE = ("vocab_size",)
 # Rows that a class's embedding has beyond the vocabulary, by a field that only its config has.
 VOCAB_EXTRA_ROWS = {"cross_attention_layers": 8}
+POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 # Tables of a config that describe a tower beside the language model, and the language model's own.
 TEXT_TABLE = "text_config"
@@ -33,14 +34,18 @@ VISION_MODULES = frozenset(("vision_tower", "vision_model", "visual", "vision_en
 AUDIO_MODULES = frozenset(("audio_tower", "audio_model"))
 PROJECTORS = frozenset(("multi_modal_projector", "connector"))
 
-# What a config has if some of its layers keep something else than keys and values, or share them.
-NON_KV_STATE = (
-    "kv_lora_rank", "num_kv_shared_layers", "attn_layer_period", "attn_layer_indices",
-    "hybrid_override_pattern", "layers_block_type", "ssm_cfg", "state_size", "mamba_d_state",
-    "linear_num_key_heads", "lru_width", "block_types", "ssm_state_size", "conv_L_cache",
-)  # fmt: skip
-KV_LAYER_TYPES = frozenset(
-    ("full_attention", "sliding_attention", "chunked_attention", "attention")
-)
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token")
+TWO_STREAMS = "bi_data"  # a model that has it generates by two passes through every layer
+
+# What configs say of what is kept for each token.
+KV_LATENT = ("kv_lora_rank",)  # one latent vector for the keys and values of all heads, ...
+ROPE_KEY = ("qk_rope_head_dim",)  # ... and one key with positions
+KV_SHARED = ("num_kv_shared_layers",)  # the last layers, which use another's keys and values
+EXPANDED_KV = ("new_decoder_architecture",)  # keys and values are kept once for each query head
+# Of models that keep a state of a fixed size, and of those that keep nothing.
+FIXED_STATE = ("state_size", "lru_width", "rescale_every")
+UNCACHED = ("use_lang_emb",)
+# Hidden states instead of keys and values, or the keys of an indexer beside them.
+OTHER_CACHES = ("mem_len", "index_head_dim", "ssm_cfg")
 DTYPE = ("dtype", "torch_dtype")
 QUANTIZATION = ("quantization_config", "compression_config")

@@ -123,4 +123,6 @@ def resolve_file(folder: Path, name: str, error: type[ShardkitError]) -> Path:
         allowed.append(base.parent.parent / "blobs")
     if target.parent not in allowed:
         raise error(f"{path}: links to {target}, outside the folder; put the file itself there")
+    if not target.exists():
+        raise error(f"{path}: is a link to a file that is not there; fetch it again")
     return target

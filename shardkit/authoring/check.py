@@ -120,7 +120,7 @@ def prove_on_models(
     for tp_size in tp_sizes:
         for name, source in models.items():
             with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-                proof = prove_recipe(source, recipe, pool.of(tp_size), Path(scratch), BEAMS)
+                proof = prove_recipe(source, recipe, pool.of(tp_size), Path(scratch), BEAMS, True)
             yield ModelProof(name, tp_size, proof)
 
 

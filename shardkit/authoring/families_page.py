@@ -136,10 +136,50 @@ def _render_proofs(entries: Sequence[Entry]) -> Iterator[str]:
     proofs = [proof for _, entry in entries for proof in entry["proofs"]]
     yield from format_table(titles, map(_proof_row, proofs))
     yield ""
+    yield from _render_usage([proof for proof in proofs if proof.get("plan")])
     limitations = {p["sample"]: p["limitation"] for p in proofs if p["limitation"]}
     for sample, limitation in limitations.items():
         yield f"\\* {sample}: {limitation}."
         yield ""
+
+
+def _render_usage(proofs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What was measured of each sample, as the plan predicts it; nothing of older results."""
+    if not proofs:
+        return
+    yield "## As planned"
+    yield ""
+    yield (
+        "Measured on rank 0, and on every rank equal to what `shardkit plan` predicts,"
+        " or else marked unknown: all-reduces and all-gathers for each generated token, or of a"
+        " forward pass; bytes that one token adds to the KV cache; bytes of the weights."
+    )
+    yield ""
+    titles = ("sample", "tp:", "collectives:", "cache bytes:", "weight bytes:")
+    yield from format_table(titles, map(_usage_row, proofs))
+    yield ""
+
+
+def _usage_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
+    plan = proof["plan"]
+    counts = [
+        plan.get(f"all_{kind}s per token", plan.get(f"all_{kind}s per prompt"))
+        for kind in ("reduce", "gather")
+    ]
+    return (
+        proof["sample"],
+        proof["tp_size"],
+        " + ".join(_format_usage(count) for count in counts if count),
+        _format_usage(plan.get("cache bytes")),
+        _format_usage(plan.get("weight bytes")),
+    )
+
+
+def _format_usage(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    unknown = " (unknown)" if isinstance(figure["predicted"], str) else ""
+    return f"{figure['measured'][0]:,}{unknown}"
 
 
 def _proof_row(proof: Mapping[str, Any]) -> tuple[object, ...]:

@@ -1,12 +1,14 @@
-"""Proves a recipe on one small model: complete, right by the masked sum, and right over ranks."""
+"""Proves a recipe on one small model: complete, right by masked sum and over ranks, as planned."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from shardkit.authoring.masked_sum import WEIGHT_FILE, masked_sum_errors
+from shardkit.authoring.masked_sum import WEIGHT_FILE, load_reference, masked_sum_errors
+from shardkit.authoring.usage_check import compare_usage
 from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.convert import (
     merge_destination,
@@ -48,7 +50,12 @@ class Proof:
 
 
 def prove_recipe(
-    source: Path, recipe: Recipe, ranks: RankProcesses, scratch: Path, beams: int = 0
+    source: Path,
+    recipe: Recipe,
+    ranks: RankProcesses,
+    scratch: Path,
+    beams: int = 0,
+    with_plan: bool = False,
 ) -> Proof:
     """Check a recipe on a small checkpoint of one file; stop at the first check that fails.
 
@@ -58,11 +65,13 @@ def prove_recipe(
         ranks: The ranks to run the shards on.
         scratch: An empty folder for the shards.
         beams: If not 0, also compare beam search over so many beams, if the model has it.
+        with_plan: Also measure what the plan predicts: collectives, cache and weights.
     """
     recipe = compose_recipe(recipe, read_config(source))
     run = _ProofRun(source, recipe, ranks, scratch, beams)
+    steps = run.steps | ({"plan": run.check_plan} if with_plan else {})
     checks: list[Check] = []
-    for name, step in run.steps.items():
+    for name, step in steps.items():
         checks.append(_run_step(name, step))
         if checks[-1].verdict != "passed":
             return Proof(tuple(checks))
@@ -87,6 +96,10 @@ class _ProofRun:
             "merge": self.check_merge,
             "numerics": self.check_numerics,
         }
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return read_config(self.source)
 
     @cached_property
     def plan(self) -> Plan:
@@ -141,6 +154,17 @@ class _ProofRun:
         """The shards over their ranks compute what the unsharded model does."""
         shards, sharded = self.scratch / "shards", ShardedModel(self.ranks)
         return check_numerics(shards, self.manifest, self.source, sharded, beams=self.beams)
+
+    def check_plan(self) -> Check:
+        """What the plan predicts is what the ranks use; they have loaded the shards already."""
+        reference, sharded = load_reference(self.source), ShardedModel(self.ranks)
+        figures = compare_usage(self.plan, self.config, reference, sharded)
+        unknown = [figure.name for figure in figures if isinstance(figure.predicted, str)]
+        summary = f"{len(figures) - len(unknown)} numbers are as predicted"
+        summary += f"; not predicted: {', '.join(unknown)}" if unknown else ""
+        faults = tuple(figure.fault for figure in figures if figure.fault)
+        numbers = {figure.name: figure.to_json() for figure in figures}
+        return Check("plan", "failed" if faults else "passed", summary, faults, numbers)
 
 
 def _make_check(

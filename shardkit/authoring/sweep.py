@@ -166,4 +166,5 @@ def _proof_to_json(proof: ModelProof, sample: Sample) -> dict[str, Any]:
         "share": round(proof.proof.share, 4),
         "masked_sum": numbers.get("masked sum", {}).get("error"),
         "numerics": numbers.get("numerics", {}),
+        "plan": numbers.get("plan", {}),
     }

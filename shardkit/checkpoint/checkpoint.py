@@ -221,6 +221,7 @@ class Checkpoint:
     def _add(self, name: str) -> SourceFile:
         path = resolve_file(self.folder, name, CheckpointError)
         self._fds.append(open_regular_file(path, CheckpointError))
+        path = self.folder / name  # which the user knows, whatever it is a link to
         head = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
         for entry in head.entries:

@@ -15,7 +15,7 @@ from shardkit.cli.output import (
 )
 from shardkit.cli.split_output import plan_bytes_to_json, print_plan_bytes
 from shardkit.layout import STYLES
-from shardkit.planning import Collectives, KvCache, PlanReport, TensorGroup
+from shardkit.planning import Collectives, KvCache, KvCopies, PlanReport, TensorGroup
 from shardkit.planning import plan as plan_source
 
 
@@ -66,6 +66,7 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         **plan_bytes_to_json(report.summary),
         "groups": [_group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
+        "kv_copies": _kv_copies_to_json(report.kv_copies),
         "collectives": _collectives_to_json(report.collectives),
         "possible_tp": {
             "smallest": 1,
@@ -100,6 +101,19 @@ def _kv_cache_to_json(cache: KvCache | str) -> dict[str, Any]:
         "head_dim": cache.head_dim,
         "dtype": cache.dtype,
         "kv_heads_by_rank": list(cache.kv_heads),
+        "is_latent": cache.tensors == 1,
+        "as_much_per_encoder_position": cache.is_crossed,
+    }
+
+
+def _kv_copies_to_json(copies: KvCopies | None) -> dict[str, Any] | None:
+    if copies is None:
+        return None
+    return {
+        "kv_heads": copies.kv_heads,
+        "cache_growth": round(copies.cache_growth, 3),
+        "weight_growth": round(copies.weight_growth, 3),
+        "even_tp_sizes": list(copies.even_tp_sizes),
     }
 
 
@@ -132,6 +146,8 @@ def _print_plan(report: PlanReport) -> None:
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
     print_plan_bytes(summary)
     _print_kv_cache(report.kv_cache)
+    if (copies := report.kv_copies) is not None:
+        print_line(f"KV copies    {_describe_kv_copies(copies, plan.tp_size)}")
     print_line(f"Collectives  {_describe_collectives(report.collectives, plan.tp_size)}")
     blocked = report.blocking_tensor
     why = f"; {blocked} divides no further" if blocked else ""
@@ -154,8 +170,30 @@ def _print_kv_cache(cache: KvCache | str) -> None:
         for ranks, count in group_ranks(cache.kv_heads)
     )
     print_line(f"KV cache     {sum(cache.rank_bytes):,} bytes per token ({per_rank})")
-    print_line(
-        f"             {cache.layers} layers, {heads}, head_dim {cache.head_dim}, {cache.dtype}"
+    what = f"{heads}, head_dim {cache.head_dim}" if cache.tensors > 1 else _describe_latent(cache)
+    print_line(f"             {format_count(cache.layers, 'layer')}, {what}, {cache.dtype}")
+    if cache.is_crossed:
+        print_line("             and as much for each position of the encoder, once per prompt")
+
+
+def _describe_latent(cache: KvCache) -> str:
+    return f"a latent of {cache.head_dim} for all heads, on every rank"
+
+
+def _describe_kv_copies(copies: KvCopies, tp_size: int) -> str:
+    """What copies of kv heads cost against an even split, and the sizes that avoid them."""
+    growths = (
+        ("the KV cache", copies.cache_growth),
+        ("the weights of kv heads", copies.weight_growth),
+    )
+    parts = [f"{what} is {growth:.2f} times" for what, growth in growths if growth > 1]
+    text = " and ".join(parts).replace("heads is", "heads are")
+    heads = format_count(copies.kv_heads, "kv head")
+    verb = "does" if copies.kv_heads == 1 else "do"
+    sizes = " or ".join(map(str, copies.even_tp_sizes))
+    return (
+        f"{text} an even split's: {heads} {verb} not divide over {tp_size} ranks;"
+        f" tp_size {sizes} avoids it"
     )
 
 

@@ -101,8 +101,8 @@ def check(
 
     A recipe passes if every tensor has one rule; if ranks that keep only their own part, the rest
     zero, sum to the unsharded model, run by transformers alone; if a merge gives back the source
-    bit for bit; and if over real ranks the outputs, cached decoding and beam search equal the
-    unsharded model's. Exits with 4 if one does not.
+    bit for bit; if over real ranks the outputs, cached decoding and beam search equal the
+    unsharded model's; and if the ranks use what `plan` predicts. Exits with 4 if one does not.
 
     \b
     Example:

@@ -103,9 +103,11 @@ def print_plan_bytes(summary: PlanSummary) -> None:
     stored, loaded = summary.stored_bytes, summary.loaded_bytes
     for ranks, nbytes in group_ranks(stored):
         print_line(f"  {ranks:<12} {nbytes:>17,} bytes   {format_bytes(nbytes)}")
-    if stored != loaded:
-        only_stored = format_bytes(stored[0] - loaded[0])
-        print_line(f"  of which rank 0 keeps {only_stored} for a merge, never loaded")
+    only_stored = [a - b for a, b in zip(stored, loaded, strict=True)]
+    for ranks, nbytes in group_ranks(only_stored):
+        if nbytes:
+            verb = "keep" if "-" in ranks else "keeps"
+            print_line(f"  of which {ranks} {verb} {format_bytes(nbytes)}, never loaded")
     extra = summary.replicated_bytes
     print_line(f"Replicated   {format_bytes(extra)} stored more than once ({extra:,} bytes)")
     print_line(f"Imbalance    {_describe_imbalance(summary.plan, summary.imbalance)}")

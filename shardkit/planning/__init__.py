@@ -1,15 +1,12 @@
 """Where every tensor lies, and what it costs, before a byte of weights is read."""
 
 from shardkit.planning.checkpoint_plan import plan_for
-from shardkit.planning.costs import (
-    Collectives,
-    KvCache,
-    count_collectives,
-    estimate_kv_cache,
-    generates_text,
-)
+from shardkit.planning.collectives import Collectives, count_collectives
+from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
+from shardkit.planning.kv_copies import KvCopies
 from shardkit.planning.loading import decide_loading
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
+from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Placement, Plan, make_plan, place_tensor
 from shardkit.planning.report import PlanReport, plan
 from shardkit.planning.summary import (
@@ -27,6 +24,7 @@ __all__ = [
     "Collectives",
     "Imbalance",
     "KvCache",
+    "KvCopies",
     "Mesh",
     "Placement",
     "Plan",

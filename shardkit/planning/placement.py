@@ -1,7 +1,7 @@
 """A plan: where every tensor lies on every rank, before any weight is read."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,7 @@ class Placement:
         sections: What `dim` holds. If the style gathers inputs, what the input's last dimension
             holds, though the tensor itself is replicated.
         in_model: Whether the model's class has a place for it.
+        units: The names of the units that its rule divides; none if it is read from a manifest.
     """
 
     spec: TensorSpec
@@ -50,6 +51,7 @@ class Placement:
     dim: int | None = None
     sections: tuple[Section, ...] = ()
     in_model: bool = True
+    units: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def is_loaded(self) -> bool:
@@ -119,15 +121,14 @@ class Plan:
     def check(self) -> None:
         """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
         self.mesh.check()
+        if self.tp_size > self.max_tp_size:
+            raise LayoutError(self._describe_limit())
         for placement in self.placements:
             byte_view(placement.spec, placement.dim)
             try:
                 placement.tiles(self.mesh)
             except LayoutError as error:
-                most, limit = self.max_tp_size, ""
-                if self.tp_size > most:
-                    limit = f"; this checkpoint divides over tp_size 1 to {most}"
-                raise LayoutError(f"{placement.spec.name}: {error}{limit}") from None
+                raise LayoutError(f"{placement.spec.name}: {error}") from None
 
     @cached_property
     def max_tp_size(self) -> int:
@@ -140,6 +141,32 @@ class Plan:
             if not section.replicated
         ]
         return min(limits, default=MAX_TP_SIZE)
+
+    def _describe_limit(self) -> str:
+        """Why there are too many ranks: of which tensor there is not a unit for each."""
+        most = self.max_tp_size
+        for p in self.placements:
+            for section in p.sections if p.dim is not None else ():
+                if section.max_tp_size == most and not section.replicated:
+                    what = self.name_unit(p, section.shared_by or section.units, 0)
+                    return (
+                        f"{p.spec.name}: {most} {what} cannot be divided over tp_size"
+                        f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
+                    )
+        return f"tp_size {self.tp_size} is not 1 to {most}"
+
+    def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
+        """What the recipe calls a unit of a tensor, told by its counts; else just units."""
+        counts = (count, shared_by)
+        exact = [
+            name for name, unit in self.units.items() if (unit.count, unit.shared_by) == counts
+        ]
+        any_count = [
+            name for name, unit in self.units.items() if not unit.count and name != "vocab"
+        ]
+        names = ["vocab"] if placement.style.axis == "vocab" else exact or any_count
+        stated = [name for name in names if name in placement.units] or names
+        return stated[0] if len(stated) == 1 else "units"
 
     def local_spans(self, unit: str, rank: Rank) -> tuple[Span, ...]:
         """The units of a kind that a rank holds. Raises LayoutError if the unit has no count."""
@@ -217,4 +244,5 @@ def place_tensor(
         sections = resolve_sections(rule.terms, spec.shape[axis], units, counts)
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
-    return Placement(spec, rule.style, dim, sections)
+    names = tuple(dict.fromkeys(term.unit for term in rule.terms if term.unit))
+    return Placement(spec, rule.style, dim, sections, units=names)

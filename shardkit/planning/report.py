@@ -8,13 +8,10 @@ from typing import Any
 
 from shardkit.checkpoint import open_source
 from shardkit.planning.checkpoint_plan import plan_for
-from shardkit.planning.costs import (
-    Collectives,
-    KvCache,
-    count_collectives,
-    estimate_kv_cache,
-    generates_text,
-)
+from shardkit.planning.collectives import Collectives, count_collectives
+from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
+from shardkit.planning.kv_copies import KvCopies, find_kv_copies
+from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Plan
 from shardkit.planning.summary import PlanSummary, find_blocking_tensor, summarize_plan
 from shardkit.recipe import Recipe
@@ -66,6 +63,11 @@ class PlanReport:
     def kv_cache(self) -> KvCache | str:
         """What one token adds to the cache; or in words that there is none, or why unknown."""
         return estimate_kv_cache(self.plan, self.config)
+
+    @property
+    def kv_copies(self) -> KvCopies | None:
+        """What copies of kv heads cost; None if there are none."""
+        return find_kv_copies(self.plan, self.config)
 
     @property
     def collectives(self) -> Collectives:

@@ -8,6 +8,7 @@ from functools import cached_property
 from shardkit.layout import Section, kv_head_mode
 from shardkit.planning.mesh import Mesh
 from shardkit.planning.placement import Placement, Plan
+from shardkit.recipe.recipe import compile_module_pattern
 from shardkit.tensor import TensorSpec
 
 NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
@@ -69,7 +70,9 @@ class PlanSummary:
     def loaded_bytes(self) -> tuple[int, ...]:
         """The weights in each rank's memory, as stored; what only a merge needs is not loaded."""
         loaded = (g.rank_bytes for g in self.groups if g.example.is_loaded)
-        return _add_rows(loaded, self.plan.mesh.world_size)
+        total = _add_rows(loaded, self.plan.mesh.world_size)
+        dropped = _count_dropped_bytes(self.plan)
+        return tuple(a - b for a, b in zip(total, dropped, strict=True))
 
     @property
     def total_bytes(self) -> int:
@@ -161,11 +164,7 @@ def find_blocking_tensor(plan: Plan) -> str | None:
 
 
 def _describe_section(plan: Plan, placement: Placement, section: Section) -> str:
-    counts = (section.units, section.shared_by)
-    exact = [name for name, unit in plan.units.items() if (unit.count, unit.shared_by) == counts]
-    any_count = [name for name, unit in plan.units.items() if not unit.count and name != "vocab"]
-    names = ["vocab"] if placement.style.axis == "vocab" else exact or any_count
-    name = names[0] if len(names) == 1 else "units"
+    name = plan.name_unit(placement, section.units, section.shared_by)
     others = f" shared by {section.shared_by}" if section.shared_by else ""
     return f"{section.units} {name}{others}"
 
@@ -183,6 +182,26 @@ def _format_ranges(numbers: set[int]) -> str:
     if len(runs) > MAX_RUNS:
         return f"{{{runs[0][0]}..{runs[-1][-1]}: {len(numbers)}}}"
     return "{" + ",".join("..".join(map(str, run)) for run in runs) + "}"
+
+
+def _count_dropped_bytes(plan: Plan) -> tuple[int, ...]:
+    """What each rank reads of lists of modules, one for each unit, and does not keep."""
+    dropped = [0] * plan.mesh.world_size
+    for rule in plan.module_attributes:
+        name = rule.attribute.removesuffix("?")
+        if rule.is_counted_by_tensor or rule.per_unit or plan.units[rule.unit].count is None:
+            continue
+        within = re.compile(
+            compile_module_pattern(rule.module).pattern + rf"\.{re.escape(name)}\.(\d{{1,9}})\..*"
+        )
+        for p in plan.placements:
+            if f".{name}." in p.spec.name and p.dim is None and p.is_loaded:
+                match = within.fullmatch(p.spec.name)
+                for rank in plan.mesh.ranks() if match else ():
+                    spans = plan.local_spans(rule.unit, rank)
+                    if match and not any(start <= int(match[1]) < stop for start, stop in spans):
+                        dropped[rank.index] += p.spec.nbytes
+    return tuple(dropped)
 
 
 def _add_rows(rows: Iterable[Sequence[int]], width: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ No config.json reaches a class of transformers but through here.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint, check_config, parse_config, read_config
+from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, ManifestError, first_line
 from shardkit.files import write_all
 from shardkit.planning import decide_loading
@@ -80,6 +83,8 @@ def build_config(
     """
     inert = remove_active_fields(table)
     check_config(inert, specs, folder)
+    if specs and all(is_plain(spec) for spec in specs):
+        inert = {key: value for key, value in inert.items() if key not in fields.QUANTIZATION}
     fd = os.memfd_create(CONFIG, os.MFD_CLOEXEC)
     try:
         write_all(fd, json.dumps(inert).encode())
@@ -103,6 +108,16 @@ def remove_active_fields(value: Any) -> Any:
             key: remove_active_fields(inner) for key, inner in value.items() if not _is_active(key)
         }
     return [remove_active_fields(inner) for inner in value] if isinstance(value, list) else value
+
+
+def is_plain(spec: TensorSpec) -> bool:
+    """Whether a tensor is what models compute with, or at most one row of integers or flags.
+
+    If all of them are, what a config says of quantization is of another form of the checkpoint.
+    """
+    dtype = DTYPES[spec.dtype]
+    is_row = math.prod(spec.shape) == max(spec.shape, default=1)
+    return dtype.is_compute or (dtype.kind in ("int", "bool") and is_row)
 
 
 def _is_active(key: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from shardkit import config_fields as fields
 from shardkit.runtime.model_runner import Tensors, move_inputs
 
 BATCH = 2
@@ -87,6 +88,32 @@ def count_image_tokens(model: PreTrainedModel, images: Tensors) -> int:
     return sum(part.shape[:-1].numel() for part in parts) // BATCH
 
 
+def count_positions(model: PreTrainedModel) -> int:
+    """How many positions a sequence of the dummy inputs may fill, those generated included.
+
+    Never more than the inputs need. A table of positions with a padding row has its first position
+    after that row.
+    """
+    text: Any = model.config.get_text_config()
+    stated = [getattr(text, name, None) for name in fields.POSITIONS]
+    counts = [value for value in stated if type(value) is int and value > 0]  # -1 is any length
+    if not counts:
+        return LENGTH + STEPS
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    unused = [t.padding_idx + 1 for t in tables if t.padding_idx and t.num_embeddings in counts]
+    return min(LENGTH + STEPS, max(min(counts) - max(unused, default=0), 1))
+
+
+def count_steps(model: PreTrainedModel, inputs: Tensors) -> int:
+    """How many tokens may be generated after these inputs: as many as there are positions for."""
+    ids = inputs.get("input_ids")
+    if ids is None or model.config.is_encoder_decoder:
+        return min(STEPS, count_positions(model))
+    image = find_image_token(model)
+    num_text = ids.shape[1] - (0 if image is None else int((ids[0] == image).sum()))
+    return max(min(STEPS, count_positions(model) - num_text + 1), 1)
+
+
 def find_image_token(model: PreTrainedModel) -> int | None:
     """The id of the token that stands for a part of an image."""
     fields = (getattr(model.config, n, None) for n in ("image_token_id", "image_token_index"))
@@ -136,8 +163,8 @@ def _make_texts(
 ) -> dict[str, torch.Tensor]:
     config: Any = model.config
     text = config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", None) or LENGTH + STEPS)
-    longest = max(longest - STEPS, 1) if longest > 0 else LENGTH  # -1 is any length
+    positions = count_positions(model)
+    longest = max(positions - STEPS, positions // 2, 1)
     generator = torch.Generator().manual_seed(TEXT_SEED)
     plain = _list_plain_tokens(config, int(text.vocab_size))
 

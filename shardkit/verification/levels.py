@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.pickled.convert import open_source
-from shardkit.errors import LayoutError, ManifestError, RanksLost, ShardkitError, UsageError
+from shardkit.errors import (
+    CheckpointError,
+    LayoutError,
+    ManifestError,
+    RanksLost,
+    ShardkitError,
+    UsageError,
+)
 from shardkit.files import ProgressCallback, track_progress
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -190,6 +197,8 @@ class _Run:
                 return check(ranks)
         except RanksLost:
             raise
+        except CheckpointError as error:
+            return Check("numerics", "failed", "the unsharded model does not run", (str(error),))
         except ShardkitError as error:
             return Check("numerics", "failed", "the shards do not run", (str(error),))
 

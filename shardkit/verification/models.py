@@ -8,19 +8,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
+from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, first_line
 from shardkit.runtime.config import GENERATION_CONFIG, read_source_config
 from shardkit.runtime.engine.controller import RankController
 from shardkit.runtime.engine.messages import (
     forward_request,
     generate_request,
     load_request,
+    measure_request,
     trace_request,
 )
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
+from shardkit.runtime.usage import Usage
 
 
 class ShardedModel:
@@ -53,17 +56,26 @@ class ShardedModel:
         """What the named modules output on each rank, by name; under torchrun, on rank 0 alone."""
         return [r.tensors for r in self.ranks.request(trace_request(inputs, modules))]
 
+    def measure(self, inputs: Tensors, prompt: Tensors) -> list[Usage]:
+        """What each rank uses: in a forward pass, and, unless `prompt` is empty, as it goes on."""
+        responses = self.ranks.request(measure_request(inputs, prompt))
+        return [Usage(**response.header["usage"]) for response in responses]
+
 
 class ReferenceModel:
     """The unsharded model, in this process, in one dtype."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Load it with transformers. Raises CheckpointError if weights are missing."""
+        """Load it with transformers. Raises CheckpointError if it fails or a weight is missing."""
         config = read_source_config(folder)
-        model, info = resolve_model_class(config).from_pretrained(
-            **locate_weights(folder), config=config, dtype=dtype, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        model_class = resolve_model_class(config)
+        try:
+            model, info = model_class.from_pretrained(
+                **locate_weights(folder), config=config, dtype=dtype, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except Exception as fault:  # whatever it is: the class, the config and the files are given
+            raise CheckpointError(_describe_load_failure(folder, config, fault)) from None
         self.model = model.eval()
         choose_expert_kernel(self.model)
         if dtype == torch.float64:  # a few classes make parameters that stay float32
@@ -111,6 +123,15 @@ def locate_weights(folder: Path) -> dict[str, Any]:
         "state_dict": tensors,
         "generation_config": generation,
     }
+
+
+def _describe_load_failure(folder: Path, config: Any, fault: Exception) -> str:
+    """Why transformers does not load a checkpoint, in one line, and what its config may have to do
+    with it."""
+    text = f"{folder}: transformers cannot load it: {type(fault).__name__}: {first_line(fault)}"
+    if quantized := [name for name in fields.QUANTIZATION if getattr(config, name, None)]:
+        text += f"; config.json has {quantized[0]}: correct it if the weights are not quantized"
+    return text
 
 
 def select_float_outputs(outputs: Tensors) -> Tensors:

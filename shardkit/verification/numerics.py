@@ -9,7 +9,7 @@ import torch
 from shardkit.runtime.model_runner import Generation, Tensors
 from shardkit.shards.manifest import Manifest
 from shardkit.verification.divergence import describe_divergence
-from shardkit.verification.dummy_inputs import STEPS, make_inputs
+from shardkit.verification.dummy_inputs import count_steps, make_inputs
 from shardkit.verification.models import ReferenceModel, ShardedModel
 from shardkit.verification.report import Check, Verdict
 from shardkit.verification.tolerance import (
@@ -94,10 +94,11 @@ class _Models:
 
     def compare_decoding(self, inputs: Tensors) -> list[str]:
         """Greedy decoding with a cache: equal tokens, or a tie where they first differ."""
-        unsharded = self.unsharded.generate(inputs, STEPS)
-        sharded = self.sharded.generate(inputs, STEPS)
+        steps = count_steps(self.reference.model, inputs)
+        unsharded = self.unsharded.generate(inputs, steps)
+        sharded = self.sharded.generate(inputs, steps)
         try:
-            reference = self.reference.generate(inputs, STEPS)
+            reference = self.reference.generate(inputs, steps)
         except UNSUPPORTED:  # a class that generates in one dtype only: tokens must be equal
             equal = torch.equal(sharded.ids, unsharded.ids)
             self.numbers["greedy"] = "equal" if equal else "differs"
@@ -107,19 +108,19 @@ class _Models:
             for row in range(len(sharded.ids))
             if not (result := self._compare_row(row, sharded, unsharded, reference)).ok
         ]
-        steps = slice(-_steps_of(sharded), None)
-        tied = not torch.equal(sharded.ids[:, steps], unsharded.ids[:, steps])
+        tied = not torch.equal(sharded.ids[:, -steps:], unsharded.ids[:, -steps:])
         self.numbers["greedy"] = "differs" if faults else "equal up to a tie" if tied else "equal"
         return faults
 
     def compare_beam_search(self, inputs: Tensors, beams: int) -> list[str]:
         """Beam search chooses equal tokens; a model that has none says so in the numbers."""
+        steps = count_steps(self.reference.model, inputs)
         try:
-            unsharded = self.unsharded.generate(inputs, STEPS, beams)
+            unsharded = self.unsharded.generate(inputs, steps, beams)
         except UNSUPPORTED as error:
             self.numbers["beams"] = f"none unsharded: {type(error).__name__}"
             return []
-        equal = torch.equal(self.sharded.generate(inputs, STEPS, beams).ids, unsharded.ids)
+        equal = torch.equal(self.sharded.generate(inputs, steps, beams).ids, unsharded.ids)
         self.numbers["beams"] = "equal" if equal else "differ"
         return [] if equal else [f"beam search over {beams} beams differs"]
 

@@ -50,7 +50,7 @@ def test_a_recipe_is_proven_on_its_sample(
 ) -> None:
     whole = source(name)
     recipe = find_recipe(json.loads((whole / "config.json").read_text()))
-    proof = prove_recipe(whole, recipe, rank_pool.of(tp_size), tmp_path, BEAMS)
+    proof = prove_recipe(whole, recipe, rank_pool.of(tp_size), tmp_path, BEAMS, with_plan=True)
     assert proof.passed, proof.checks[-1]
 
 

@@ -12,7 +12,9 @@ from shardkit.authoring.masked_sum import load_reference
 from shardkit.authoring.proof import prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RecipeError
-from shardkit.planning.costs import count_collectives, estimate_kv_cache, generates_text
+from shardkit.planning.collectives import count_collectives
+from shardkit.planning.kv_cache import estimate_kv_cache
+from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.verification.dummy_inputs import make_inputs
@@ -81,12 +83,13 @@ def test_what_sees_sums_once_per_prompt_and_keeps_no_cache() -> None:
     assert (found.encoder, found.row_parallel, found.embedding, found.output) == (3, 1, 1, 1)
     cache = estimate_kv_cache(plan, LLAVA)
     assert not isinstance(cache, str)
-    assert (cache.layers, cache.head_dim, cache.kv_heads) == (5, 2, (4, 4))
+    assert (cache.layers, cache.head_dim, cache.kv_heads) == (1, 2, (4, 4))
 
 
-def test_a_cache_of_layers_that_only_the_class_tells_is_unknown() -> None:
+def test_layers_that_only_the_class_counts_are_counted_by_their_weights() -> None:
     config = {**LLAVA, "text_config": {"model_type": "mistral", "num_attention_heads": 16}}
-    assert str(estimate_kv_cache(plan_of(LLAVA, LLAVA_SHAPES), config)).startswith("unknown: ")
+    plan = plan_of(LLAVA, LLAVA_SHAPES)
+    assert estimate_kv_cache(plan, config) == estimate_kv_cache(plan, LLAVA)
 
 
 def test_a_model_that_only_sees_produces_no_text() -> None:

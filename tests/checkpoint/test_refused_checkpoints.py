@@ -159,7 +159,7 @@ TRAPS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a config linked from outside": (_outside_config, ("config.json", "links to", "outside")),
     "an index linked from outside": (_outside_index, (INDEX, "links to", "outside")),
     "a loop of links": (_loop, (SINGLE,)),
-    "a link to nothing": (_dangling, ("absent", "No such file")),
+    "a link to nothing": (_dangling, (SINGLE, "a link to a file that is not there")),
     "a FIFO": (lambda folder: os.mkfifo(folder / SINGLE), (SINGLE, "not a regular file")),
     "a FIFO as config": (_fifo_config, ("config.json", "not a regular file")),
     "a folder named as a file": (
@@ -214,3 +214,17 @@ def test_a_real_index_without_its_weights_names_the_first_missing_file(tmp_path:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(folder))
     check_error(caught.value, "missing", "161 more")
+
+
+def test_a_file_that_a_cache_has_lost_is_called_by_the_name_that_users_know(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    snapshot = write_folder(repo / "snapshots" / ("0" * 40), {})
+    (snapshot / SINGLE).symlink_to("../../blobs/f00d")
+    (repo / "blobs").mkdir()
+    for data in (None, b"damaged"):
+        if data is not None:
+            (repo / "blobs" / "f00d").write_bytes(data)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(str(snapshot))
+        assert str(caught.value).startswith(f"{snapshot / SINGLE}: ")
+        assert "f00d" not in str(caught.value)

@@ -117,8 +117,8 @@ def test_each_row_parallel_weight_is_one_all_reduce_and_experts_one_a_layer(
     found = planned["collectives"]
     assert (found["row_parallel"], found["expert_stacks"]) == (rows, stacks)
     assert found["all_reduces"] == rows + stacks + 1
-    assert found["all_gathers"] == 1
-    assert found["output_is_tied"] == (model.name == "bloom-176b")
+    has_logits = json.loads((model / "config.json").read_text())["architectures"] != ["BloomModel"]
+    assert (found["all_gathers"], found["output_is_tied"]) == (int(has_logits), False)
 
 
 def test_the_tensor_that_blocks_more_ranks_is_named(model: Path, planned: dict[str, Any]) -> None:
@@ -180,10 +180,25 @@ def test_kv_heads_are_expanded_where_ranks_would_share_them_unevenly(tmp_path: P
 
 
 def test_what_the_config_does_not_tell_is_unknown_and_not_guessed(tmp_path: Path) -> None:
-    folder = small_checkpoint(tmp_path / "model", {"num_hidden_layers": None})
+    folder = small_checkpoint(tmp_path / "model", {"mem_len": 8})
     cache = run_plan(folder, 2)["kv_cache"]
     assert cache["bytes_per_token"] is None
-    assert cache["reason"] == "unknown: config.json does not state the number of layers"
+    assert cache["reason"].startswith("unknown: config.json has mem_len")
+
+
+def test_what_copies_of_kv_heads_cost_is_told_with_the_sizes_that_avoid_them(
+    tmp_path: Path,
+) -> None:
+    folder = small_checkpoint(tmp_path / "model")
+    assert run_plan(folder, 2)["kv_copies"] is None
+    assert run_plan(folder, 4)["kv_copies"] == {
+        "kv_heads": 2, "cache_growth": 2.0, "weight_growth": 2.0, "even_tp_sizes": [2],
+    }  # fmt: skip
+    text = CliRunner().invoke(main, ["plan", str(folder), "--tp", "4"]).stdout
+    assert (
+        "KV copies    the KV cache is 2.00 times and the weights of kv heads are 2.00 times an even"
+        " split's: 2 kv heads do not divide over 4 ranks; tp_size 2 avoids it\n"
+    ) in text
 
 
 def test_one_rank_needs_no_collectives(tmp_path: Path) -> None:

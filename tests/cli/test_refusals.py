@@ -67,7 +67,7 @@ def too_many_ranks(tmp: Path) -> Refusal:
     model = small_checkpoint(tmp / "model")
     return (
         ["split", str(model), f"{tmp}/out", "--tp", "5"], 1,
-        "q_proj.weight: 4 units cannot be divided over tp_size 5; possible: 1 to 4",
+        "q_proj.weight: 4 heads cannot be divided over tp_size 5;",
     )  # fmt: skip
 
 

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 
-from shardkit.planning.costs import (
-    KvCache,
-    count_collectives,
-    estimate_kv_cache,
-    find_compute_dtype,
-    generates_text,
-)
+from shardkit.planning.collectives import count_collectives
+from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, find_compute_dtype
+from shardkit.planning.kv_copies import KvCopies, find_kv_copies
+from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.planning.summary import collapse_names, summarize_plan
 from shardkit.recipe.catalog import find_recipe
@@ -53,6 +50,17 @@ def llama(tp_size: int, dtype: str = "F32", **config: Any) -> Plan:
     )
 
 
+def layers_of_llama(count: int, **config: Any) -> Plan:
+    one = [p.spec for p in llama(1).placements]
+    shapes = {
+        spec.name.replace("layers.0", f"layers.{layer}"): spec.shape
+        for layer in range(count)
+        for spec in one
+    }
+    config = {**LLAMA, "num_hidden_layers": count, **config}
+    return make_plan(specs(shapes), find_recipe({"model_type": "llama"}), config, 2)
+
+
 def t5(tp_size: int) -> Plan:
     shapes: dict[str, tuple[int, ...]] = {"shared.weight": (64, 16)}
     sides = [("encoder", 0, ("0.SelfAttention", "1")), ("encoder", 1, ("0.SelfAttention", "1"))]
@@ -76,7 +84,7 @@ def test_an_encoder_s_sums_are_counted_once_per_prompt() -> None:
 
 def test_a_decoder_s_cache_has_the_decoder_s_layers_and_stated_head_width() -> None:
     cache = estimate_kv_cache(t5(2), T5)
-    assert cache == KvCache(layers=1, head_dim=8, dtype="F32", kv_heads=(2, 2))
+    assert cache == KvCache(layers=1, head_dim=8, dtype="F32", kv_heads=(2, 2), is_crossed=True)
 
 
 def test_an_lstm_gathers_once_for_each_layer() -> None:
@@ -105,16 +113,15 @@ def test_a_unit_of_two_kv_heads_counts_as_two() -> None:
     }
     plan = make_plan(specs(shapes), find_recipe(config), {**config, "intermediate_size": 8}, 2)
     assert estimate_kv_cache(plan, config) == KvCache(
-        layers=3, head_dim=4, dtype="F32", kv_heads=(2, 2)
+        layers=1, head_dim=4, dtype="F32", kv_heads=(2, 2)
     )
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"num_hidden_layers": "many"}, "layers"),
-        ({"kv_lora_rank": 512}, "kv_lora_rank"),
-        ({"layer_types": ["full_attention", "mamba"]}, "layer_types"),
+        ({"mem_len": 512}, "mem_len"),
+        ({"index_head_dim": 128}, "index_head_dim"),
     ],
 )
 def test_a_cache_that_cannot_be_told_is_unknown(config: dict[str, Any], reason: str) -> None:
@@ -124,16 +131,71 @@ def test_a_cache_that_cannot_be_told_is_unknown(config: dict[str, Any], reason: 
     assert reason in cache
 
 
+def test_a_latent_is_kept_whole_by_every_rank_in_place_of_keys_and_values() -> None:
+    cache = estimate_kv_cache(llama(2), {**LLAMA, "kv_lora_rank": 24, "qk_rope_head_dim": 8})
+    assert cache == KvCache(layers=1, head_dim=32, dtype="F32", kv_heads=(1, 1), tensors=1)
+    assert isinstance(cache, KvCache)
+    assert cache.rank_bytes == (32 * 4, 32 * 4)
+
+
+@pytest.mark.parametrize("config", [{"state_size": 16}, {"lru_width": 64}, {"use_lang_emb": True}])
+def test_a_model_that_keeps_no_keys_says_so(config: dict[str, Any]) -> None:
+    assert str(estimate_kv_cache(llama(2), {**LLAMA, **config})).startswith("none: ")
+
+
+def test_layers_without_weights_for_keys_keep_none() -> None:
+    cache = estimate_kv_cache(llama(2), {**LLAMA, "num_hidden_layers": 9})
+    assert isinstance(cache, KvCache)
+    assert cache.layers == 1
+
+
+def test_layers_that_use_another_s_keys_keep_none() -> None:
+    config = {**LLAMA, "num_hidden_layers": 3, "num_kv_shared_layers": 2}
+    cache = estimate_kv_cache(layers_of_llama(3), config)
+    assert isinstance(cache, KvCache)
+    assert cache.layers == 1
+
+
+def test_a_layer_that_is_used_many_times_is_summed_as_often() -> None:
+    config = {**LLAMA, "num_hidden_layers": 12, "num_hidden_groups": 1}
+    assert count_collectives(llama(2), config).row_parallel == 2 * 12
+
+
+def test_layers_that_only_predict_further_tokens_cost_nothing() -> None:
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    longer, shorter = layers_of_llama(3, **config), layers_of_llama(2)
+    assert summarize_plan(longer).loaded_bytes == summarize_plan(shorter).loaded_bytes
+    assert summarize_plan(longer).stored_bytes > summarize_plan(shorter).stored_bytes
+    found, expected = (count_collectives(plan, LLAMA) for plan in (longer, shorter))
+    assert found == expected
+    cache = estimate_kv_cache(longer, {**LLAMA, **config})
+    assert isinstance(cache, KvCache)
+    assert cache.layers == 2
+
+
+def test_kv_heads_that_do_not_divide_are_copies_with_the_sizes_that_avoid_them() -> None:
+    assert find_kv_copies(llama(2), LLAMA) is None
+    assert find_kv_copies(llama(4), LLAMA) == KvCopies(2, 2.0, 2.0, (2,))
+    # 4 heads over 3 ranks are 2, 1 and 1; with 2 kv heads the ranks hold 1, 1 and 1.
+    assert find_kv_copies(llama(3), LLAMA) == KvCopies(2, 1.5, 1.5, (2,))
+
+
+def test_a_latent_on_every_rank_is_copied_as_often_as_there_are_ranks() -> None:
+    copies = find_kv_copies(llama(2), {**LLAMA, "kv_lora_rank": 24})
+    assert copies is not None
+    assert (copies.cache_growth, copies.weight_growth) == (2.0, 1.0)
+
+
 def test_sliding_windows_keep_keys_and_values_like_any_layer() -> None:
     config = {**LLAMA, "layer_types": ["sliding_attention"]}
     assert isinstance(estimate_kv_cache(llama(2), config), KvCache)
 
 
 def test_a_text_model_inside_another_is_read_from_its_own_config() -> None:
-    config = {"text_config": {"num_hidden_layers": 3}, "num_hidden_layers": 7}
+    config = {"text_config": {"dtype": "float16"}, "dtype": "float32"}
     cache = estimate_kv_cache(llama(2), config)
     assert isinstance(cache, KvCache)
-    assert cache.layers == 3
+    assert cache.dtype == "F16"
 
 
 def test_the_config_s_dtype_is_what_a_model_runs_in_and_else_the_weights_own() -> None:

@@ -201,8 +201,8 @@ def test_a_tp_size_that_is_too_large_is_refused_with_the_tensor_and_the_sizes_th
     with pytest.raises(LayoutError) as caught:
         plan_of(llama(8, 4), llama_config(8, 4), 9)
     assert str(caught.value) == (
-        "model.layers.0.self_attn.q_proj.weight: 8 units cannot be divided over tp_size 9;"
-        " possible: 1 to 8; this checkpoint divides over tp_size 1 to 8"
+        "model.layers.0.self_attn.q_proj.weight: 8 heads cannot be divided over tp_size 9;"
+        " this checkpoint divides over tp_size 1 to 8"
     )
 
 

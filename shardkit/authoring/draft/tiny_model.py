@@ -11,6 +11,7 @@ from shardkit.authoring.draft.shrink_config import list_strategies, shrink_confi
 from shardkit.checkpoint import read_config
 from shardkit.checkpoint.config_check import check_config
 from shardkit.errors import MODEL_ERRORS
+from shardkit.strict_json import quote
 
 MAX_PARAMETERS = 3_000_000
 MAX_PARAMETERS_AS_IS = 2_000_000  # of a given config that is not shrunk
@@ -55,18 +56,18 @@ def make_tiny_model(model: str, folder: Path) -> TinyModel:
     source_folder = Path(model)
     source = read_config(source_folder) if (source_folder / "config.json").is_file() else {}
     check_config(source, (), source_folder)
-    model_type = str(source.get("model_type", "")) or model
-    config_class, config = _load_config(model_type, source)
+    config_class, config = _load_config(model, source)
     class_name = choose_class_name(config, source)
     origin = (
         f"the config of {source_folder.resolve().name}" if source else "the type's default config"
     )
     fault, errors = "", _model_errors()
     full = config.to_dict()
-    for index, table in enumerate(_list_tables(full, source, config_class, class_name)):
+    for index, table in enumerate(_list_tables(full, source)):
+        limit = MAX_PARAMETERS_AS_IS if source and index == 0 else MAX_PARAMETERS
         try:
             tiny_folder = folder / f"tiny-{index}"
-            _save_model(class_name, config_class.from_dict(table), tiny_folder)
+            _save_model(class_name, config_class.from_dict(table), tiny_folder, limit)
             return TinyModel(tiny_folder, class_name, origin, _list_changes(full, table))
         except errors as error:
             fault = fault or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -79,7 +80,8 @@ def make_tiny_model(model: str, folder: Path) -> TinyModel:
 
 
 def choose_class_name(config: Any, source: Mapping[str, Any]) -> str:
-    """The model class: the config's own, or that of the type's most usual task.
+    """The model class: the config's own if it takes such a config, or that of the type's most
+    usual task.
 
     Raises:
         DraftError: transformers has no model class for the type.
@@ -88,7 +90,9 @@ def choose_class_name(config: Any, source: Mapping[str, Any]) -> str:
     from transformers.models.auto import modeling_auto
 
     for name in source.get("architectures") or ():
-        if hasattr(transformers, str(name)):
+        stated: Any = getattr(transformers, str(name), None)
+        config_class = getattr(stated, "config_class", None)
+        if isinstance(config_class, type) and isinstance(config, config_class):
             return str(name)
     for task in TASKS:
         table = getattr(modeling_auto, f"MODEL_{f'FOR_{task}_' if task else ''}MAPPING_NAMES")
@@ -107,15 +111,27 @@ def _model_errors() -> tuple[type[Exception], ...]:
     return (*MODEL_ERRORS, OSError, StopIteration, StrictDataclassError)
 
 
-def _load_config(model_type: str, source: Mapping[str, Any]) -> tuple[Any, Any]:
+def _describe_unknown(model: str, source: Mapping[str, Any]) -> str:
+    """Why transformers has no config for a model."""
+    from transformers import __version__
+
+    if not source:
+        return f"{model}: neither a folder with a config.json nor a model_type of transformers"
+    if "model_type" not in source:
+        return f"{model}/config.json: no model_type; add that of a model of transformers"
+    return (
+        f"{model}/config.json: transformers {__version__} has no model_type"
+        f" {quote(source['model_type'])}"
+    )
+
+
+def _load_config(model: str, source: Mapping[str, Any]) -> tuple[Any, Any]:
     """The config class of a type, and its config: the source's own or the default one."""
     from transformers import CONFIG_MAPPING
 
+    model_type = str(source.get("model_type", "")) if source else model
     if model_type not in CONFIG_MAPPING:
-        raise DraftError(
-            "model class",
-            f"{model_type}: neither a folder with a config.json nor a model_type of transformers",
-        )
+        raise DraftError("model class", _describe_unknown(model, source))
     config_class: Any = CONFIG_MAPPING[model_type]
     errors = _model_errors()
     try:
@@ -128,20 +144,16 @@ def _load_config(model_type: str, source: Mapping[str, Any]) -> tuple[Any, Any]:
     return config_class, config
 
 
-def _list_tables(
-    full: dict[str, Any], source: Mapping[str, Any], config_class: Any, class_name: str
-) -> Iterator[dict[str, Any]]:
-    """The configs to try: the folder's own if it is small, then one of each strategy."""
+def _list_tables(full: dict[str, Any], source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configs to try: the folder's own if there is one, then one of each strategy."""
     if source:
-        parameters = _count_parameters(class_name, config_class.from_dict(dict(source)))
-        if parameters <= MAX_PARAMETERS_AS_IS:
-            yield dict(source)
+        yield dict(source)
     for strategy in list_strategies():
         yield shrink_config(full, strategy)
 
 
-def _save_model(class_name: str, config: Any, folder: Path) -> None:
-    """Save a random model, and run it once."""
+def _save_model(class_name: str, config: Any, folder: Path, limit: int) -> None:
+    """Save a random model, and run it once. Raises ValueError if it has too many parameters."""
     import torch
     import transformers
 
@@ -149,7 +161,7 @@ def _save_model(class_name: str, config: Any, folder: Path) -> None:
     from shardkit.authoring.masked_sum import load_reference
     from shardkit.authoring.samples import save_random_model
 
-    if (count := _count_parameters(class_name, config)) > MAX_PARAMETERS:
+    if (count := _count_parameters(class_name, config)) > limit:
         raise ValueError(f"{count} parameters are not small")
     save_random_model(getattr(transformers, class_name), config, folder)
     model = load_reference(folder)

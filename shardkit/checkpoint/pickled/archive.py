@@ -12,6 +12,8 @@ from typing import BinaryIO
 MAX_PICKLE = 16 << 20  # names and shapes; a file of a thousand tensors has 100 kB
 MAX_MEMBERS = 1_000_000
 LOCAL, END = b"PK\x03\x04", b"PK\x05\x06"
+# How a file of torch before 1.6 begins: the pickle of a number that marks it.
+BEFORE_ZIP = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 MEMBER = re.compile(
     r"[^/\\\x00]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id|data/\d{1,9})"
@@ -43,9 +45,14 @@ def check_archive(file: BinaryIO, size: int) -> Extents:
 
 def _check_ends(file: BinaryIO, size: int) -> None:
     """A zip from the first byte to the last: no other format around it, no second directory."""
-    first = file.read(4)
-    if first[:2] == b"\x80\x02" or (first and first != LOCAL):
-        raise ArchiveError("not the zip archive that torch.save writes; an older form is not read")
+    first = file.read(len(BEFORE_ZIP))
+    if first == BEFORE_ZIP:
+        raise ArchiveError(
+            "in the format of torch before 1.6, which is not read: load it with"
+            " torch.load(weights_only=True), and save it again with torch.save or as safetensors"
+        )
+    if first and not first.startswith(LOCAL):
+        raise ArchiveError("not the zip archive that torch.save writes")
     if size < 22:
         raise ArchiveError(f"{size} bytes, too short for an archive: truncated")
     file.seek(size - 22)

@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 64 << 30
 SIZES = struct.Struct("<QQ")
+INPUTS, PROMPT = "inputs.", "prompt."  # before the names of the tensors of a measurement
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,21 @@ def generate_request(
 def trace_request(inputs: Mapping[str, torch.Tensor], modules: Iterable[str]) -> Message:
     """Run a forward pass and return what the named modules output, as each rank has it."""
     return Message({"action": "trace", "modules": list(modules)}, inputs)
+
+
+def measure_request(
+    inputs: Mapping[str, torch.Tensor], prompt: Mapping[str, torch.Tensor]
+) -> Message:
+    """Measure what each rank uses in a forward pass over `inputs`, and as it goes on a `prompt`."""
+    tensors = {INPUTS + name: value for name, value in inputs.items()}
+    return Message(
+        {"action": "measure"}, tensors | {PROMPT + name: value for name, value in prompt.items()}
+    )
+
+
+def select_prefixed(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def encode_message(message: Message) -> tuple[bytes, bytes]:

@@ -21,10 +21,17 @@ from transformers.generation.streamers import BaseStreamer
 from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.engine.channel import Channel, SocketChannel
-from shardkit.runtime.engine.messages import Message, send_message
+from shardkit.runtime.engine.messages import (
+    INPUTS,
+    PROMPT,
+    Message,
+    select_prefixed,
+    send_message,
+)
 from shardkit.runtime.engine.stop_flag import StopFlag, StopOnFlag
 from shardkit.runtime.loader import load_with_warnings
 from shardkit.runtime.model_runner import ModelRunner
+from shardkit.runtime.usage import measure_usage
 from shardkit.timeouts import Timeouts
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -43,6 +50,7 @@ class Worker:
             "forward": self._forward,
             "generate": self._generate,
             "trace": self._trace,
+            "measure": self._measure,
         }
 
     def run(self) -> None:
@@ -89,6 +97,12 @@ class Worker:
 
     def _trace(self, request: Message) -> Message:
         return Message({}, self._loaded.trace(request.tensors, request.header["modules"]))
+
+    def _measure(self, request: Message) -> Message:
+        prompt = select_prefixed(request.tensors, PROMPT)
+        inputs = select_prefixed(request.tensors, INPUTS)
+        usage = measure_usage(self._loaded, self.group.counts, inputs, prompt)
+        return Message({"usage": usage.to_json()})
 
     @property
     def _loaded(self) -> ModelRunner:

@@ -1,5 +1,6 @@
 """Pickled weights: refused unless asked for, and then read apart, checked, and never run."""
 
+import io
 import json
 import os
 import shutil
@@ -70,6 +71,14 @@ def test_a_pickle_that_would_run_code_does_not(name: str, zipped: bool, tmp_path
     told, _ = convert(with_pickle(payload) if zipped else payload, tmp_path)
     assert ("cannot be unpickled" if zipped else "not the zip archive") in told
     assert sorted(os.listdir(tmp_path)) == ["out", BIN]
+
+
+def test_the_format_before_zip_archives_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    torch.save({"a": torch.ones(4, 4)}, data, _use_new_zipfile_serialization=False)
+    told, _ = convert(data.getvalue(), tmp_path)
+    assert "torch before 1.6" in told
+    assert "torch.load(weights_only=True), and save it again" in told
 
 
 @pytest.mark.parametrize("name", GOOD)

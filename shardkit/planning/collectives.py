@@ -1,0 +1,131 @@
+"""What the ranks exchange for each token. Arithmetic only."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardkit import config_fields as fields
+from shardkit.layout.style import GATHER, NORM, RECURRENT, ROW, VOCAB
+from shardkit.planning.parts import (
+    Path,
+    generates_text,
+    has_both_halves,
+    is_tower,
+    list_paths,
+    list_placements,
+    predicts_tokens,
+    read_count,
+    select_text_fields,
+)
+from shardkit.planning.placement import Placement, Plan
+from shardkit.tensor import TensorSpec
+
+OUTPUT_MODULES = (
+    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head"
+)  # fmt: skip
+MATRICES_PER_CELL = 2  # of a recurrent cell: one for its input, one for its hidden state
+
+
+@dataclass(frozen=True, slots=True)
+class Collectives:
+    """What the ranks exchange in one forward pass: one per generated token.
+
+    Attributes:
+        row_parallel: All-reduces after row-parallel weights, each as often as it is used.
+        expert_stacks: All-reduces after stacks of experts.
+        embedding: All-reduces after vocab-parallel embeddings.
+        output: All-gathers of a vocab-parallel output layer's logits.
+        norms: All-reduces inside norms over a divided width.
+        gathered: All-gathers for modules that run on their whole width, and for hidden states.
+        encoder: All-reduces of an encoder or a tower, once per prompt.
+        is_tied: Whether the output layer is the embedding's own weight.
+    """
+
+    row_parallel: int = 0
+    expert_stacks: int = 0
+    embedding: int = 0
+    output: int = 0
+    norms: int = 0
+    gathered: int = 0
+    encoder: int = 0
+    is_tied: bool = False
+
+    @property
+    def all_reduces(self) -> int:
+        """Sums over ranks."""
+        return self.row_parallel + self.expert_stacks + self.embedding + self.norms
+
+    @property
+    def all_gathers(self) -> int:
+        """Concatenations over ranks."""
+        return self.output + self.gathered
+
+
+def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
+    """The collectives of one forward pass: one sum after each row-parallel weight, and the ends.
+
+    A weight that several layers share is counted as often as it is used. A vocab-parallel embedding
+    needs one sum, and a vocab-parallel output, stored or tied to the embedding, one gather.
+    """
+    if plan.tp_size == 1:
+        return Collectives()
+    text = select_text_fields(config)
+    dense = [path for path in list_paths(plan, ROW) if "experts" not in path]
+    per_prompt = _count_encoder_sums(dense, generates_text(plan, config))
+    uses = _count_uses(text)
+    vocab = list_placements(plan, VOCAB)
+    outputs = [p for p in vocab if _is_output(p.spec)]
+    tables = [p.spec.name.split(".") for p in vocab if p not in outputs]
+    both = has_both_halves(dense)
+    has_output = bool(vocab) and (bool(outputs) or predicts_tokens(plan, config))
+    recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
+    return Collectives(
+        row_parallel=(len(dense) - per_prompt) * uses,
+        expert_stacks=_count_expert_sums(list_placements(plan, ROW), config),
+        embedding=min(len(tables), 1) if both else len(tables),
+        output=int(has_output),
+        norms=len(list_placements(plan, NORM)),
+        gathered=len(list_placements(plan, GATHER)) + recurrent // MATRICES_PER_CELL,
+        encoder=per_prompt + int(both and any("decoder" not in path for path in tables)),
+        is_tied=has_output and not any(len(p.spec.shape) > 1 for p in outputs),
+    )
+
+
+def _count_uses(config: Mapping[str, Any]) -> int:
+    """How often a token passes through each stored layer."""
+    layers, groups = read_count(config, fields.LAYERS), read_count(config, fields.LAYER_GROUPS)
+    passes = layers // groups if layers and groups else 1
+    return passes * (2 if config.get(fields.TWO_STREAMS) is not None else 1)
+
+
+def _count_expert_sums(rows: list[Placement], config: Mapping[str, Any]) -> int:
+    """The sums after stacks of experts: one each, or one for each expert that a token uses.
+
+    The experts of a stack that is a single matrix run one by one, through one module.
+    """
+    top_k = _read_experts_per_token(config) or 1
+    sums: dict[tuple[str, ...], int] = {}
+    for p in rows:
+        path = p.spec.name.split(".")
+        if "experts" in path:
+            is_matrix = len(p.spec.shape) == 2 and any(s.repeat > 1 for s in p.sections)
+            sums[tuple(path[: path.index("experts")])] = top_k if is_matrix else 1
+    return sum(sums.values())
+
+
+def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:
+    tables: Iterator[Mapping[str, Any]] = (t for t in config.values() if isinstance(t, Mapping))
+    counts = (read_count(table, fields.EXPERTS_PER_TOKEN) for table in (config, *tables))
+    return next((count for count in counts if count), None)
+
+
+def _count_encoder_sums(paths: list[Path], makes_text: bool) -> int:
+    """Of the row-parallel layers at these paths, those that run once per prompt."""
+    text = [path for path in paths if not is_tower(path)]
+    encoders = sum("encoder" in path for path in text) if has_both_halves(paths) else 0
+    return encoders + (len(paths) - len(text) if makes_text else 0)
+
+
+def _is_output(spec: TensorSpec) -> bool:
+    module = spec.name.removesuffix(".weight").removesuffix(".bias")
+    return len(spec.shape) == 1 or module.rpartition(".")[2] in OUTPUT_MODULES

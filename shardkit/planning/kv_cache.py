@@ -1,0 +1,182 @@
+"""What a model keeps of each token for the tokens after it. Arithmetic only.
+
+If a config does not state a number, it is not guessed: the answer says what is missing.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardkit import config_fields as fields
+from shardkit.dtypes import BY_TORCH_NAME, DTYPES
+from shardkit.layout.style import COLUMN, RECURRENT
+from shardkit.planning.parts import (
+    find_field,
+    find_layer,
+    generates_text,
+    has_both_halves,
+    is_tower,
+    list_placements,
+    read_count,
+    select_text_fields,
+)
+from shardkit.planning.placement import Placement, Plan
+
+KV_UNIT = re.compile(r"(?:^|_)kv(?:_|$)")  # in the name of the unit that other units share
+# The units of recipes that have no shared one, and whose keys and values are one per unit.
+HEAD_UNITS = ("decoder_heads", "heads", "quarter")
+FIXED = "none: the model keeps a state of a fixed size, and no more for each token"
+ANEW = "none: the model keeps nothing, and computes every token anew"
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """The keys and values kept for one token, as long as it is within every layer's window.
+
+    Attributes:
+        layers: The layers that keep them.
+        head_dim: The values of one key.
+        dtype: Their safetensors dtype.
+        kv_heads: The kv heads of each rank, copies counted.
+        tensors: Keys and values are 2; a latent vector that stands for both is 1.
+        is_crossed: Whether each position of an encoder takes as much, once per prompt.
+    """
+
+    layers: int
+    head_dim: int
+    dtype: str
+    kv_heads: tuple[int, ...]
+    tensors: int = 2
+    is_crossed: bool = False
+
+    @property
+    def rank_bytes(self) -> tuple[int, ...]:
+        """The bytes each rank keeps for one token."""
+        values = self.tensors * self.layers * self.head_dim
+        return tuple(values * heads * DTYPES[self.dtype].bits // 8 for heads in self.kv_heads)
+
+
+def estimate_kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
+    """What one token adds to the cache; or, in words, that there is none, or why it is unknown."""
+    if reason := _explain_no_cache(plan, config):
+        return reason
+    config = select_text_fields(config)
+    unit, dtype = find_kv_unit(plan), find_compute_dtype(plan, config)
+    if unit is None:
+        return "unknown: cannot tell which unit of the recipe counts the kv heads"
+    if dtype is None:
+        return "unknown: neither config.json nor the weights state a dtype that models compute in"
+    if (layers := _count_layers(plan, config, unit)) is None:
+        return "unknown: config.json does not state the number of layers"
+    if latent := read_count(config, fields.KV_LATENT):
+        width = latent + (read_count(config, fields.ROPE_KEY) or 0)
+        return KvCache(layers, width, dtype, (1,) * plan.mesh.world_size, tensors=1)
+    head_dim, kv_heads = _find_head_dim(plan, config, unit), _count_kv_heads(plan, config, unit)
+    if head_dim is None or kv_heads is None:
+        what = "one width of a head" if head_dim is None else "the number of kv heads"
+        return f"unknown: neither config.json nor the weights state {what}"
+    is_crossed = has_both_halves(p.spec.name.split(".") for p in plan.placements)
+    return KvCache(layers, head_dim, dtype, kv_heads, is_crossed=is_crossed)
+
+
+def _explain_no_cache(plan: Plan, config: Mapping[str, Any]) -> str:
+    """Why a model keeps no keys and values, or not only these; empty if it keeps them."""
+    if not generates_text(plan, config):
+        return "none: an encoder keeps no cache"
+    config = select_text_fields(config)
+    if list_placements(plan, RECURRENT) or find_field(config, fields.FIXED_STATE):
+        return FIXED
+    if any(name in config for name in fields.UNCACHED):
+        return ANEW
+    if unusual := find_field(config, fields.OTHER_CACHES):
+        return f"unknown: config.json has {unusual}, so more or other than keys and values is kept"
+    return ""
+
+
+def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
+    """The dtype the model runs in: the config's, or the one most weights are stored in."""
+    for key in fields.DTYPE:
+        stated = BY_TORCH_NAME.get(str(config.get(key)))
+        if stated is not None and stated.is_compute:
+            return stated.name
+    stored = Counter(p.spec.dtype for p in plan.placements if p.is_loaded)
+    most = max(stored, key=stored.__getitem__, default=None)
+    return most if most is not None and DTYPES[most].is_compute else None
+
+
+def find_kv_unit(plan: Plan) -> str | None:
+    """The unit that counts kv heads, or sets of them; None if it cannot be told."""
+    counted = {name: unit for name, unit in plan.units.items() if unit.count is not None}
+    shared = [name for name, unit in counted.items() if unit.shared_by and KV_UNIT.search(name)]
+    if len(shared) > 1:
+        return None
+    return next((name for name in (*shared, *HEAD_UNITS) if name in counted), None)
+
+
+def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
+    """The loaded matrices of the language model's decoder that a unit divides the output of."""
+    weights = [
+        p
+        for p in plan.placements
+        if unit in p.units and p.style is COLUMN and p.is_loaded and len(p.spec.shape) > 1
+    ]
+    paths = {p.spec.name: p.spec.name.split(".") for p in weights}
+    both = has_both_halves(paths.values())
+    return [
+        p
+        for p in weights
+        if not is_tower(paths[p.spec.name]) and not (both and "encoder" in paths[p.spec.name])
+    ]
+
+
+def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | None:
+    """The layers that keep keys and values: those that have weights for them.
+
+    Not the last ones, if these use the keys and values of another.
+    """
+    stated = read_count(config, fields.DECODER_LAYERS + fields.LAYERS)
+    paths = (p.spec.name.split(".") for p in _list_kv_weights(plan, unit))
+    found = len({layer for path in paths if (layer := find_layer(path))}) or stated
+    shared = read_count(config, fields.KV_SHARED) or 0
+    return min(found, stated - shared) if found and stated else found
+
+
+def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:
+    """Each rank's kv heads; a K and a V that are replicated are one head on every rank.
+
+    A unit may be a set of several kv heads, if the config counts more of them.
+    """
+    replicated = {s.units for p in plan.placements for s in p.sections if s.replicated}
+    if replicated:
+        return (1,) * plan.mesh.world_size if replicated == {2} else None
+    is_expanded = find_field(config, fields.EXPANDED_KV) is not None
+    unit = next((name for name in HEAD_UNITS if is_expanded and name in plan.units), unit)
+    shared = plan.units[unit].shared_by
+    names = fields.KV_HEADS if shared else fields.DECODER_HEADS + fields.HEADS
+    sets = plan.units[unit].count or 1
+    heads_per_set, rest = divmod(read_count(config, names) or sets, sets)
+    if rest:
+        return None
+    ranks = plan.mesh.ranks()
+    return tuple(heads_per_set * plan.count_local_units(unit, rank) for rank in ranks)
+
+
+def _find_head_dim(plan: Plan, config: Mapping[str, Any], unit: str) -> int | None:
+    """The width of a kv head: a shared unit's own length, or else what the config says."""
+    counts = plan.units[unit].count, plan.units[unit].shared_by
+    sizes = {
+        section.size
+        for p in _list_kv_weights(plan, unit)
+        for section in p.sections
+        if section.shared_by and (section.units, section.shared_by) == counts
+        if section.size > 1  # a norm's weight may have a row for each head
+    }
+    if sizes:
+        return sizes.pop() if len(sizes) == 1 else None
+    if (stated := read_count(config, fields.HEAD_DIM)) is not None:
+        return stated
+    hidden = read_count(config, fields.HIDDEN_SIZE + fields.OTHER_WIDTHS)
+    heads = read_count(config, fields.DECODER_HEADS + fields.HEADS)
+    return hidden // heads if hidden and heads and hidden % heads == 0 else None

@@ -1,0 +1,63 @@
+"""What it costs where kv heads do not divide over the ranks, and which sizes avoid it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardkit.layout import kv_head_mode
+from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, find_kv_unit
+from shardkit.planning.placement import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class KvCopies:
+    """Copies of keys, values and their weights that an even split would not have.
+
+    Attributes:
+        kv_heads: The kv heads of the model; 1 for a key and a value, or a latent, that all share.
+        cache_growth: The cache of all ranks over the unsharded model's; 1 if it is unknown.
+        weight_growth: The ranks' weights of kv heads over the unsharded model's.
+        even_tp_sizes: The nearest smaller and larger tp_size without copies, if there are such.
+    """
+
+    kv_heads: int
+    cache_growth: float
+    weight_growth: float
+    even_tp_sizes: tuple[int, ...]
+
+
+def find_kv_copies(plan: Plan, config: Mapping[str, Any]) -> KvCopies | None:
+    """The copies that a plan makes of kv heads; None if it makes none."""
+    cache, unit = estimate_kv_cache(plan, config), find_kv_unit(plan)
+    whole = estimate_kv_cache(plan.with_tp_size(1), config)
+    cache_growth = 1.0
+    if isinstance(cache, KvCache) and isinstance(whole, KvCache):
+        cache_growth = sum(cache.rank_bytes) / sum(whole.rank_bytes)
+    counted = plan.units[unit] if unit else None
+    if counted is None or not counted.count or not counted.shared_by:
+        if cache_growth == 1:
+            return None
+        return KvCopies(1, cache_growth, _count_whole_copies(plan), (1,))
+    ranks = plan.mesh.ranks()
+    weight_growth = sum(plan.count_local_units(unit or "", r) for r in ranks) / counted.count
+    if weight_growth == 1 and cache_growth == 1:
+        return None
+    sizes = _list_even_sizes(counted.count, counted.shared_by, plan)
+    return KvCopies(counted.count, cache_growth, weight_growth, sizes)
+
+
+def _count_whole_copies(plan: Plan) -> float:
+    """How often a key and a value that every rank holds are stored."""
+    is_held = any(section.replicated for p in plan.placements for section in p.sections)
+    return float(plan.tp_size) if is_held else 1.0
+
+
+def _list_even_sizes(kv_heads: int, heads: int, plan: Plan) -> tuple[int, ...]:
+    """The nearest sizes on both sides that divide kv heads."""
+    sizes = [
+        size
+        for size in range(1, min(plan.max_tp_size, kv_heads) + 1)
+        if kv_head_mode(kv_heads, heads, size) == "split"
+    ]
+    smaller = [size for size in sizes if size < plan.tp_size][-1:]
+    return (*smaller, *[size for size in sizes if size > plan.tp_size][:1])

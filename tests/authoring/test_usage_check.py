@@ -1,0 +1,64 @@
+"""What a plan predicts against what ranks use: differences are found and named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardkit.authoring.families_page import render_families
+from shardkit.authoring.masked_sum import load_reference, plan_folder
+from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.usage_check import Figure, compare_usage
+from shardkit.recipe.catalog import find_recipe, find_recipe_folder
+from shardkit.recipe.parse import load_recipe
+from shardkit.verification.models import ShardedModel
+from tests.helpers.model_samples import make
+from tests.helpers.split_helpers import split_folder
+
+FOUR_LAYERS = {"num_hidden_layers": 4, "num_hidden_groups": 2}  # each of two layers is used twice
+WRONG = {
+    "a layer that is used twice": (FOUR_LAYERS, {"all_reduces per token"}),
+    "a latent": ({"kv_lora_rank": 5}, {"cache bytes"}),
+    "a state of a fixed size": ({"state_size": 5}, {"cache bytes"}),
+    "nothing wrong": ({}, set()),
+    "what is unknown": ({"mem_len": 5}, set()),
+}
+
+
+def test_a_wrong_prediction_is_found_and_named(rank_pool: RankPool, tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    split_folder(source, tmp_path / "shards", 2)
+    plan = plan_folder(source, find_recipe(config), 2)
+    sharded, reference = ShardedModel(rank_pool.of(2)), load_reference(source)
+    sharded.load(tmp_path / "shards", None)
+    for case, (fields, names) in WRONG.items():
+        figures = compare_usage(plan, {**config, **fields}, reference, sharded)
+        assert {figure.name for figure in figures if figure.fault} == names, case
+
+
+def test_a_number_that_is_not_predicted_is_no_fault() -> None:
+    assert Figure("cache bytes", "unknown: who knows", (3, 4)).fault == ""
+    assert Figure("cache bytes", (3, 4), (3, 4)).fault == ""
+    assert "[3, 5], measured [3, 4]" in Figure("cache bytes", (3, 5), (3, 4)).fault
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_the_page_shows_what_was_measured_where_it_was(is_measured: bool) -> None:
+    plan = {
+        "all_reduces per token": {"predicted": [5, 5], "measured": [5, 5]},
+        "all_gathers per token": {"predicted": [1, 1], "measured": [1, 1]},
+        "cache bytes": {"predicted": "unknown: why", "measured": [64, 64]},
+        "weight bytes": {"predicted": [190720, 190208], "measured": [190720, 190208]},
+    }
+    proof: dict[str, Any] = {
+        "sample": "llama", "model_type": "llama", "limitation": "", "tp_size": 2, "passed": True,
+        "fault": "", "share": 0.5, "masked_sum": 1e-7, "numerics": {},
+    }  # fmt: skip
+    entry = {"digest": "", "proofs": [proof | ({"plan": plan} if is_measured else {})]}
+    page = render_families(
+        [(load_recipe(find_recipe_folder() / "llama.toml"), entry | {"mutants": []})]
+    )
+    assert ("| 5 + 1 | 64 (unknown) | 190,720 |" in page) is is_measured
+    assert ("## As planned" in page) is is_measured
