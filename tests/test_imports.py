@@ -132,6 +132,7 @@ def test_only_what_runs_models_needs_torch_to_be_imported(path: Path) -> None:
 
 
 BUILT_IN = {"lstm"}  # torch's own module, and the language model of it that transformers lacks
+ENGLISH = {"beam"}  # a way of searching, too
 
 
 def plain(name: str) -> str:
@@ -164,7 +165,7 @@ def test_no_model_type_is_named_in_code(path: Path) -> None:
     }
     nodes = (node for node in ast.walk(code) if id(node) not in documents)
     used = {plain(word) for node in nodes for word in words(node)}
-    assert not used & (types - BUILT_IN)
+    assert not used & (types - BUILT_IN - ENGLISH)
 
 
 def loaded(*arguments: str) -> set[str]:
