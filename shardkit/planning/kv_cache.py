@@ -72,6 +72,7 @@ def estimate_kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
         return "unknown: config.json does not state the number of layers"
     if latent := read_count(config, fields.KV_LATENT):
         width = latent + (read_count(config, fields.ROPE_KEY) or 0)
+        layers = _count_latent_layers(plan, width) or layers
         return KvCache(layers, width, dtype, (1,) * plan.mesh.world_size, tensors=1)
     head_dim, kv_heads = _find_head_dim(plan, config, unit), _count_kv_heads(plan, config, unit)
     if head_dim is None or kv_heads is None:
@@ -141,6 +142,16 @@ def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | Non
     found = len({layer for path in paths if (layer := find_layer(path))}) or stated
     shared = read_count(config, fields.KV_SHARED) or 0
     return min(found, stated - shared) if found and stated else found
+
+
+def _count_latent_layers(plan: Plan, width: int) -> int:
+    """The layers with a weight that makes the latent vector; others keep another state."""
+    paths = (
+        p.spec.name.split(".")
+        for p in plan.placements
+        if p.is_loaded and len(p.spec.shape) == 2 and p.spec.shape[0] == width
+    )
+    return len({layer for path in paths if (layer := find_layer(path))})
 
 
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ Shapes: B batch (always 2), T tokens.
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ STEPS = 12  # tokens that may be generated after them
 TEXT_SEED = 20
 IMAGE_SEED = 21
 GRID = (4, 6)  # merged patches of an image of free size: more than one window of attention
+MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size", "merge_size")
 CHANNEL_FIELDS = ("num_channels", "in_channels", "in_chans")
 FRAMES_PER_POSITION = 2  # of a spectrogram, because the convolutions halve them
 TOKENS_BEFORE_IMAGE = 1
@@ -57,7 +58,11 @@ def make_images(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     vision = getattr(config, "vision_config", None) or config
     channels = next(int(getattr(vision, name)) for name in CHANNEL_FIELDS if hasattr(vision, name))
     if "image_grid_thw" in arguments:
-        return _make_patches(vision, channels)
+        return _make_patches(config, vision, channels)
+    if "spatial_shapes" in arguments:
+        return _make_padded_patches(vision, channels)
+    if tiles := getattr(config, "image_grid_pinpoints", None):
+        return _make_tiles(tiles[0], int(vision.image_size), channels)
     if needs_sizes := _needs_image_sizes(model, vision):
         merge = int(getattr(config, "spatial_merge_size", None) or 1)
         height, width = (n * merge * _to_pair(vision.patch_size)[0] for n in GRID)
@@ -77,9 +82,10 @@ def count_image_tokens(model: PreTrainedModel, images: Tensors) -> int:
 
     Runs the model's vision tower, so every rank of a sharded model must call it.
     """
-    if not images or find_image_token(model) is None:
+    vision_model: Any = model if hasattr(model, "get_image_features") else model.base_model
+    has_features = hasattr(vision_model, "get_image_features")
+    if not images or not has_features or find_image_token(model) is None:
         return 0
-    vision_model: Any = model
     with torch.inference_mode():
         features = vision_model.get_image_features(
             **move_inputs(images, model, model.device)
@@ -120,14 +126,46 @@ def find_image_token(model: PreTrainedModel) -> int | None:
     return next((int(token) for token in fields if token is not None), None)
 
 
-def _make_patches(vision: Any, channels: int) -> dict[str, torch.Tensor]:
-    """Images cut into patches `[patches, values]`, and the grid of each, `[B, 3]`."""
-    rows, columns = (n * int(vision.spatial_merge_size) for n in GRID)
+def _make_patches(config: Any, vision: Any, channels: int) -> dict[str, torch.Tensor]:
+    """Images cut into patches `[patches, values]`, and the grid of each, `[B, 3]`.
+
+    Some models read patches as small images, `[patches, channels, height, width]`.
+    """
+    merge = next(
+        getattr(owner, name)
+        for owner in (vision, config)
+        for name in MERGE_FIELDS
+        if getattr(owner, name, None)
+    )
+    rows, columns = (n * _to_pair(merge)[0] for n in GRID)
     height, width = _to_pair(vision.patch_size)
-    frames = _to_pair(vision.temporal_patch_size)[0]
+    frames = _to_pair(getattr(vision, "temporal_patch_size", 1))[0]
+    shape = [channels * frames * height * width]
+    if hasattr(vision, "merge_kernel_size"):
+        shape = [channels, height, width]
     return {
-        "pixel_values": _make_noise(BATCH * rows * columns, channels * frames * height * width),
+        "pixel_values": _make_noise(BATCH * rows * columns, *shape),
         "image_grid_thw": torch.tensor([[1, rows, columns]] * BATCH),
+    }
+
+
+def _make_padded_patches(vision: Any, channels: int) -> dict[str, torch.Tensor]:
+    """Images cut into patches `[B, patches, values]`, which of them are there, and their grid."""
+    rows, columns = GRID
+    height, width = _to_pair(vision.patch_size)
+    return {
+        "pixel_values": _make_noise(BATCH, rows * columns, channels * height * width),
+        "pixel_attention_mask": torch.ones(BATCH, rows * columns, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[rows, columns]] * BATCH),
+    }
+
+
+def _make_tiles(sides: Sequence[int], size: int, channels: int) -> dict[str, torch.Tensor]:
+    """Images cut into tiles after the whole image, `[B, tiles, channels, size, size]`."""
+    tiles = 1 + math.prod(side // size for side in sides)
+    return {
+        "pixel_values": _make_noise(BATCH, tiles, channels, size, size),
+        "image_sizes": torch.tensor([list(sides)] * BATCH),
     }
 
 

@@ -1,11 +1,14 @@
 """The two models that are compared: the unsharded one here, and the sharded one on its ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 from shardkit import config_fields as fields
@@ -87,17 +90,40 @@ class ReferenceModel:
 
     def forward(self, inputs: Tensors) -> Tensors:
         """The floating-point outputs, by name."""
-        return select_float_outputs(self._runner.forward(inputs))
+        with self._sampling():
+            return select_float_outputs(self._runner.forward(inputs))
 
     def generate(self, inputs: Tensors, steps: int, beams: int = 1) -> Generation:
         """Greedy decoding of S = `steps` tokens, or beam search, which has no logits."""
-        return self._runner.generate(
-            select_prompt(inputs), greedy_options(steps, beams), with_logits=beams == 1
-        )
+        prompt, options = select_prompt(inputs), greedy_options(steps, beams)
+        with self._sampling():
+            return self._runner.generate(prompt, options, with_logits=beams == 1)
 
     def trace(self, inputs: Tensors, modules: Iterable[str]) -> Tensors:
         """What the named modules output, by name, in the order they ran."""
-        return self._runner.trace(inputs, modules)
+        with self._sampling():
+            return self._runner.trace(inputs, modules)
+
+    def _sampling(self) -> AbstractContextManager[object]:
+        is_wider = self.model.dtype == torch.float64
+        return PromotedSampling() if is_wider else nullcontext()
+
+
+class PromotedSampling(TorchFunctionMode):
+    """Lets a float64 model that fixes its position table to float32 sample it at float64 places."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a torch function; `grid_sample` with its table as wide as its places."""
+        if func is functional.grid_sample:
+            table, places, *rest = args
+            args = (table.to(places.dtype), places, *rest)
+        return func(*args, **(kwargs or {}))
 
 
 def locate_weights(folder: Path) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def test_a_config_inside_another_that_names_no_type_is_of_the_outer_classes_own(
 
 
 def test_a_config_inside_another_that_may_be_of_any_type_must_name_it() -> None:
-    config = {"model_type": "gemma3", "vision_config": {"hidden_size": 64}}
-    with pytest.raises(RecipeError, match=r"no vision_config\.num_attention_heads"):
+    config = {"model_type": "gemma3", "text_config": {}, "vision_config": {"hidden_size": 64}}
+    with pytest.raises(RecipeError, match="vision_config: model_type '': no recipe"):
         plan_of(config)
 
 
@@ -103,7 +103,17 @@ def test_a_model_that_only_sees_produces_no_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample", "places"), [("llava", 16), ("qwen2_5_vl", 24), ("gemma3", 4), ("smolvlm", 4)]
+    ("sample", "places"),
+    [
+        ("llava", 16),
+        ("qwen2_5_vl", 24),
+        ("gemma3", 4),
+        ("smolvlm", 4),
+        # A whole image, two tiles of 4 rows and 4 columns, and a new line after each row.
+        ("llava_next", 16 + 32 + 4),
+        ("lfm2_vl", 6),
+        ("deepseek_vl", 16),
+    ],
 )
 def test_texts_have_as_many_places_as_an_image_fills(
     sample: str, places: int, tmp_path: Path

@@ -23,6 +23,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
+    "architectures": ["LlamaForCausalLM"],
 }
 T5: dict[str, Any] = {
     "model_type": "t5", "d_model": 16, "d_kv": 8, "num_heads": 4, "d_ff": 32, "num_layers": 2,
