@@ -135,7 +135,7 @@ def _choose_class(
     complete = [each for each in classes if not (is_whole and each.find_missing(names))]
     if is_whole and any(each.find_missing(names, with_ties=True) for each in complete):
         table = "text_config." if "text_config" in config else ""
-        if read_field(config, f"{table}tie_word_embeddings") is not True:
+        if read_field(config, f"{table}tie_word_embeddings") is False:
             complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
     return min(complete, key=lambda each: sum(not each.has(n) for n in names), default=None)
 
