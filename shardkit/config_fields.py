@@ -36,6 +36,7 @@ PROJECTORS = frozenset(("multi_modal_projector", "connector"))
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token")
 TWO_STREAMS = "bi_data"  # a model that has it generates by two passes through every layer
+GLOBAL_TOKENS = "num_global_tokens"  # what an encoder runs beside its own tokens
 
 # What configs say of what is kept for each token.
 KV_LATENT = ("kv_lora_rank",)  # one latent vector for the keys and values of all heads, ...

@@ -21,6 +21,7 @@ from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.models import ShardedModel
 
 PROMPT_TOKENS = 2  # fewer than any sliding window holds
+ROUTED = "unknown: experts run one by one, with a sum for each that tokens are routed to"
 NONE = "none"  # how a plan's words begin if there is no cache, and not if it is unknown
 
 Numbers = Sequence[int] | str  # a number for each rank, or why there is none
@@ -94,7 +95,8 @@ def count_computed_bytes(model: PreTrainedModel, plan: Plan) -> int:
 
 def _compare_collectives(predicted: Collectives, usages: Sequence[Usage]) -> list[Figure]:
     """Those of a generated token; of a forward pass, if there is none or an encoder runs in it."""
-    num_ranks, figures = len(usages), []
+    num_ranks, figures = len(usages), list[Figure]()
+    expected: Numbers
     per_token = {"all_reduce": predicted.all_reduces, "all_gather": predicted.all_gathers}
     for kind, count in per_token.items():
         steps = [usage.step for usage in usages if usage.step is not None]
@@ -102,9 +104,12 @@ def _compare_collectives(predicted: Collectives, usages: Sequence[Usage]) -> lis
             steps = [usage.forward for usage in usages]
         if steps:
             measured = [step[kind] for step in steps]
-            figures.append(Figure(f"{kind}s per token", [count] * num_ranks, measured))
+            unknown = predicted.is_routed and kind == "all_reduce"
+            expected = ROUTED if unknown else [count] * num_ranks
+            figures.append(Figure(f"{kind}s per token", expected, measured))
     if predicted.encoder:
-        expected = [predicted.all_reduces + predicted.encoder] * num_ranks
+        total = [predicted.all_reduces + predicted.encoder] * num_ranks
+        expected = ROUTED if predicted.is_routed else total
         measured = [usage.forward["all_reduce"] for usage in usages]
         figures.append(Figure("all_reduces per prompt", expected, measured))
     return figures

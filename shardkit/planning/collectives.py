@@ -1,7 +1,9 @@
 """What the ranks exchange for each token. Arithmetic only."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from shardkit import config_fields as fields
@@ -21,8 +23,9 @@ from shardkit.planning.placement import Placement, Plan
 from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (
-    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head"
+    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head", "cls"
 )  # fmt: skip
+ROUTED_EXPERT = re.compile(r"expert_\d+")  # a module of its own, in the model as on disk
 MATRICES_PER_CELL = 2  # of a recurrent cell: one for its input, one for its hidden state
 
 
@@ -39,6 +42,8 @@ class Collectives:
         gathered: All-gathers for modules that run on their whole width, and for hidden states.
         encoder: All-reduces of an encoder or a tower, once per prompt.
         is_tied: Whether the output layer is the embedding's own weight.
+        is_routed: Whether experts run one by one, with a sum for each that tokens are routed to:
+            of such a stack, `expert_stacks` counts one.
     """
 
     row_parallel: int = 0
@@ -49,6 +54,7 @@ class Collectives:
     gathered: int = 0
     encoder: int = 0
     is_tied: bool = False
+    is_routed: bool = False
 
     @property
     def all_reduces(self) -> int:
@@ -71,7 +77,10 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         return Collectives()
     text = select_text_fields(config)
     dense = [path for path in list_paths(plan, ROW) if "experts" not in path]
-    per_prompt = _count_encoder_sums(dense, generates_text(plan, config))
+    makes_text = generates_text(plan, config)
+    per_prompt = _count_encoder_sums(dense, makes_text)
+    norms = list_paths(plan, NORM)
+    tower_norms = sum(map(is_tower, norms)) if makes_text else 0
     uses = _count_uses(text)
     vocab = list_placements(plan, VOCAB)
     outputs = [p for p in vocab if _is_output(p.spec)]
@@ -84,11 +93,19 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         expert_stacks=_count_expert_sums(list_placements(plan, ROW), config),
         embedding=min(len(tables), 1) if both else len(tables),
         output=int(has_output),
-        norms=len(list_placements(plan, NORM)),
+        norms=len(norms) - tower_norms,
         gathered=len(list_placements(plan, GATHER)) + recurrent // MATRICES_PER_CELL,
-        encoder=per_prompt + int(both and any("decoder" not in path for path in tables)),
+        encoder=_count_encoder_uses(per_prompt, text)
+        + tower_norms
+        + int(both and any("decoder" not in path for path in tables)),
         is_tied=has_output and not any(len(p.spec.shape) > 1 for p in outputs),
+        is_routed=any(map(ROUTED_EXPERT.fullmatch, chain.from_iterable(list_paths(plan, ROW)))),
     )
+
+
+def _count_encoder_uses(sums: int, config: Mapping[str, Any]) -> int:
+    """The sums of an encoder that passes its global tokens through each layer as well."""
+    return sums * (2 if config.get(fields.GLOBAL_TOKENS) is not None else 1)
 
 
 def _count_uses(config: Mapping[str, Any]) -> int:

@@ -145,13 +145,11 @@ def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | Non
 
 
 def _count_latent_layers(plan: Plan, width: int) -> int:
-    """The layers with a weight that makes the latent vector; others keep another state."""
-    paths = (
-        p.spec.name.split(".")
+    """The attention layers with a weight that makes the latent vector; others keep no such."""
+    return sum(
+        p.is_loaded and p.dim is None and len(p.spec.shape) == 2 and p.spec.shape[0] == width
         for p in plan.placements
-        if p.is_loaded and len(p.spec.shape) == 2 and p.spec.shape[0] == width
     )
-    return len({layer for path in paths if (layer := find_layer(path))})
 
 
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:

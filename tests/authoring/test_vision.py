@@ -111,7 +111,6 @@ def test_a_model_that_only_sees_produces_no_text() -> None:
         ("smolvlm", 4),
         # A whole image, two tiles of 4 rows and 4 columns, and a new line after each row.
         ("llava_next", 16 + 32 + 4),
-        ("lfm2_vl", 6),
         ("deepseek_vl", 16),
     ],
 )
