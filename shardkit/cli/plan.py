@@ -15,7 +15,15 @@ from shardkit.cli.output import (
 )
 from shardkit.cli.split_output import plan_bytes_to_json, print_plan_bytes
 from shardkit.layout import STYLES
-from shardkit.planning import Collectives, KvCache, KvCopies, PlanReport, TensorGroup
+from shardkit.planning import (
+    Collectives,
+    KvCache,
+    KvCopies,
+    Plan,
+    PlanReport,
+    TensorGroup,
+    list_unloaded,
+)
 from shardkit.planning import plan as plan_source
 
 
@@ -63,6 +71,8 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         "model_type": report.model_type,
         "recipe": report.recipe.name,
         "wrapper_prefix": report.plan.wrapper_prefix,
+        "model_class": report.plan.model_class or None,
+        "not_loaded": list(list_unloaded(report.plan)),
         **plan_bytes_to_json(report.summary),
         "groups": [_group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
@@ -127,6 +137,7 @@ def _collectives_to_json(collectives: Collectives) -> dict[str, Any]:
         "output": collectives.output,
         "output_is_tied": collectives.is_tied,
         "encoder_all_reduces": collectives.encoder,
+        "experts_one_by_one": collectives.is_routed,
     }
 
 
@@ -142,6 +153,7 @@ def _print_plan(report: PlanReport) -> None:
             f"Prefix       {plan.wrapper_prefix} before every tensor's name is a training"
             " wrapper's: it is ignored, and a merge gives it back"
         )
+    _print_loading(plan)
     ranks = format_count(plan.tp_size, "rank")
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
     print_plan_bytes(summary)
@@ -158,6 +170,20 @@ def _print_plan(report: PlanReport) -> None:
             print_line(style.title)
             for group in groups:
                 print_line(f"  {group.pattern}  {_describe_group(group)}")
+
+
+def _print_loading(plan: Plan) -> None:
+    """What config.json does not say: the class, and the tensors that it has no place for."""
+    if plan.model_class:
+        print_line(
+            f"Class        {plan.model_class}, which the tensors fit; config.json names none"
+        )
+    if unloaded := list_unloaded(plan):
+        tensors = format_count(len(unloaded), "tensor")
+        print_line(
+            f"Not loaded   {tensors} that the model's class has no place for, as transformers does,"
+            f" kept for a merge: {unloaded[0]}{', ...' if unloaded[1:] else ''}"
+        )
 
 
 def _print_kv_cache(cache: KvCache | str) -> None:
@@ -202,7 +228,8 @@ def _describe_collectives(collectives: Collectives, tp_size: int) -> str:
         return "none over one rank"
     parts = [format_count(collectives.row_parallel, "row-parallel weight")]
     if collectives.expert_stacks:
-        parts.append(format_count(collectives.expert_stacks, "stack") + " of experts")
+        routed = ", or for each expert in use" if collectives.is_routed else ""
+        parts.append(f"{format_count(collectives.expert_stacks, 'stack')} of experts{routed}")
     if collectives.embedding:
         parts.append("the vocab-parallel embedding")
     text = f"{format_count(collectives.all_reduces, 'all-reduce')} per token ({', '.join(parts)})"
@@ -217,6 +244,7 @@ def _describe_collectives(collectives: Collectives, tp_size: int) -> str:
 
 def _describe_group(group: TensorGroup) -> str:
     shape, dim = list(group.example.spec.shape), group.example.dim
+    unloaded = "" if group.example.in_model else ", not loaded"
     if dim is None:
         is_bias = group.example.style.is_linear and group.example.style.is_added_once
         return f"{shape} {group.treatment}" + (", added once after the sum" if is_bias else "")
@@ -225,4 +253,4 @@ def _describe_group(group: TensorGroup) -> str:
     local = [str(n) for n in shape]
     local[dim] = str(low) if low == high else f"{low}..{high}"
     treatment = "" if group.treatment == "split" else f", {group.treatment}"
-    return f"dim {dim}  {shape} -> [{', '.join(local)}] each{treatment}"
+    return f"dim {dim}  {shape} -> [{', '.join(local)}] each{treatment}{unloaded}"

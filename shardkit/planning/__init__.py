@@ -16,6 +16,7 @@ from shardkit.planning.summary import (
     describe_treatment,
     describe_units,
     find_blocking_tensor,
+    list_unloaded,
     summarize_plan,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "estimate_kv_cache",
     "find_blocking_tensor",
     "generates_text",
+    "list_unloaded",
     "make_plan",
     "place_tensor",
     "plan",

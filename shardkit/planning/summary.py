@@ -123,6 +123,11 @@ def _make_group(same: Sequence[Placement], mesh: Mesh) -> TensorGroup:
     return TensorGroup(pattern, len(same), same[0], shards, describe_treatment(same[0], mesh))
 
 
+def list_unloaded(plan: Plan) -> tuple[str, ...]:
+    """The tensors that the model's class has no place for; not those that a rule ignores."""
+    return tuple(p.spec.name for p in plan.placements if p.style.is_loaded and not p.in_model)
+
+
 def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
     columns = zip(*(map(int, NUMBER.findall(name)) for name in names), strict=True)
