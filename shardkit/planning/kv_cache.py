@@ -145,11 +145,17 @@ def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | Non
 
 
 def _count_latent_layers(plan: Plan, width: int) -> int:
-    """The attention layers with a weight that makes the latent vector; others keep no such."""
-    return sum(
-        p.is_loaded and p.dim is None and len(p.spec.shape) == 2 and p.spec.shape[0] == width
+    """The attention layers with a weight that makes the latent vector; others keep no such.
+
+    Of modules of one name only: another may be as wide by chance.
+    """
+    modules = Counter(
+        p.spec.name.split(".")[-2]
         for p in plan.placements
+        if p.is_loaded and p.dim is None and len(p.spec.shape) == 2 and p.spec.shape[0] == width
+        if "." in p.spec.name
     )
+    return max(modules.values(), default=0)
 
 
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:
