@@ -123,7 +123,7 @@ class Plan:
         self.mesh.check()
         if self.tp_size > self.max_tp_size:
             raise LayoutError(self._describe_limit())
-        for placement in self.placements:
+        for placement in _list_layouts(self.placements):
             byte_view(placement.spec, placement.dim)
             try:
                 placement.tiles(self.mesh)
@@ -179,6 +179,15 @@ class Plan:
     def count_local_units(self, unit: str, rank: Rank) -> int:
         """How many units of a kind a rank holds, copies counted. Raises LayoutError."""
         return num_indices(self.local_spans(unit, rank))
+
+
+def _list_layouts(placements: Iterable[Placement]) -> list[Placement]:
+    """The first placement of each layout: experts by the ten thousand have one in common."""
+    layouts: dict[object, Placement] = {}
+    for p in placements:
+        key = (p.spec.dtype, p.spec.shape, p.style.name, p.dim, p.sections, p.in_model)
+        layouts.setdefault(key, p)
+    return [*layouts.values()]
 
 
 def make_plan(

@@ -100,9 +100,10 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
     """
     classes = read_classes(str(config.get("model_type")))
     every_module = frozenset[str]().union(*(each.modules for each in classes))
-    by_name = {name: _find_full_name(NUMBERS.sub("*", name), every_module) for name in names}
-    known = {full for full in by_name.values() if any(c.has(full) for c in classes)}
-    foreign = set(by_name.values()) - known
+    patterns = {name: NUMBERS.sub("*", name) for name in names}
+    full_names = {p: _find_full_name(p, every_module) for p in set(patterns.values())}
+    known = {full for full in full_names.values() if any(c.has(full) for c in classes)}
+    foreign = set(full_names.values()) - known
     stated = config.get("architectures")
     stated = [str(name) for name in stated] if isinstance(stated, list) else []
     chosen = next((c for name in stated for c in classes if c.name == name), None)
@@ -113,7 +114,13 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
         chosen = chosen or best
     if chosen is None:
         return LoadedTensors()
-    unloaded = {n for n, full in by_name.items() if not _loads(chosen, n, full, full in known)}
+    places = {full.pattern: full in known and chosen.has(full) for full in full_names.values()}
+    in_doubt = {full.pattern for full in foreign}
+    unloaded = {
+        name
+        for name, pattern in patterns.items()
+        if not places[pattern] and not (pattern in in_doubt and not _skips(chosen, name))
+    }
     better_class = best.name if best and missing else ""
     return LoadedTensors(chosen.name, frozenset(unloaded), missing, better_class)
 
@@ -140,11 +147,9 @@ def _choose_class(
     return min(complete, key=lambda each: sum(not each.has(n) for n in names), default=None)
 
 
-def _loads(chosen: ModelClass, name: str, full_name: FullName, is_known: bool) -> bool:
-    """Whether a class loads a tensor; one that no class of the type is known to have may be."""
-    if not is_known:
-        return not any(re.search(skip, name) for skip in chosen.skips)
-    return chosen.has(full_name)
+def _skips(chosen: ModelClass, name: str) -> bool:
+    """Whether a class leaves out a tensor that no class of the type is known to have."""
+    return any(re.search(skip, name) for skip in chosen.skips)
 
 
 def list_ancestors(name: str) -> list[str]:
