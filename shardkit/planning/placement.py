@@ -217,10 +217,14 @@ def make_plan(
             raise RecipeError(fault) from None
         raise
     loaded = decide_loading(config, names)
+
+    def is_loaded(name: str) -> bool:
+        return name not in loaded.unloaded and not recipe.find_prediction_module(name)
+
     plan = Plan(
         Mesh(tp_size),
         tuple(
-            replace(placement, in_model=name not in loaded.unloaded)
+            replace(placement, in_model=is_loaded(name))
             for placement, name in zip(placements, names, strict=True)
         ),
         units,

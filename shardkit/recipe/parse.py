@@ -13,7 +13,14 @@ from shardkit.errors import RecipeError
 from shardkit.files import read_small_file
 from shardkit.layout import STYLES, Style, Term, parse_axis
 from shardkit.layout.style import REPLICATE
-from shardkit.recipe.parse_counts import FIELD, KEYS, parse_counts, parse_parts, parse_units
+from shardkit.recipe.parse_counts import (
+    FIELD,
+    KEYS,
+    parse_counts,
+    parse_parts,
+    parse_prediction_layers,
+    parse_units,
+)
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -75,6 +82,7 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         forward_arguments=tuple(_parse_arguments(expect_table(table, "forward_arguments"), units)),
         parts=tuple(parse_parts(expect_table(table, "parts"))),
         part_only=expect_flag(table, "part_only"),
+        prediction_layers=parse_prediction_layers(expect_table(table, "prediction_layers")),
         base_model_prefix=expect_string(table.get("base_model_prefix", ""), "base_model_prefix"),
         notes=expect_string(table.get("notes", ""), "notes"),
     )

@@ -12,7 +12,8 @@ from shardkit.recipe.toml_values import check_pattern, expect_string
 
 KEYS = {
     "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
-    "replicated", "module_attributes", "forward_arguments", "parts", "part_only", *STYLES,
+    "replicated", "module_attributes", "forward_arguments", "parts", "part_only",
+    "prediction_layers", *STYLES,
 }  # fmt: skip
 FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
 FIELD_NAME = re.compile(FIELD, re.ASCII)
@@ -78,3 +79,14 @@ def parse_parts(table: dict[str, Any]) -> Iterator[Part]:
                 f"{key}: {module!r} has more than one {{a,b}}; list whole names in one"
             )
         yield Part(config_field, module, expect_string(entry.get("recipe", ""), key))
+
+
+def parse_prediction_layers(table: dict[str, Any]) -> dict[str, str]:
+    """The modules that predict further tokens, and those whose rules count. Raises RecipeError."""
+    for module, like in table.items():
+        key = f"prediction_layers.{module}"
+        if not FIELD_NAME.fullmatch(module) or not FIELD_NAME.fullmatch(expect_string(like, key)):
+            raise RecipeError(f"{key}: {like!r} must be the name of a module, for another one")
+        if f"{like}.".startswith(f"{module}."):
+            raise RecipeError(f"{key}: {like!r} is inside of it")
+    return table

@@ -130,7 +130,9 @@ class Recipe:
     """One model family's layouts. `sha256` is the digest of the file that it was read from.
 
     One with `parts` has its own rules only, until `compose_recipe` adds those of the parts. One
-    that is `part_only` is of a model that no checkpoint holds alone.
+    that is `part_only` is of a model that no checkpoint holds alone. `prediction_layers` has modules
+    that predict further tokens, which transformers does not load, and for each the module whose
+    rules count inside of it.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Recipe:
     forward_arguments: tuple[ForwardArgument, ...] = ()
     parts: tuple[Part, ...] = ()
     part_only: bool = False
+    prediction_layers: Mapping[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
     notes: str = ""
 
@@ -153,7 +156,15 @@ class Recipe:
 
     def rules_for(self, tensor: str) -> list[Rule]:
         """Every rule that names `tensor`: one, if the recipe fits."""
-        return [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
+        rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
+        module = self.find_prediction_module(tensor)
+        if rules or not module:
+            return rules
+        return self.rules_for(f"{self.prediction_layers[module]}{tensor.removeprefix(module)}")
+
+    def find_prediction_module(self, tensor: str) -> str:
+        """The module of `prediction_layers` that a tensor is in; empty if it is in none."""
+        return next((m for m in self.prediction_layers if tensor.startswith(f"{m}.")), "")
 
     def rule_for(self, tensor: str) -> Rule:
         """The one rule that names `tensor`. Raises RecipeError if none does, or two do."""
