@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shardkit.config_fields import HEADS
 from shardkit.errors import RecipeError
 from shardkit.layout import Term
 from shardkit.layout.style import REPLICATE
@@ -72,7 +73,9 @@ class _Nesting:
     def nest(self, config: Mapping[str, Any]) -> Recipe | None:
         """The part's recipe, in the outer model's names; None if this config has no such part."""
         field = self.part.config_field
-        part_config = read_part_config(config, field)
+        # Older configs have the text model's fields outermost.
+        is_outermost = self.is_first and field not in config and _counts_heads(config)
+        part_config = None if is_outermost else read_part_config(config, field)
         if part_config is None and not self.is_first:
             return None
         try:
@@ -83,7 +86,6 @@ class _Nesting:
             raise RecipeError(
                 f"recipe {self.outer.name!r}: parts.{field}: recipe {inner.name!r} has parts itself"
             )
-        # Older configs have the text model's fields outermost.
         table = "" if part_config is None else f"{field}."
         return replace(
             inner,
@@ -159,6 +161,10 @@ class _Nesting:
     def _nest_argument(self, rule: ForwardArgument, prefix: str) -> ForwardArgument:
         module = self._nest_module(rule.module, prefix)
         return replace(rule, module=module, unit=self._nest_name(rule.unit))
+
+
+def _counts_heads(config: Mapping[str, Any]) -> bool:
+    return any(key in config for key in HEADS)
 
 
 def list_alternatives(pattern: str) -> tuple[str, ...]:

@@ -25,15 +25,18 @@ def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
 def read_part_config(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
     """The config of a part, its `model_type` the class's own if it states none.
 
-    None if the config says that there is no such part, or does not have that table at all.
+    None if the config says that there is no such part, or if it leaves the table out and the class
+    has no type of its own for it.
     """
     table = _get_field(config, field)
-    if not isinstance(table, Mapping):
-        return None
-    if isinstance(table.get("model_type"), str):
+    if isinstance(table, Mapping) and isinstance(table.get("model_type"), str):
         return table
-    cls = _find_config_class(config, field.split("."))
-    return {**table, "model_type": getattr(cls, "model_type", "")}
+    if table is None and _has_field(config, field):
+        return None
+    model_type = getattr(_find_config_class(config, field.split(".")), "model_type", "")
+    if isinstance(table, Mapping):
+        return {**table, "model_type": model_type}
+    return {"model_type": model_type} if model_type else None
 
 
 def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:

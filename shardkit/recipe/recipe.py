@@ -130,9 +130,9 @@ class Recipe:
     """One model family's layouts. `sha256` is the digest of the file that it was read from.
 
     One with `parts` has its own rules only, until `compose_recipe` adds those of the parts. One
-    that is `part_only` is of a model that no checkpoint holds alone. `prediction_layers` has modules
-    that predict further tokens, which transformers does not load, and for each the module whose
-    rules count inside of it.
+    that is `part_only` is of a model that no checkpoint holds alone. `prediction_layers` has the
+    modules that predict further tokens, which transformers does not load, and for each the module
+    whose rules count inside of it.
     """
 
     name: str

@@ -86,6 +86,13 @@ def test_an_older_config_with_the_text_s_fields_outermost_is_read() -> None:
     assert resolve_units(compose(config, recipe), config)["heads"].count == 8
 
 
+def test_a_table_left_out_is_that_of_the_classes_own_type() -> None:
+    recipe = RECIPE.replace(b"vision_config", b"vision_settings")
+    config = {"model_type": "gemma3"}  # whose text model is its own, and its vision encoder any
+    units = resolve_units(compose(config, recipe), config)
+    assert (units["heads"].count, units["kv_heads"].count) == (8, 4)
+
+
 def test_a_part_that_the_config_leaves_out_has_no_rules() -> None:
     config = {**CONFIG, "vision_config": None}
     with pytest.raises(RecipeError, match="no rule"):
