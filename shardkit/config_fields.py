@@ -32,7 +32,9 @@ TOWER_TABLES = ("vision_config", "audio_config")
 # Modules of a tower, as tensors' names have them.
 VISION_MODULES = frozenset(("vision_tower", "vision_model", "visual", "vision_encoder"))
 AUDIO_MODULES = frozenset(("audio_tower", "audio_model"))
-PROJECTORS = frozenset(("multi_modal_projector", "connector"))
+PROJECTORS = frozenset(
+    ("multi_modal_projector", "connector", "aligner", "vision_projection", "mm_projector")
+)
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token")
 TWO_STREAMS = "bi_data"  # a model that has it generates by two passes through every layer
@@ -45,7 +47,7 @@ KV_SHARED = ("num_kv_shared_layers",)  # the last layers, which use another's ke
 EXPANDED_KV = ("new_decoder_architecture",)  # keys and values are kept once for each query head
 # Of models that keep a state of a fixed size, and of those that keep nothing.
 FIXED_STATE = ("state_size", "lru_width", "rescale_every")
-UNCACHED = ("use_lang_emb",)
+UNCACHED = ("use_lang_emb", "afn")
 # Hidden states instead of keys and values, or the keys of an indexer beside them.
 OTHER_CACHES = ("mem_len", "index_head_dim", "ssm_cfg")
 DTYPE = ("dtype", "torch_dtype")

@@ -63,9 +63,15 @@ class ModelClass:
         return min((self.needs | (self.ties if with_ties else set())) - owners, default="")
 
     def _list_owners(self, name: FullName) -> list[str]:
-        """The tensor's name and those of the modules that it is in."""
-        prefix = f"{self.prefix}." if name.lacks_prefix and self.prefix else ""
-        return list_ancestors(f"{prefix}{name.pattern}")
+        """The tensor's name and those of the modules that it is in, as this class has them.
+
+        A base model's own names have no prefix, whoever saved them.
+        """
+        prefix = f"{self.prefix}." if self.prefix else ""
+        if name.lacks_prefix:
+            return list_ancestors(f"{prefix}{name.pattern}")
+        plain = name.pattern.removeprefix(prefix)
+        return list_ancestors(name.pattern) + (list_ancestors(plain) if prefix else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,8 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
         if not places[pattern] and not (pattern in in_doubt and not _skips(chosen, name))
     }
     better_class = best.name if best and missing else ""
+    if missing and not better_class:  # older names, which the class's own table renames
+        return LoadedTensors(chosen.name)
     return LoadedTensors(chosen.name, frozenset(unloaded), missing, better_class)
 
 

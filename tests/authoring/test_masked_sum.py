@@ -59,6 +59,10 @@ DIFFERENT = {
     "gemma3n_text": {"gate_proj", "up_proj", "down_proj"},
     # Stored [experts, in, out]: there a style is of the dimension's place, here of its meaning.
     "llama4_text": {"gate_up_proj", "down_proj"},
+    "aria_text": {"gate_up_proj", "down_proj"},
+    "longcat_flash": {"gate_up_proj", "down_proj"},  # whole: some experts add the hidden state
+    "inkling_text": {"lm_head"},
+    "doge": {"q_proj", "k_proj", "v_proj", "dt_proj", "o_proj"},  # whole: one mask of all heads
 }
 PLANNED = {
     sample.model: name

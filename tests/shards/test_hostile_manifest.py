@@ -152,7 +152,7 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     "no units": (section(units=0), "sections 0: units: is 0"),
     "replicated as a number": (section(replicated=1), "replicated: is 1, not true or false"),
     "sharers not a multiple": (section(shared_by=13), f"{K_PROJ}: 13 units cannot share 2"),
-    "fewer sharers than units": (section(shared_by=1), f"{K_PROJ}: 1 units cannot share 2"),
+    "fewer sharers than units": (section(shared_by=1), f"{K_PROJ}: 1 units cannot be divided"),
     "a gigantic repeat": (
         both(section(repeat=BIG, units=1, size=1), changed("tensors", K_PROJ, "shape", 0, to=BIG)),
         "stretches, more than the 4096 allowed",
