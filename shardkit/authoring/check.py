@@ -161,9 +161,9 @@ def _list_mutants(
         for used in (models[source] for source in sources):
             rules |= {pattern: rules.get(pattern, frozenset()) | used[pattern] for pattern in used}
         mutants.append([(mutant, sources) for mutant in list_mutants(recipe, rules)])
-    seen = set()
+    keys = set()
     for mutant, sources in filter(None, chain.from_iterable(zip_longest(*mutants))):
-        if (mutant.fault, mutant.pattern) not in seen:
-            seen.add((mutant.fault, mutant.pattern))
+        if (mutant.fault, mutant.pattern) not in keys:
+            keys.add((mutant.fault, mutant.pattern))
             using = [source for source in sources if mutant.pattern in models[source]]
             yield mutant, using or sources

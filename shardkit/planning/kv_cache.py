@@ -139,9 +139,9 @@ def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | Non
     """
     stated = read_count(config, fields.DECODER_LAYERS + fields.LAYERS)
     paths = (p.spec.name.split(".") for p in _list_kv_weights(plan, unit))
-    found = len({layer for path in paths if (layer := find_layer(path))}) or stated
+    count = len({layer for path in paths if (layer := find_layer(path))}) or stated
     shared = read_count(config, fields.KV_SHARED) or 0
-    return min(found, stated - shared) if found and stated else found
+    return min(count, stated - shared) if count and stated else count
 
 
 def _count_latent_layers(plan: Plan, width: int) -> int:

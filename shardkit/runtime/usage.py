@@ -119,6 +119,6 @@ def _iter_tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         seen.add(id(value))
         attributes = list(getattr(value, "__dict__", {}).values())
         items = list(value.values()) if isinstance(value, Mapping) else attributes
-        held = list(value) if isinstance(value, list | tuple) else items
-        for inner in held:
+        values = list(value) if isinstance(value, list | tuple) else items
+        for inner in values:
             yield from _iter_tensors(inner, seen)
