@@ -16,6 +16,7 @@ from shardkit.authoring.families_page import render_families
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
 from shardkit.recipe import Recipe, compose_recipe
+from shardkit.verification.input_table import find_input_table
 
 TP_SIZES = (2, 4)
 AWKWARD_TP_SIZES = (2, 3, 4)  # of samples whose sizes divide unevenly
@@ -89,6 +90,8 @@ def digest_inputs(recipe: Recipe) -> str:
     for sample in find_samples(recipe):
         values = sample.name, sample.model, sample.config, sample.limitation, sample.as_built
         parts.append(json.dumps([*values, sample.group]))
+        if (inputs := find_input_table(sample.model_type)) is not None:
+            parts.append(json.dumps([inputs.arguments, inputs.placeholders]))
         if recipe.parts:
             parts.append(compose_recipe(recipe, sample.stored_config).sha256)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

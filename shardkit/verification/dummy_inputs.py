@@ -6,7 +6,7 @@ Shapes: B batch (always 2), T tokens.
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from shardkit import config_fields as fields
 from shardkit.runtime.model_runner import Tensors, move_inputs
+from shardkit.verification.input_table import Placeholders, find_input_table
 
 BATCH = 2
 LENGTH = 24
+SIZES = {"batch": BATCH, "length": LENGTH}
 STEPS = 12  # tokens that may be generated after them
 TEXT_SEED = 20
 IMAGE_SEED = 21
@@ -37,13 +39,16 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         number of tokens that one image fills. The model's own vision tower determines that number,
         so every rank of a sharded model must call this.
     """
-    inputs = {**make_images(model), **_make_audio(model)}
     arguments = inspect.signature(model.forward).parameters
+    table = find_input_table(model.config.model_type)
+    extra = {} if table is None else table.make_tensors(SIZES, model.config)
+    images = {} if "pixel_values" in extra else make_images(model)
+    inputs = {**images, **_make_audio(model)}
     if "input_ids" in arguments:
-        inputs |= _make_texts(model, inputs)
+        inputs |= _make_texts(model, _list_placeholders(model, inputs, extra))
     elif "decoder_input_ids" in arguments:
-        inputs |= {"decoder_input_ids": _make_texts(model, {})["decoder_input_ids"]}
-    return {name: value for name, value in inputs.items() if name in arguments}
+        inputs |= {"decoder_input_ids": _make_texts(model, [])["decoder_input_ids"]}
+    return {name: value for name, value in {**inputs, **extra}.items() if name in arguments}
 
 
 def make_images(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -115,8 +120,8 @@ def count_steps(model: PreTrainedModel, inputs: Tensors) -> int:
     ids = inputs.get("input_ids")
     if ids is None or model.config.is_encoder_decoder:
         return min(STEPS, count_positions(model))
-    image = find_image_token(model)
-    num_text = ids.shape[1] - (0 if image is None else int((ids[0] == image).sum()))
+    placeholders = _list_placeholder_ids(model)
+    num_text = int((~torch.isin(ids[0], placeholders.to(ids.device))).sum())
     return max(min(STEPS, count_positions(model) - num_text + 1), 1)
 
 
@@ -196,8 +201,29 @@ def _make_audio(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=torch.Generator().manual_seed(TEXT_SEED))}
 
 
+def _list_placeholders(
+    model: PreTrainedModel, images: Tensors, extra: Tensors
+) -> list[Placeholders]:
+    """The tokens that stand for the images and sounds of a text."""
+    table = find_input_table(model.config.model_type)
+    if table is not None and table.placeholders:
+        takes_any = extra.keys() & inspect.signature(model.forward).parameters.keys()
+        return table.list_placeholders(SIZES, model.config) if takes_any else []
+    count = count_image_tokens(model, {**images, **extra})
+    return [Placeholders(find_image_token(model) or 0, count)] if count else []
+
+
+def _list_placeholder_ids(model: PreTrainedModel) -> torch.Tensor:
+    """The ids of the tokens that stand for images and sounds."""
+    table = find_input_table(model.config.model_type)
+    tokens = [] if table is None else table.list_placeholders(SIZES, model.config)
+    image = find_image_token(model)
+    ids = [each.token for each in tokens] + ([] if image is None else [image])
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def _make_texts(
-    model: PreTrainedModel, images: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, placeholders: Sequence[Placeholders]
 ) -> dict[str, torch.Tensor]:
     config: Any = model.config
     text = config.get_text_config()
@@ -210,8 +236,8 @@ def _make_texts(
         return plain[torch.randint(0, len(plain), (BATCH, length), generator=generator)]
 
     inputs = {"input_ids": random_ids(min(LENGTH, longest))}
-    if count := count_image_tokens(model, images):
-        inputs = _insert_image(inputs["input_ids"], find_image_token(model) or 0, count)
+    if placeholders:
+        inputs = _insert_placeholders(inputs["input_ids"], placeholders)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = random_ids(min(LENGTH // 2, longest))
@@ -226,13 +252,23 @@ def _list_plain_tokens(config: Any, vocabulary: int) -> torch.Tensor:
     return ids[~torch.isin(ids, torch.tensor(reserved, dtype=torch.int64))]
 
 
-def _insert_image(ids: torch.Tensor, token: int, count: int) -> dict[str, torch.Tensor]:
-    """The same text with placeholders for an image, and the kind of each token."""
-    image = torch.full((len(ids), count), token)
-    ids = torch.cat([ids[:, :TOKENS_BEFORE_IMAGE], image, ids[:, TOKENS_BEFORE_IMAGE:]], 1)
-    kinds = torch.zeros_like(ids)
-    kinds[:, TOKENS_BEFORE_IMAGE : TOKENS_BEFORE_IMAGE + count] = 1
-    return {"input_ids": ids, "token_type_ids": kinds, "mm_token_type_ids": kinds}
+def _insert_placeholders(
+    ids: torch.Tensor, placeholders: Sequence[Placeholders]
+) -> dict[str, torch.Tensor]:
+    """The same text with placeholders after its first token, and the kind of each token."""
+    tokens = torch.cat([torch.full((each.count,), each.token) for each in placeholders])
+    kinds = torch.cat([torch.full((each.count,), each.kind) for each in placeholders])
+    at = TOKENS_BEFORE_IMAGE
+
+    def insert(text: torch.Tensor, inserted: torch.Tensor) -> torch.Tensor:
+        return torch.cat([text[:, :at], inserted.expand(len(text), -1), text[:, at:]], 1)
+
+    kinds = insert(torch.zeros_like(ids), kinds)
+    return {
+        "input_ids": insert(ids, tokens),
+        "token_type_ids": kinds,
+        "mm_token_type_ids": kinds,
+    }
 
 
 def _make_noise(*shape: int) -> torch.Tensor:

@@ -46,6 +46,7 @@ OPENED = {
     "shardkit/runtime/config.py": "the config this module has just written",
     "shardkit/runtime/engine/stop_flag.py": "memory without a name, which the engine has made",
     "shardkit/runtime/engine/engine.py": "the tokenizer, by transformers, without remote code",
+    "shardkit/verification/input_table.py": "the bundled table of inputs",
     "shardkit/verification/models.py": "the unsharded model, by transformers, its headers checked",
     "shardkit/authoring/masked_sum.py": "a small model that a proof has made",
     "shardkit/authoring/proof.py": "a small model that a proof has made",

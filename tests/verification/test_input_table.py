@@ -1,0 +1,49 @@
+"""Inputs stated as data: tensors, the arithmetic of their sizes, and placeholders in the text."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shardkit.errors import RecipeError
+from shardkit.verification.input_table import InputTable, Placeholders
+
+CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=32, sizes=[4, 8]), image_id=9)
+SIZES = {"batch": 2, "length": 24}
+
+
+def make(entry: Any) -> torch.Tensor:
+    return InputTable("any", {"x": entry}, []).make_tensors(SIZES, CONFIG)["x"]
+
+
+def test_lengths_are_numbers_fields_and_arithmetic() -> None:
+    tensor = make(["batch", "vision_config.image_size // vision_config.sizes[0] - 1", 3])
+    assert (tensor.shape, tensor.dtype) == ((2, 7, 3), torch.float32)
+    assert torch.equal(tensor, make(["batch", 7, 3])), "the same every time"
+    assert tensor.std() > 0.5
+
+
+def test_a_value_fills_a_tensor_and_values_are_as_given() -> None:
+    assert torch.equal(
+        make({"shape": ["batch", 1], "value": 1}), torch.ones(2, 1, dtype=torch.int64)
+    )
+    assert make({"shape": [1], "value": True}).dtype == torch.bool
+    assert torch.equal(make({"values": [[1, "image_id + 1"]]}), torch.tensor([[1, 10]]))
+
+
+def test_placeholders_are_counted() -> None:
+    entries: list[dict[str, Any]] = [
+        {"token": "image_id", "count": "2 * batch"},
+        {"token": 7, "count": 1, "kind": 0},
+    ]
+    table = InputTable("any", {}, entries)
+    assert table.list_placeholders(SIZES, CONFIG) == [Placeholders(9, 4), Placeholders(7, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["no_field", "image_id / 2", "f(1)", "vision_config.sizes[5]", "1 +"]
+)
+def test_what_is_no_number_is_an_error_of_one_line(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"^inputs\.toml: any: .* is no number of this config$"):
+        make([text])
