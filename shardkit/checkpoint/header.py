@@ -182,6 +182,4 @@ def _parse_entry(name: str, value: Any, base: int) -> Entry:
 
 
 def _are_sizes(value: Any, limit: int) -> bool:
-    if not isinstance(value, list) or not {*map(type, value)} <= {int}:
-        return False
-    return not value or (min(value) >= 0 and max(value) < limit)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)

@@ -1,6 +1,6 @@
 """A plan: where every tensor lies on every rank, before any weight is read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -209,22 +209,19 @@ def make_plan(
     recipe, whole = compose_recipe(recipe, config), tuple(specs)
     prefix = find_wrapper_prefix([spec.name for spec in whole])
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    names = [spec.name.removeprefix(prefix) for spec in whole]
     try:
-        placements = [place_tensor(spec, recipe, units, counts, prefix) for spec in whole]
+        placements = [*_place_tensors(whole, recipe, units, counts, prefix)]
     except RecipeError:
         if fault := describe_unknown_tensor([spec.name for spec in whole], recipe, prefix):
             raise RecipeError(fault) from None
         raise
+    names = [spec.name.removeprefix(prefix) for spec in whole]
     loaded = decide_loading(config, names)
-
-    def is_loaded(name: str) -> bool:
-        return name not in loaded.unloaded and not recipe.find_prediction_module(name)
-
+    unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
     plan = Plan(
         Mesh(tp_size),
         tuple(
-            replace(placement, in_model=is_loaded(name))
+            replace(placement, in_model=False) if name in unloaded else placement
             for placement, name in zip(placements, names, strict=True)
         ),
         units,
@@ -235,6 +232,22 @@ def make_plan(
     )
     plan.check()
     return plan
+
+
+def _place_tensors(
+    specs: Iterable[TensorSpec],
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int],
+    prefix: str,
+) -> Iterator[Placement]:
+    """Every tensor's placement; those of one name but for its numbers, and one shape, are alike."""
+    alike: dict[tuple[str, tuple[int, ...]], Placement] = {}
+    for spec in specs:
+        key = recipe.generalize(spec.name), spec.shape
+        if (first := alike.get(key)) is None:
+            first = alike[key] = place_tensor(spec, recipe, units, counts, prefix)
+        yield Placement(spec, first.style, first.dim, first.sections, units=first.units)
 
 
 def place_tensor(

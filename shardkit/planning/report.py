@@ -59,17 +59,17 @@ class PlanReport:
         """Whether the model produces text; an encoder alone does not."""
         return generates_text(self.plan, self.config)
 
-    @property
+    @cached_property
     def kv_cache(self) -> KvCache | str:
         """What one token adds to the cache; or in words that there is none, or why unknown."""
         return estimate_kv_cache(self.plan, self.config)
 
-    @property
+    @cached_property
     def kv_copies(self) -> KvCopies | None:
         """What copies of kv heads cost; None if there are none."""
         return find_kv_copies(self.plan, self.config)
 
-    @property
+    @cached_property
     def collectives(self) -> Collectives:
         """What the ranks exchange in one forward pass."""
         return count_collectives(self.plan, self.config)

@@ -108,7 +108,7 @@ def summarize_plan(plan: Plan) -> PlanSummary:
             NUMBER.sub("#", p.spec.name),
             p.spec.dtype,
             p.spec.shape,
-            p.style,
+            p.style.name,
             p.dim,
             p.sections,
             p.in_model,

@@ -154,13 +154,41 @@ class Recipe:
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(compile_tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
 
+    @cached_property
+    def _stated_numbers(self) -> frozenset[str]:
+        """The numbers that patterns state: a name with one of them may have its own rule."""
+        patterns = [rule.pattern for rule in self.rules]
+        texts = [*patterns, self.base_model_prefix, *self.prediction_layers]
+        texts += self.prediction_layers.values()
+        return frozenset(number for text in texts for number in re.findall(r"\d+", text))
+
+    @cached_property
+    def _rules_by_name(self) -> dict[str, list[Rule]]:
+        return {}
+
+    def generalize(self, tensor: str) -> str:
+        """A name with `*` for each of its numbers that no rule states: all its like have its rule.
+
+        A mixture has tens of thousands of tensors and a few dozen such names.
+        """
+        stated = self._stated_numbers
+        return ".".join(
+            "*" if part.isdecimal() and part not in stated else part for part in tensor.split(".")
+        )
+
     def rules_for(self, tensor: str) -> list[Rule]:
         """Every rule that names `tensor`: one, if the recipe fits."""
+        name = self.generalize(tensor)
+        if (rules := self._rules_by_name.get(name)) is None:
+            rules = self._rules_by_name[name] = self._match_rules(name)
+        return rules
+
+    def _match_rules(self, tensor: str) -> list[Rule]:
         rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
         module = self.find_prediction_module(tensor)
         if rules or not module:
             return rules
-        return self.rules_for(f"{self.prediction_layers[module]}{tensor.removeprefix(module)}")
+        return self._match_rules(f"{self.prediction_layers[module]}{tensor.removeprefix(module)}")
 
     def find_prediction_module(self, tensor: str) -> str:
         """The module of `prediction_layers` that a tensor is in; empty if it is in none."""

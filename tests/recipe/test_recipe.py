@@ -166,6 +166,18 @@ def test_a_tensor_that_two_rules_name_is_refused_with_both() -> None:
         both.rule_for("model.0.norm.weight")
 
 
+def test_numbers_that_a_rule_states_keep_their_own_rule() -> None:
+    first, others = (Rule(f"layers.{at}.w", STYLES[style]) for at, style in
+                     (("0", "replicate"), ("{1,2}", "ignore")))  # fmt: skip
+    mixed = recipe(first, others, Rule("layers.*.u", STYLES["replicate"]))
+    assert mixed.rule_for("layers.0.w") is first
+    assert mixed.rule_for("layers.2.w") is others
+    assert mixed.rules_for("layers.3.w") == mixed.rules_for("layers.13.w") == []
+    assert mixed.generalize("layers.3.u") == mixed.generalize("layers.40.u") == "layers.*.u"
+    assert mixed.generalize("layers.2.u") == "layers.2.u"
+    assert mixed.rule_for("layers.2.u") is mixed.rule_for("layers.9.u")
+
+
 @pytest.mark.parametrize(
     ("pattern", "named", "not_named"),
     [
