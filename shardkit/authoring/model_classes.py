@@ -41,6 +41,7 @@ class SavedNames:
         every: Those saved with every sample.
         tied: Those that may be tied to others, and are then not saved.
         skips: Regular expressions of those that the class leaves out of a checkpoint on purpose.
+        buffers: Those that it makes anew, and does not save.
     """
 
     prefix: str
@@ -48,6 +49,7 @@ class SavedNames:
     every: set[str] | None = None
     tied: set[str] = field(default_factory=set)
     skips: set[str] = field(default_factory=set)
+    buffers: set[str] = field(default_factory=set)
 
     def add(self, names: set[str], model: PreTrainedModel) -> None:
         """Count a model of the class in, and the names that it saves."""
@@ -56,6 +58,7 @@ class SavedNames:
         self.tied |= {name for name in stored if any(re.search(tie, name) for tie in ties)}
         self.some |= names | self.tied
         self.every = names if self.every is None else self.every & names
+        self.buffers |= {NUMBERS.sub("*", n) for n, _ in model.named_buffers()} - stored
         self.skips |= set(model._keys_to_ignore_on_load_unexpected or ())
 
 
@@ -106,8 +109,8 @@ def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
         modules = collapse_modules(_add_prefix(each.some, each, union), every_name)
         needs = collapse_modules(heads - tied, every_name) | base
         ties = collapse_modules(tied, every_name)
-        skips = tuple(sorted(each.skips))
-        classes.append(ModelClass(name, each.prefix, modules, needs, ties, skips))
+        skips, buffers = tuple(sorted(each.skips)), frozenset(each.buffers)
+        classes.append(ModelClass(name, each.prefix, modules, needs, ties, buffers, skips))
     return classes
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from shardkit.config_fields import HEADS
 from shardkit.errors import RecipeError
 from shardkit.layout import Term
-from shardkit.layout.style import REPLICATE
+from shardkit.layout.style import IGNORE, REPLICATE
 from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_part_config
+from shardkit.recipe.model_classes import list_buffers
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -28,7 +29,7 @@ VOCAB = "vocab"  # a unit of every recipe
 
 
 def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with the rules of its parts, as a config has them, and those of common heads.
+    """The recipe with the rules of its parts, as a config has them, and those of any model.
 
     Args:
         recipe: The outer recipe.
@@ -37,13 +38,21 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
     """
-    return add_heads(_compose_parts(recipe, config) if recipe.parts else recipe)
+    whole = _compose_parts(recipe, config) if recipe.parts else recipe
+    return add_common_rules(whole, str(config.get("model_type")))
 
 
-def add_heads(recipe: Recipe) -> Recipe:
-    """The recipe with rules for the heads that any model may have, and that it does not name."""
+def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
+    """The recipe with rules for what it does not name, and any model may have: heads, old buffers.
+
+    Args:
+        recipe: The recipe.
+        model_type: A type of transformers, which says what its buffers are.
+    """
     heads = [head for head in load_heads() if not recipe.rules_for(f"{head}.weight")]
-    return replace(recipe, rules=(*recipe.rules, *(Rule(head, REPLICATE) for head in heads)))
+    buffers = [name for name in list_buffers(model_type) if not recipe.rules_for(name)]
+    rules = [Rule(head, REPLICATE) for head in heads] + [Rule(name, IGNORE) for name in buffers]
+    return replace(recipe, rules=(*recipe.rules, *rules))
 
 
 def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:

@@ -17,7 +17,7 @@ from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.recipe.counts import read_field
 
 CLASSES_FILE = "model_classes.json"
-SETS = ("modules", "needs", "ties")
+SETS = ("modules", "needs", "ties", "buffers")
 NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -43,6 +43,7 @@ class ModelClass:
         modules: The modules that it has, numbers as `*`, and what is inside of them with them.
         needs: Of these, those of which a checkpoint has a tensor: the base model, and heads.
         ties: Heads that it needs unless they are tied to the embeddings.
+        buffers: Tensors that it makes anew, and that older checkpoints have stored.
         skips: Regular expressions of names that it leaves out on purpose.
     """
 
@@ -51,6 +52,7 @@ class ModelClass:
     modules: frozenset[str]
     needs: frozenset[str]
     ties: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
     skips: tuple[str, ...] = ()
 
     def has(self, name: FullName) -> bool:
@@ -177,9 +179,15 @@ def read_classes(model_type: str) -> list[ModelClass]:
     return [_decode_class(name, value) for name, value in entry.items()]
 
 
+def list_buffers(model_type: str) -> list[str]:
+    """The buffers of a type's classes that older checkpoints have stored, numbers as `*`."""
+    return sorted({name for each in read_classes(model_type) for name in each.buffers})
+
+
 def _decode_class(name: str, value: Mapping[str, Any]) -> ModelClass:
-    modules, needs, ties = (frozenset(value[key]) for key in SETS)
-    return ModelClass(name, value["prefix"], modules, needs, ties, tuple(value["skips"]))
+    modules, needs, ties, buffers = (frozenset(value[key]) for key in SETS)
+    skips = tuple(value["skips"])
+    return ModelClass(name, value["prefix"], modules, needs, ties, buffers, skips)
 
 
 def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.authoring.forms import UNKNOWN_CLASS, try_forms
+from shardkit.authoring.form_check import try_forms
+from shardkit.authoring.forms import UNKNOWN_CLASS
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples
 

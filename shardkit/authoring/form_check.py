@@ -1,0 +1,123 @@
+"""Tries every form in which checkpoints of a model are found, with transformers as the referee.
+
+What transformers loads without a missing tensor must split, run over real ranks, and compute what
+transformers computes.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from shardkit.authoring.forms import UNKNOWN_CLASS, Form, ModelClassType, write_forms
+from shardkit.authoring.samples import Sample
+from shardkit.checkpoint import Checkpoint
+from shardkit.convert import shard_destination, split_checkpoint
+from shardkit.errors import MODEL_ERRORS, ShardkitError
+from shardkit.planning import plan_for
+from shardkit.runtime.engine.rank_processes import RankProcesses
+from shardkit.runtime.model_runner import ModelRunner, Tensors
+from shardkit.verification.dummy_inputs import make_inputs
+from shardkit.verification.models import ShardedModel, select_float_outputs
+
+MAX_ERROR = 1e-4  # relative to the largest output, in float32: a wrong or random tensor errs by 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class FormResult:
+    """What became of a form.
+
+    Attributes:
+        form: The form.
+        loads: Whether transformers loads it without a missing tensor.
+        fault: What went wrong if it does; empty if the shards compute the same.
+    """
+
+    form: Form
+    loads: bool
+    fault: str = ""
+
+
+@dataclass
+class FormChecker:
+    """Splits forms and runs them.
+
+    Attributes:
+        ranks: The ranks that run the shards.
+        scratch: Where shards are written.
+        runs: Of what was run: the class that saved it, the one that loaded it, and what was loaded.
+            A second form of which the same tensors are loaded as the same class is not run again.
+    """
+
+    ranks: RankProcesses
+    scratch: Path
+    runs: set[tuple[str, str, frozenset[str]]] = field(default_factory=set)
+
+    def check(self, form: Form, folder: Path, cls: ModelClassType) -> FormResult:
+        """Let transformers load a form; if that leaves nothing out, split and run it."""
+        try:
+            model, report = cls.from_pretrained(folder, output_loading_info=True)
+        except MODEL_ERRORS:
+            return FormResult(form, loads=False)
+        if report["missing_keys"] or report["mismatched_keys"]:
+            return FormResult(form, loads=False)
+        try:
+            return FormResult(form, True, self._compare(model.eval(), folder, form))
+        except ShardkitError as error:
+            return FormResult(form, True, str(error))
+        except MODEL_ERRORS as error:
+            return FormResult(form, True, f"{type(error).__name__}: {error}")
+
+    def _compare(self, model: PreTrainedModel, folder: Path, form: Form) -> str:
+        """Split a folder, run the shards, and say in what they differ from transformers' model.
+
+        If the class is free to choose, that it runs is enough.
+        """
+        shards = self.scratch / "shards"
+        with Checkpoint(folder) as checkpoint:
+            recipe, plan = plan_for(checkpoint, self.ranks.size)
+            split_checkpoint(checkpoint, plan, recipe, shard_destination(shards, force=True))
+        loaded = frozenset(p.spec.name for p in plan.placements if p.is_loaded)
+        is_free = form.loaded_as == UNKNOWN_CLASS
+        run = form.saved_as, plan.model_class or form.loaded_as, loaded
+        if run in self.runs:
+            return ""
+        sharded = ShardedModel(self.ranks)
+        sharded.load(shards, None)
+        inputs = make_inputs(model)
+        outputs = sharded.forward(inputs)
+        if not is_free:
+            expected = select_float_outputs(ModelRunner(model, torch.device("cpu")).forward(inputs))
+            if fault := describe_difference(outputs, expected):
+                return fault
+        self.runs.add(run)
+        return ""
+
+
+def describe_difference(outputs: Tensors, expected: Tensors) -> str:
+    """In what outputs differ from what is expected; empty if they are the same."""
+    if not expected.keys() & outputs.keys():
+        return "no output in common"
+    for name in expected.keys() & outputs.keys():
+        error = (outputs[name] - expected[name]).abs().max() / expected[name].abs().max()
+        if not error < MAX_ERROR:
+            return f"{name} is off by {float(error):.1e}"
+    return ""
+
+
+def try_forms(
+    sample: Sample, ranks: RankProcesses, scratch: Path, names: Collection[str] = ()
+) -> Iterator[FormResult]:
+    """Try a sample in every form.
+
+    Args:
+        sample: The sample.
+        ranks: The ranks that run the shards.
+        scratch: An empty folder.
+        names: The classes to try; by default every one that transformers has for the type.
+    """
+    checker = FormChecker(ranks, scratch)
+    for form, saved, cls in write_forms(sample, scratch / "models", names):
+        yield checker.check(form, saved.folder, cls)
