@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -151,10 +152,16 @@ def words(node: ast.AST) -> list[str]:
     return []
 
 
+@cache
+def list_types() -> set[str]:
+    """Every recipe's name and model types, as plain words."""
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    return {plain(name) for recipe in recipes for name in (recipe.name, *recipe.model_types)}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=shown)
 def test_no_model_type_is_named_in_code(path: Path) -> None:
-    recipes = [load_recipe(found) for found in list_recipe_files()]
-    types = {plain(name) for recipe in recipes for name in (recipe.name, *recipe.model_types)}
+    types = list_types()
     code = tree(path)
     documents = {
         id(node.body[0].value)

@@ -5,6 +5,7 @@ before every field, and for all but the first part a prefix before every unit.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from shardkit.layout import Term
 from shardkit.layout.style import IGNORE, REPLICATE
 from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_part_config
-from shardkit.recipe.model_classes import list_buffers
+from shardkit.recipe.model_classes import list_buffers, read_classes
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -23,6 +24,7 @@ from shardkit.recipe.recipe import (
     Recipe,
     Rule,
     UnitRule,
+    compile_tensor_pattern,
 )
 
 VOCAB = "vocab"  # a unit of every recipe
@@ -38,8 +40,12 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
     """
-    whole = _compose_parts(recipe, config) if recipe.parts else recipe
-    return add_common_rules(whole, str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    if recipe.parts:
+        return add_common_rules(_compose_parts(recipe, config), model_type)
+    prefixes = {each.prefix for each in read_classes(model_type)} - {""}
+    others = sorted(prefixes - {*list_alternatives(recipe.base_model_prefix)})
+    return add_common_rules(replace(recipe, other_prefixes=tuple(others)), model_type)
 
 
 def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
@@ -50,7 +56,12 @@ def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
         model_type: A type of transformers, which says what its buffers are.
     """
     heads = [head for head in load_heads() if not recipe.rules_for(f"{head}.weight")]
-    buffers = [name for name in list_buffers(model_type) if not recipe.rules_for(name)]
+    names = [name for name in list_buffers(model_type) if not recipe.rules_for(name)]
+    prefixes = recipe.base_model_prefix, recipe.other_prefixes
+    buffers: dict[str, re.Pattern[str]] = {}
+    for name in sorted(names, key=len, reverse=True):  # those with the base model's prefix first
+        if not any(pattern.fullmatch(name) for pattern in buffers.values()):
+            buffers[name] = compile_tensor_pattern(name, *prefixes)
     rules = [Rule(head, REPLICATE) for head in heads] + [Rule(name, IGNORE) for name in buffers]
     return replace(recipe, rules=(*recipe.rules, *rules))
 

@@ -6,7 +6,7 @@ transformers builds them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -132,7 +132,8 @@ class Recipe:
     One with `parts` has its own rules only, until `compose_recipe` adds those of the parts. One
     that is `part_only` is of a model that no checkpoint holds alone. `prediction_layers` has the
     modules that predict further tokens, which transformers does not load, and for each the module
-    whose rules count inside of it.
+    whose rules count inside of it. `other_prefixes` are what some classes of the type have in
+    place of `base_model_prefix`.
     """
 
     name: str
@@ -148,17 +149,19 @@ class Recipe:
     part_only: bool = False
     prediction_layers: Mapping[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
+    other_prefixes: tuple[str, ...] = ()
     notes: str = ""
 
     @cached_property
     def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(compile_tensor_pattern(r.pattern, self.base_model_prefix), r) for r in self.rules]
+        prefixes = self.base_model_prefix, self.other_prefixes
+        return [(compile_tensor_pattern(r.pattern, *prefixes), r) for r in self.rules]
 
     @cached_property
     def _stated_numbers(self) -> frozenset[str]:
         """The numbers that patterns state: a name with one of them may have its own rule."""
         patterns = [rule.pattern for rule in self.rules]
-        texts = [*patterns, self.base_model_prefix, *self.prediction_layers]
+        texts = [*patterns, self.base_model_prefix, *self.other_prefixes, *self.prediction_layers]
         texts += self.prediction_layers.values()
         return frozenset(number for text in texts for number in re.findall(r"\d+", text))
 
@@ -207,16 +210,22 @@ class Recipe:
         raise RecipeError(f"{tensor}: {len(rules)} rules of recipe {self.name!r} name it: {names}")
 
 
-def compile_tensor_pattern(pattern: str, base_model_prefix: str = "") -> re.Pattern[str]:
+def compile_tensor_pattern(
+    pattern: str, base_model_prefix: str = "", other_prefixes: Iterable[str] = ()
+) -> re.Pattern[str]:
     """The tensors a recipe pattern names: a module's weight and bias, or exactly that tensor.
 
     A name may lack the base model's prefix, itself a pattern, as checkpoints saved from the base
-    model do. Old checkpoints call the weight and bias of a norm gamma and beta.
+    model do, or have another in its place. Old checkpoints call the weight and bias of a norm gamma
+    and beta.
     """
-    head = ""
-    if base_model_prefix and pattern.startswith(base_model_prefix + "."):
-        head = rf"(?:{_translate_pattern(base_model_prefix)}\.)?"
+    prefixes = [*other_prefixes]
+    if base_model_prefix and not pattern.startswith(base_model_prefix + "."):
+        prefixes = []
+    elif base_model_prefix:
+        prefixes.append(base_model_prefix)
         pattern = pattern[len(base_model_prefix) + 1 :]
+    head = rf"(?:(?:{'|'.join(map(_translate_pattern, prefixes))})\.)?" if prefixes else ""
     return re.compile(head + _translate_pattern(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
 
 

@@ -9,6 +9,7 @@ from shardkit.authoring.forms import UNKNOWN_CLASS
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples
 
+ANSWERING = "LlamaForQuestionAnswering"  # the base model lies under another name
 PRETRAINING, MASKED_LM, UNKNOWN = "BertForPreTraining", "BertForMaskedLM", UNKNOWN_CLASS
 
 
@@ -17,6 +18,7 @@ PRETRAINING, MASKED_LM, UNKNOWN = "BertForPreTraining", "BertForMaskedLM", UNKNO
     [
         ("bert", (PRETRAINING, MASKED_LM), {(PRETRAINING, MASKED_LM), (PRETRAINING, UNKNOWN)}),
         ("gpt2", ("GPT2LMHeadModel", "GPT2Model"), {("GPT2Model", "GPT2LMHeadModel")}),
+        ("llama", (ANSWERING, "LlamaModel"), {(ANSWERING, ANSWERING), ("LlamaModel", UNKNOWN)}),
     ],
 )  # fmt: skip
 def test_what_transformers_loads_runs(

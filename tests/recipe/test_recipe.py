@@ -201,6 +201,11 @@ def test_a_pattern_names_a_modules_weight_and_bias(
 
 
 def test_families_of_one_recipe_may_have_different_prefixes() -> None:
+    other = compile_tensor_pattern("p.wte", "p", ["r"])
+    assert all(other.fullmatch(name) for name in ("p.wte.weight", "r.wte.weight", "wte.weight"))
+    assert not other.fullmatch("q.wte.weight")
+    assert compile_tensor_pattern("wte", "", ["r"]).fullmatch("r.wte")
+    assert not compile_tensor_pattern("lm_head", "p", ["r"]).fullmatch("r.lm_head")
     compiled = compile_tensor_pattern("{p,q}.wte", "{p,q}")
     names = ["p.wte.weight", "q.wte.weight", "wte.weight", "r.wte.weight", "p.q.wte.weight"]
     assert [name for name in names if compiled.fullmatch(name)] == names[:3]
