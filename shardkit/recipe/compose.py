@@ -59,7 +59,8 @@ def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
     names = [name for name in list_buffers(model_type) if not recipe.rules_for(name)]
     prefixes = recipe.base_model_prefix, recipe.other_prefixes
     buffers: dict[str, re.Pattern[str]] = {}
-    for name in sorted(names, key=len, reverse=True):  # those with the base model's prefix first
+    bases = tuple(f"{base}." for base in list_alternatives(recipe.base_model_prefix))
+    for name in sorted(names, key=lambda name: not name.startswith(bases)):
         if not any(pattern.fullmatch(name) for pattern in buffers.values()):
             buffers[name] = compile_tensor_pattern(name, *prefixes)
     rules = [Rule(head, REPLICATE) for head in heads] + [Rule(name, IGNORE) for name in buffers]
