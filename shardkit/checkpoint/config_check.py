@@ -5,6 +5,7 @@ Each is held to what the tensors prove, or to a cap, before any of it reaches a 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ POSITIVE = frozenset(
     + fields.DECODER_HEADS + fields.ENCODER_HEADS + fields.KV_HEADS
 )  # fmt: skip
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
+FIRST_NUMBER = re.compile(r"([^.]+?(?:\.[^.]+?)*?)\.(\d{1,9})(?![^.])")  # of a list of modules
 REPEATED = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?)$")
 INTEGER_KINDS = ("int", "bool")
 LISTED = re.compile(r"experts$|num_labels")
@@ -161,13 +163,10 @@ def group_layers(names: Iterable[str]) -> dict[str, dict[int, int]]:
 
     Of each list, how many tensors each number has.
     """
+    places = Counter(match.groups() for name in names if (match := FIRST_NUMBER.match(name)))
     lists: dict[str, dict[int, int]] = {}
-    for name in names:
-        parts = name.split(".")
-        at = next((at for at, part in enumerate(parts) if part.isdecimal() and len(part) < 10), 0)
-        if at:
-            layers = lists.setdefault(".".join(parts[:at]), {})
-            layers[int(parts[at])] = layers.get(int(parts[at]), 0) + 1
+    for (name, number), count in places.items():
+        lists.setdefault(name, {})[int(number)] = count
     return lists
 
 

@@ -5,17 +5,16 @@ The format: 8 bytes of little-endian length, that many bytes of JSON, then the d
 safetensors library refuses, and duplicate names, which it accepts.
 """
 
-import contextlib
-import gc
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardkit import strict_json
+from shardkit.collection import put_off_collection
 from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular_file
@@ -90,19 +89,7 @@ def parse_header_length(start: bytes, size: int) -> int:
     return length
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Put off the search for garbage: among many objects without cycles it takes half the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_collection()
+@put_off_collection()
 def parse_header(raw: bytes, file_size: int) -> Header:
     """The header's tensors, their bytes proven to cover the file exactly. Raises JsonError."""
     if not raw.startswith(b"{"):
@@ -166,7 +153,8 @@ def _parse_entry(name: str, value: Any, base: int) -> Entry:
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise JsonError(f"tensor {quote(name)}: entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None:
         raise JsonError(f"tensor {quote(name)}: unknown dtype {quote(dtype)}")
     if not _are_sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
         raise JsonError(f"tensor {quote(name)}: shape is not a list of sizes")
@@ -174,12 +162,18 @@ def _parse_entry(name: str, value: Any, base: int) -> Entry:
         raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
     start, stop = offsets
     spec = TensorSpec(name, dtype, tuple(shape))
-    if math.prod(filter(None, shape)) * DTYPES[dtype].bits >= 1 << 64:
+    bits = math.prod(shape) * known.bits
+    if (bits or math.prod(filter(None, shape)) * known.bits) >= 1 << 64:
         raise JsonError(f"tensor {quote(name)}: shape is too large, zeros left aside")
-    if (needed := spec.nbytes) != stop - start:
+    if bits != 8 * (stop - start) and (needed := spec.nbytes) != stop - start:
         raise JsonError(f"tensor {quote(name)}: {stop - start} bytes, but its shape needs {needed}")
     return Entry(spec, base + start, base + stop)
 
 
 def _are_sizes(value: Any, limit: int) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)
+    if not isinstance(value, list):
+        return False
+    for size in value:  # noqa: SIM110 - a loop is three times as fast, and there are 100,000 lists
+        if type(size) is not int or not 0 <= size < limit:
+            return False
+    return True

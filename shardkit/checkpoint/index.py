@@ -52,7 +52,10 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise JsonError("damaged index: no weight_map of tensor to file")
+    names: set[str] = set()  # that are sound: a hundred thousand tensors are in a few hundred files
     for tensor, file in weight_map.items():
+        if isinstance(file, str) and file in names:
+            continue
         if not isinstance(file, str) or not is_plain_name(file):
             raise JsonError(
                 f"{quote(tensor)} is in {quote(file)}, which is not the name of a file in this"
@@ -63,6 +66,7 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
                 f"{quote(tensor)} is in {quote(file)}, which is no *{suffix} file; convert the"
                 " checkpoint to safetensors first"
             )
+        names.add(file)
     stated = table.get("metadata")
     metadata = stated if isinstance(stated, dict) else {}
     return Index(name, weight_map, _keep_metadata(metadata), metadata.get("total_size"))

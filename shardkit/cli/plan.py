@@ -13,7 +13,8 @@ from shardkit.cli.output import (
     print_line,
     print_warning,
 )
-from shardkit.cli.split_output import plan_bytes_to_json, print_plan_bytes
+from shardkit.cli.plan_bytes import plan_bytes_to_json, print_plan_bytes
+from shardkit.collection import put_off_collection
 from shardkit.layout import STYLES
 from shardkit.planning import (
     Collectives,
@@ -28,6 +29,7 @@ from shardkit.planning import plan as plan_source
 
 
 @click.command()
+@put_off_collection()
 @click.argument("source")
 @TP
 @RECIPE

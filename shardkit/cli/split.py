@@ -17,7 +17,8 @@ from shardkit.cli.options import (
     progress_bar,
 )
 from shardkit.cli.output import format_bytes, format_count, print_json, print_line
-from shardkit.cli.split_output import plan_bytes_to_json, print_plan_bytes, show_split
+from shardkit.cli.plan_bytes import plan_bytes_to_json, print_plan_bytes
+from shardkit.cli.split_output import show_split
 from shardkit.convert import split as split_source
 from shardkit.planning import Plan, summarize_plan
 

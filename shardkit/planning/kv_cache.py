@@ -6,12 +6,13 @@ If a config does not state a number, it is not guessed: the answer says what is 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardkit import config_fields as fields
 from shardkit.dtypes import BY_TORCH_NAME, DTYPES
 from shardkit.layout.style import COLUMN, RECURRENT
+from shardkit.planning.mesh import Mesh
 from shardkit.planning.parts import (
     find_field,
     find_layer,
@@ -120,8 +121,8 @@ def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
     """The loaded matrices of the language model's decoder that a unit divides the output of."""
     weights = [
         p
-        for p in plan.placements
-        if unit in p.units and p.style is COLUMN and p.is_loaded and len(p.spec.shape) > 1
+        for p in plan.loaded_by_style.get(COLUMN.name, ())
+        if unit in p.units and len(p.spec.shape) > 1
     ]
     paths = {p.spec.name: p.spec.name.split(".") for p in weights}
     both = has_both_halves(paths.values())
@@ -156,6 +157,14 @@ def _count_latent_layers(plan: Plan, width: int) -> int:
         if "." in p.spec.name
     )
     return max(modules.values(), default=0)
+
+
+def count_whole_kv_heads(plan: Plan, config: Mapping[str, Any]) -> int:
+    """The kv heads that a layer caches where there is one rank, of a plan that has such a cache."""
+    config, unit = select_text_fields(config), find_kv_unit(plan)
+    if unit is None or read_count(config, fields.KV_LATENT):
+        return 1
+    return sum(_count_kv_heads(replace(plan, mesh=Mesh(1)), config, unit) or (1,))
 
 
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardkit.layout import kv_head_mode
-from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, find_kv_unit
+from shardkit.planning.kv_cache import (
+    KvCache,
+    count_whole_kv_heads,
+    estimate_kv_cache,
+    find_kv_unit,
+)
 from shardkit.planning.placement import Plan
 
 
@@ -29,10 +34,9 @@ class KvCopies:
 def find_kv_copies(plan: Plan, config: Mapping[str, Any]) -> KvCopies | None:
     """The copies that a plan makes of kv heads; None if it makes none."""
     cache, unit = estimate_kv_cache(plan, config), find_kv_unit(plan)
-    whole = estimate_kv_cache(plan.with_tp_size(1), config)
     cache_growth = 1.0
-    if isinstance(cache, KvCache) and isinstance(whole, KvCache):
-        cache_growth = sum(cache.rank_bytes) / sum(whole.rank_bytes)
+    if isinstance(cache, KvCache):
+        cache_growth = sum(cache.kv_heads) / count_whole_kv_heads(plan, config)
     counted = plan.units[unit] if unit else None
     if counted is None or not counted.count or not counted.shared_by:
         if cache_growth == 1:

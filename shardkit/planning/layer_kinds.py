@@ -1,5 +1,6 @@
 """The lists of modules that tensors are in, and which modules of a list are of one kind."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from shardkit.planning.placement import Placement
 # The tensors of each module of a list, by its number, and by their names within the module.
 Layers = Mapping[int, Mapping[str, Placement]]
 
-MAX_DIGITS = 9
+INNER_NUMBER = re.compile(r"(?<=[^.])\.(\d{1,9})(?=\.)")  # a module's number in its list
 
 
 def group_tensors(tensors: Mapping[str, Placement]) -> dict[str, dict[int, dict[str, Placement]]]:
@@ -19,11 +20,9 @@ def group_tensors(tensors: Mapping[str, Placement]) -> dict[str, dict[int, dict[
     """
     lists: dict[str, dict[int, dict[str, Placement]]] = {}
     for name, placement in tensors.items():
-        parts = name.split(".")
-        for at, part in enumerate(parts[:-1]):
-            if at and part.isdecimal() and len(part) <= MAX_DIGITS:
-                layers = lists.setdefault(".".join(parts[:at]), {})
-                layers.setdefault(int(part), {})[".".join(parts[at + 1 :])] = placement
+        for match in INNER_NUMBER.finditer(name):
+            layers = lists.setdefault(name[: match.start()], {})
+            layers.setdefault(int(match[1]), {})[name[match.end() + 1 :]] = placement
     return lists
 
 

@@ -49,16 +49,16 @@ def list_class_names(plan: Plan, config: Mapping[str, Any]) -> list[str]:
 def list_placements(plan: Plan, style: Style) -> list[Placement]:
     """The loaded tensors of a style that its collective is for: not a row-parallel layer's bias."""
     undivided_ok = style.divides == "nothing"
-    return [
-        p
-        for p in plan.placements
-        if p.style is style and p.is_loaded and (p.dim is not None or undivided_ok)
-    ]
+    loaded = plan.loaded_by_style.get(style.name, ())
+    return [p for p in loaded if p.dim is not None or undivided_ok]
 
 
 def list_paths(plan: Plan, style: Style) -> list[Path]:
     """The names of these tensors, cut at their dots."""
-    return [p.spec.name.split(".") for p in list_placements(plan, style)]
+    if (paths := plan.paths_by_style.get(style.name)) is None:
+        paths = [p.spec.name.split(".") for p in list_placements(plan, style)]
+        plan.paths_by_style[style.name] = paths
+    return paths
 
 
 def has_both_halves(paths: Iterable[Path]) -> bool:

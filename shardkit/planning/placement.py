@@ -1,6 +1,6 @@
 """A plan: where every tensor lies on every rank, before any weight is read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -129,6 +129,20 @@ class Plan:
                 placement.tiles(self.mesh)
             except LayoutError as error:
                 raise LayoutError(f"{placement.spec.name}: {error}") from None
+
+    @cached_property
+    def loaded_by_style(self) -> Mapping[str, Sequence[Placement]]:
+        """The loaded tensors by the name of their style."""
+        by_style: dict[str, list[Placement]] = {}
+        for placement in self.placements:
+            if placement.is_loaded:
+                by_style.setdefault(placement.style.name, []).append(placement)
+        return by_style
+
+    @cached_property
+    def paths_by_style(self) -> dict[str, list[list[str]]]:
+        """The names of a style's tensors, cut at their dots, as far as they were asked for."""
+        return {}
 
     @cached_property
     def max_tp_size(self) -> int:

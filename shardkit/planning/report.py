@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import open_source
+from shardkit.collection import put_off_collection
 from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
@@ -102,7 +103,7 @@ def plan(
         >>> report = plan("models/llama", tp_size=4)  # doctest: +SKIP
         >>> report.summary.loaded_bytes, report.max_tp_size  # doctest: +SKIP
     """
-    with open_source(source, revision, allow_pickle) as checkpoint:
+    with put_off_collection(), open_source(source, revision, allow_pickle) as checkpoint:
         used, made_plan = plan_for(checkpoint, tp_size, recipe)
         return PlanReport(
             checkpoint.name,

@@ -130,8 +130,8 @@ def list_unloaded(plan: Plan) -> tuple[str, ...]:
 
 def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
-    columns = zip(*(map(int, NUMBER.findall(name)) for name in names), strict=True)
-    ranges = (_format_ranges(set(column)) for column in columns)
+    columns = zip(*map(NUMBER.findall, names), strict=True)
+    ranges = (_format_ranges(set(map(int, set(column)))) for column in columns)
     return NUMBER.sub(lambda _: next(ranges), names[0])
 
 

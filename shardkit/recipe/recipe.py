@@ -13,6 +13,8 @@ from functools import cached_property
 from shardkit.errors import RecipeError
 from shardkit.layout import Style, Term
 
+NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")  # a part of a name that is one
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -175,9 +177,9 @@ class Recipe:
         A mixture has tens of thousands of tensors and a few dozen such names.
         """
         stated = self._stated_numbers
-        return ".".join(
-            "*" if part.isdecimal() and part not in stated else part for part in tensor.split(".")
-        )
+        parts = NUMBER.split(tensor)  # every second one is a number
+        parts[1::2] = [number if number in stated else "*" for number in parts[1::2]]
+        return "".join(parts)
 
     def rules_for(self, tensor: str) -> list[Rule]:
         """Every rule that names `tensor`: one, if the recipe fits."""

@@ -11,11 +11,13 @@ import pytest
 from shardkit.authoring.proof import prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe import compose_recipe
-from shardkit.recipe.catalog import find_recipe, list_recipe_files
+from shardkit.recipe.catalog import find_recipe, find_recipe_folder, list_recipe_files
 from shardkit.recipe.parse import load_recipe
 from tests.helpers.model_samples import VARIANTS, SampleFolder, make
+from tests.helpers.recipe_words import choose_covering, list_words
 
 BEAMS = 3
+RESULTS = find_recipe_folder() / "proofs" / "results.json"
 # Rules that no sample of the recipe's own has tensors for, by the end of their names.
 ELSEWHERE = {
     "moe": "mlp.experts.{gate_up,down}_proj: in samples of what composes it",
@@ -36,18 +38,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SampleFolder:
     return get
 
 
-def cases() -> Iterator[Any]:
-    """Every sample over 2 and 4 ranks; each recipe's first one alone is quick enough for all runs.
+def list_quick_samples() -> set[str]:
+    """The first sample of a few recipes: they use every word of the recipe format between them."""
+    results = json.loads(RESULTS.read_text())
+    first = {name: entry["proofs"][0]["sample"] for name, entry in results.items()}
+    recipes = map(load_recipe, list_recipe_files())
+    words = {each.name: list_words(each) for each in recipes if each.name in first}
+    return {first[name] for name in choose_covering(words)}
 
-    That one goes over 4 ranks if its sizes are awkward, else over 2.
+
+def cases() -> Iterator[Any]:
+    """Every sample over 2 and 4 ranks.
+
+    Every run proves those of a few recipes, and one of each file of samples. The others are proven
+    by `make slow`, and when a recipe or its samples change: their published proofs are stale then.
     """
-    seen: set[str] = set()
+    quick = list_quick_samples()
+    groups = {VARIANTS[name].group for name in quick if name in VARIANTS}
     for sample in VARIANTS.values():
-        recipe = find_recipe(sample.stored_config).name
-        first = (4 if "awkward" in sample.group else 2) if recipe not in seen else 0
-        seen.add(recipe)
+        is_quick = sample.name in quick or sample.group not in groups
+        groups.add(sample.group)
+        usual = 4 if "awkward" in sample.group else 2
         for tp_size in (2, 4):
-            marks = () if tp_size == first else pytest.mark.slow
+            marks = () if is_quick and tp_size == usual else pytest.mark.slow
             yield pytest.param(sample.name, tp_size, marks=marks, id=f"{sample.name}-tp{tp_size}")
 
 
@@ -61,6 +74,7 @@ def test_a_recipe_is_proven_on_its_sample(
     assert proof.passed, proof.checks[-1]
 
 
+@pytest.mark.slow
 def test_every_rule_of_every_recipe_is_used_by_some_sample(source: SampleFolder) -> None:
     from shardkit.checkpoint import open_checkpoint
 
