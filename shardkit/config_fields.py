@@ -30,11 +30,19 @@ TEXT_TABLE = "text_config"
 TOWER_TABLES = ("vision_config", "audio_config")
 
 # Modules of a tower, as tensors' names have them.
-VISION_MODULES = frozenset(("vision_tower", "vision_model", "visual", "vision_encoder"))
-AUDIO_MODULES = frozenset(("audio_tower", "audio_model"))
-PROJECTORS = frozenset(
-    ("multi_modal_projector", "connector", "aligner", "vision_projection", "mm_projector")
+VISION_MODULES = frozenset(
+    ("vision_tower", "vision_model", "visual", "vision_encoder", "sam_model", "qwen2_model")
 )
+AUDIO_MODULES = frozenset(("audio_tower", "audio_model", "sound_encoder"))
+PROJECTORS = frozenset(
+    (
+        "multi_modal_projector", "connector", "aligner", "vision_projection", "mm_projector",
+        "resampler_model", "patch_merge_mlp", "vit_large_projector", "vision_language_adapter",
+        "mlp1", "sound_projection",
+    )
+)  # fmt: skip
+# Modules of a language model whose keys and values are an image's, made once for each.
+CROSS_MODULES = frozenset(("cross_attn",))
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token")
 TWO_STREAMS = "bi_data"  # a model that has it generates by two passes through every layer
@@ -49,6 +57,6 @@ EXPANDED_KV = ("new_decoder_architecture",)  # keys and values are kept once for
 FIXED_STATE = ("state_size", "lru_width", "rescale_every")
 UNCACHED = ("use_lang_emb", "afn")
 # Hidden states instead of keys and values, or the keys of an indexer beside them.
-OTHER_CACHES = ("mem_len", "index_head_dim", "ssm_cfg")
+OTHER_CACHES = ("mem_len", "index_head_dim", "indexer_head_dim", "ssm_cfg")
 DTYPE = ("dtype", "torch_dtype")
 QUANTIZATION = ("quantization_config", "compression_config")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from shardkit.authoring.masked_sum import match_parameters
@@ -17,11 +18,12 @@ from shardkit.planning import (
 )
 from shardkit.runtime.model_runner import Tensors
 from shardkit.runtime.usage import Usage
-from shardkit.verification.dummy_inputs import make_inputs
+from shardkit.verification.dummy_inputs import has_placeholders, make_inputs
 from shardkit.verification.models import ShardedModel
 
 PROMPT_TOKENS = 2  # fewer than any sliding window holds
 ROUTED = "unknown: experts run one by one, with a sum for each that tokens are routed to"
+DECODER = "decoder_"  # how arguments of a decoder begin
 NONE = "none"  # how a plan's words begin if there is no cache, and not if it is unknown
 
 Numbers = Sequence[int] | str  # a number for each rank, or why there is none
@@ -74,13 +76,21 @@ def compare_usage(
 def make_prompt(model: PreTrainedModel, inputs: Tensors) -> Tensors:
     """A prompt of a few tokens of the inputs' text; their other inputs if they have no text.
 
-    Empty for a model that generates nothing.
+    Images that no token of the text stands for are kept, since every token attends to them. Empty
+    for a model that generates nothing.
     """
     if not model.can_generate():
         return {}
-    if "input_ids" in inputs:
-        return {"input_ids": inputs["input_ids"][:1, -PROMPT_TOKENS:].clone()}
+    if (ids := inputs.get("input_ids")) is not None:
+        others = {} if has_placeholders(model, ids) else inputs
+        kept = {n: t[:1].clone() for n, t in others.items() if is_image(n, t, ids)}
+        return {"input_ids": ids[:1, -PROMPT_TOKENS:].clone(), **kept}
     return {name: t[:1].clone() for name, t in inputs.items() if name != "decoder_input_ids"}
+
+
+def is_image(name: str, tensor: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether an input is no text, nor an entry for each token of one."""
+    return tensor.shape[:2] != ids.shape and not name.startswith(DECODER)
 
 
 def count_computed_bytes(model: PreTrainedModel, plan: Plan) -> int:

@@ -71,8 +71,11 @@ def _check_numbers(config: Config, specs: Sequence[TensorSpec]) -> None:
     for key in fields.LAYERS:
         if isinstance(value := _text_fields(config).get(key), list | dict):
             raise _Disagreement(f"{key} is {quote(value)}, not a count")
+    # Of a latent attention, the width of a head may be that of its positions: 0 without any.
+    is_without = any(_text_fields(config).get(key) == 0 for key in fields.ROPE_KEY)
+    positive = POSITIVE.difference(fields.HEAD_DIM) if is_without else POSITIVE
     for key, value in _iter_values(config):
-        if key in POSITIVE and value is not None:
+        if key in positive and value is not None:
             _check_range(key, value, 1, MAX_SIZE if largest < MAX_SIZE else largest)
         if type(value) is not int or FACTORS.search(key):
             continue

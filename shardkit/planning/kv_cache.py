@@ -112,6 +112,7 @@ def find_kv_unit(plan: Plan) -> str | None:
     """The unit that counts kv heads, or sets of them; None if it cannot be told."""
     counted = {name: unit for name, unit in plan.units.items() if unit.count is not None}
     shared = [name for name, unit in counted.items() if unit.shared_by and KV_UNIT.search(name)]
+    shared = [name for name in shared if _list_kv_weights(plan, name)]  # not a tower's
     if len(shared) > 1:
         return None
     return next((name for name in (*shared, *HEAD_UNITS) if name in counted), None)
@@ -125,11 +126,11 @@ def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
         if unit in p.units and len(p.spec.shape) > 1
     ]
     paths = {p.spec.name: p.spec.name.split(".") for p in weights}
-    both = has_both_halves(paths.values())
+    elsewhere = {"encoder"} if has_both_halves(paths.values()) else fields.CROSS_MODULES
     return [
         p
         for p in weights
-        if not is_tower(paths[p.spec.name]) and not (both and "encoder" in paths[p.spec.name])
+        if not is_tower(paths[p.spec.name]) and elsewhere.isdisjoint(paths[p.spec.name])
     ]
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ from transformers.core_model_loading import (
 )
 
 from shardkit.planning import Placement
+
+TABLE_OF_HEADS = "subconfig_key"  # an operation's attribute: the table that counts its heads
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,23 @@ class Conversion:
         converter.operations = [*self._choose_operations(converter, model)]
         for name, pattern in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda t=tensors[name]: t)
-        converted = converter.convert(self.target, model=model, config=model.config)
+        config = self._count_local_heads(model.config, tensors)
+        converted = converter.convert(self.target, model=model, config=config)
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
+
+    def _count_local_heads(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The config with the heads of this rank's part, for operations on each head of a table.
+
+        They tell where a head ends from the number of heads.
+        """
+        rows, whole = len(tensors[self.sources[0][0]]), self.whole[0]
+        tables = {getattr(op, TABLE_OF_HEADS, None) for op in self.converter.operations}
+        if rows == whole or not tables - {None}:
+            return config
+        local = deepcopy(config)
+        for table in (getattr(local, key, local) for key in tables if key):
+            table.num_attention_heads = table.num_attention_heads * rows // whole
+        return local
 
     def _choose_operations(
         self, converter: WeightConverter, model: PreTrainedModel

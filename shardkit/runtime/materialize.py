@@ -72,7 +72,13 @@ def fill_parameters(
             module = model.get_submodule(path)
             keeps_float32 = any(part in name for part in keep)
             target_dtype = torch.float32 if keeps_float32 else getattr(module, leaf).dtype
-            set_tensor(module, leaf, value.to(target_dtype))
+            set_tensor(module, leaf, _own_memory(value.to(target_dtype)))
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, without the rest of a larger one that it is a view of and would keep alive."""
+    is_whole = tensor.untyped_storage().nbytes() <= tensor.nbytes
+    return tensor if is_whole else tensor.clone()
 
 
 def zero_tensors(model: PreTrainedModel, names: Iterable[str]) -> None:

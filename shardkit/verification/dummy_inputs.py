@@ -131,6 +131,11 @@ def find_image_token(model: PreTrainedModel) -> int | None:
     return next((int(token) for token in fields if token is not None), None)
 
 
+def has_placeholders(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Whether a text has tokens that stand for images or sounds."""
+    return bool(torch.isin(ids, _list_placeholder_ids(model)).any())
+
+
 def _make_patches(config: Any, vision: Any, channels: int) -> dict[str, torch.Tensor]:
     """Images cut into patches `[patches, values]`, and the grid of each, `[B, 3]`.
 

@@ -90,27 +90,30 @@ class ReferenceModel:
 
     def forward(self, inputs: Tensors) -> Tensors:
         """The floating-point outputs, by name."""
-        with self._sampling():
+        with self._promoting():
             return select_float_outputs(self._runner.forward(inputs))
 
     def generate(self, inputs: Tensors, steps: int, beams: int = 1) -> Generation:
         """Greedy decoding of S = `steps` tokens, or beam search, which has no logits."""
         prompt, options = select_prompt(inputs), greedy_options(steps, beams)
-        with self._sampling():
+        with self._promoting():
             return self._runner.generate(prompt, options, with_logits=beams == 1)
 
     def trace(self, inputs: Tensors, modules: Iterable[str]) -> Tensors:
         """What the named modules output, by name, in the order they ran."""
-        with self._sampling():
+        with self._promoting():
             return self._runner.trace(inputs, modules)
 
-    def _sampling(self) -> AbstractContextManager[object]:
+    def _promoting(self) -> AbstractContextManager[object]:
         is_wider = self.model.dtype == torch.float64
-        return PromotedSampling() if is_wider else nullcontext()
+        return PromotedArguments() if is_wider else nullcontext()
 
 
-class PromotedSampling(TorchFunctionMode):
-    """Lets a float64 model that fixes its position table to float32 sample it at float64 places."""
+PROMOTED = (functional.grid_sample, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul)
+
+
+class PromotedArguments(TorchFunctionMode):
+    """Lets a float64 model compute with what its code fixes to float32: a table, or some heads."""
 
     def __torch_function__(
         self,
@@ -119,10 +122,11 @@ class PromotedSampling(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a torch function; `grid_sample` with its table as wide as its places."""
-        if func is functional.grid_sample:
-            table, places, *rest = args
-            args = (table.to(places.dtype), places, *rest)
+        """Run a torch function; of two tensors, the narrower one as wide as the other."""
+        if func in PROMOTED:
+            first, second, *rest = args
+            dtype = torch.promote_types(first.dtype, second.dtype)
+            args = (first.to(dtype), second.to(dtype), *rest)
         return func(*args, **(kwargs or {}))
 
 

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.masked_sum import load_reference, plan_folder
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.authoring.usage_check import Figure, compare_usage
+from shardkit.authoring.usage_check import Figure, compare_usage, make_prompt
 from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
+from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.models import ShardedModel
-from tests.helpers.model_samples import make
+from tests.helpers.model_samples import VARIANTS, make
 from tests.helpers.split_helpers import split_folder
 
 FOUR_LAYERS = {"num_hidden_layers": 4, "num_hidden_groups": 2}  # each of two layers is used twice
@@ -26,6 +28,13 @@ WRONG = {
 }
 
 
+def build(sample: str) -> PreTrainedModel:
+    """A sample's model, its weights random."""
+    cls = VARIANTS[sample].model_class
+    model: PreTrainedModel = cls(cls.config_class(**VARIANTS[sample].config))
+    return model.eval()
+
+
 def test_a_wrong_prediction_is_found_and_named(rank_pool: RankPool, tmp_path: Path) -> None:
     source = make("llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
@@ -36,6 +45,15 @@ def test_a_wrong_prediction_is_found_and_named(rank_pool: RankPool, tmp_path: Pa
     for case, (fields, names) in WRONG.items():
         figures = compare_usage(plan, {**config, **fields}, reference, sharded)
         assert {figure.name for figure in figures if figure.fault} == names, case
+
+
+def test_a_prompt_keeps_the_images_that_no_token_stands_for() -> None:
+    model = build("mllama")
+    prompt = make_prompt(model, make_inputs(model))
+    assert {"input_ids", "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"} == {*prompt}
+    assert {len(tensor) for tensor in prompt.values()} == {1}
+    seeing = build("llava")
+    assert {*make_prompt(seeing, make_inputs(seeing))} == {"input_ids"}
 
 
 def test_a_number_that_is_not_predicted_is_no_fault() -> None:

@@ -159,6 +159,13 @@ RENAMED = {
     "the same of another layout": (
         "qwen2_5_vl", {"model.": "model.language_model.", "visual.": "model.visual."},
     ),
+    "layers that transformers saves under another name": (
+        "kimi_k25",
+        {
+            "language_model.model.blocks": "language_model.model.layers",
+            "model.mm_projector": "mm_projector",
+        },
+    ),
     "an encoder saved with its prefix": ("clip-vision", {"": "vision_model."}),
 }  # fmt: skip
 

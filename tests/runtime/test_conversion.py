@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shardkit.runtime.conversion import find_conversions
+from shardkit.runtime.materialize import fill_parameters
+from tests.helpers.model_samples import VARIANTS
 
+QKV = "vision_tower.encoder.blocks.0.wqkv.weight"  # q and k in the order of another rotation
 EXTRA = "model.layers.1.self_attn.q_proj.weight"  # the model has one layer
 
 
@@ -30,3 +33,33 @@ def shapes_of(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
 def test_a_tensor_that_the_model_has_no_place_for_is_left_out(model: LlamaForCausalLM) -> None:
     targets = {conversion.target for conversion in find_conversions(model, shapes_of(model))}
     assert targets == set(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def seeing_model() -> PreTrainedModel:
+    sample = VARIANTS["kimi_k25"]
+    model: PreTrainedModel = sample.model_class(sample.model_class.config_class(**sample.config))
+    return model
+
+
+def test_a_rank_s_heads_are_reordered_as_the_whole_model_s_are(
+    seeing_model: PreTrainedModel,
+) -> None:
+    heads = torch.randn(3, 4, 8, 32)  # q, k and v of 4 heads of 8
+    whole, part = heads.flatten(0, 2), heads[:, 1:3].flatten(0, 2)
+    (conversion,) = find_conversions(seeing_model, {QKV: (96, 32)})
+    expected = conversion.run({QKV: whole}, seeing_model)
+    assert len(expected) == 3
+    for name, tensor in conversion.run({QKV: part}, seeing_model).items():
+        assert torch.equal(tensor, expected[name][8:24]), name
+
+
+def test_a_parameter_cut_from_a_larger_tensor_keeps_no_more_than_itself(
+    seeing_model: PreTrainedModel,
+) -> None:
+    conversions = find_conversions(seeing_model, {QKV: (96, 32)})
+    tensors = [(QKV, torch.randn(96, 32))]
+    fill_parameters(seeing_model, tensors, conversions, torch.device("cpu"), torch.float32)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = seeing_model.get_parameter(f"model.vision_tower.layers.0.attn.{name}.weight")
+        assert weight.untyped_storage().nbytes() == weight.nbytes, name

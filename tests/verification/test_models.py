@@ -3,12 +3,19 @@
 import torch
 from torch.nn import functional
 
-from shardkit.verification.models import PromotedSampling
+from shardkit.verification.models import PromotedArguments
 
 
 def test_a_float32_table_is_sampled_at_float64_places() -> None:
     table = torch.arange(16, dtype=torch.float32).view(1, 1, 4, 4)
     places = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
-    with PromotedSampling():
+    with PromotedArguments():
         found = functional.grid_sample(table, places, align_corners=False)
     assert (found.dtype, found.item()) == (torch.float64, 7.5)
+
+
+def test_float32_heads_are_multiplied_with_float64_ones() -> None:
+    heads = torch.ones(2, 3, dtype=torch.float32)
+    with PromotedArguments():
+        products = heads @ heads.double().T
+    assert (products.dtype, products[0, 0].item()) == (torch.float64, 3.0)

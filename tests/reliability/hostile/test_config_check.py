@@ -63,6 +63,7 @@ AGREE: dict[str, tuple[dict[str, Any], Names]] = {
     "layers that are listed": ({"layers_block_type": ["a", "b"]}, layers(2)),
     "experts": ({"num_hidden_layers": 1, "num_local_experts": 2}, mixtral()),
     "numbers that size nothing": ({"rope_theta": 10**9, "num_params": 10**12}, layers(1)),
+    "latent attention without positions": ({"head_dim": 0, "qk_rope_head_dim": 0}, layers(1)),
     "positions of a long context": ({"max_position_embeddings": 10_485_760}, layers(1)),
 }  # fmt: skip
 # A config, tensors that contradict it, and words of the error.
@@ -103,6 +104,7 @@ CONTRADICT: dict[str, tuple[dict[str, Any], Names, tuple[str, ...]]] = {
         {"num_hidden_layers": 4}, layers(3) | layers(5, "sight.blocks"),
         ("num_hidden_layers is 4",),
     ),
+    "heads of no width": ({"head_dim": 0}, layers(1), ("head_dim is 0",)),
     "a listed layer less": ({"layer_types": ["a"] * 3}, layers(2), ("layer_types is 3",)),
 }  # fmt: skip
 
