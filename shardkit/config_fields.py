@@ -31,14 +31,18 @@ TOWER_TABLES = ("vision_config", "audio_config")
 
 # Modules of a tower, as tensors' names have them.
 VISION_MODULES = frozenset(
-    ("vision_tower", "vision_model", "visual", "vision_encoder", "sam_model", "qwen2_model")
-)
+    (
+        "vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "video_tower",
+        "vision_backbone", "vit", "sam_model", "qwen2_model",
+    )
+)  # fmt: skip
 AUDIO_MODULES = frozenset(("audio_tower", "audio_model", "sound_encoder"))
 PROJECTORS = frozenset(
     (
         "multi_modal_projector", "connector", "aligner", "vision_projection", "mm_projector",
         "resampler_model", "patch_merge_mlp", "vit_large_projector", "vision_language_adapter",
-        "mlp1", "sound_projection",
+        "mlp1", "sound_projection", "projector", "mlp_AR", "layerwise_projectors",
+        "spatial_projectors", "perceiver_resampler",
     )
 )  # fmt: skip
 # Modules of a language model whose keys and values are an image's, made once for each.

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.authoring.masked_sum import match_parameters
+from shardkit.errors import MODEL_ERRORS
 from shardkit.planning import (
     Collectives,
     KvCache,
@@ -74,23 +75,35 @@ def compare_usage(
 
 
 def make_prompt(model: PreTrainedModel, inputs: Tensors) -> Tensors:
-    """A prompt of a few tokens of the inputs' text; their other inputs if they have no text.
+    """A prompt of a few tokens of the inputs' text; all inputs if the model takes no text alone.
 
-    Images that no token of the text stands for are kept, since every token attends to them. Empty
+    Images that no token of the text stands for are among them: every token attends to them. Empty
     for a model that generates nothing.
     """
     if not model.can_generate():
         return {}
     if (ids := inputs.get("input_ids")) is not None:
         others = {} if has_placeholders(model, ids) else inputs
-        kept = {n: t[:1].clone() for n, t in others.items() if is_image(n, t, ids)}
-        return {"input_ids": ids[:1, -PROMPT_TOKENS:].clone(), **kept}
+        images = {n: t[:1].clone() for n, t in others.items() if is_image(n, t, ids)}
+        prompt = {"input_ids": ids[:1, -PROMPT_TOKENS:].clone(), **images}
+        if model.config.is_encoder_decoder or _runs_on(model, prompt):
+            return prompt
     return {name: t[:1].clone() for name, t in inputs.items() if name != "decoder_input_ids"}
 
 
 def is_image(name: str, tensor: torch.Tensor, ids: torch.Tensor) -> bool:
     """Whether an input is no text, nor an entry for each token of one."""
     return tensor.shape[:2] != ids.shape and not name.startswith(DECODER)
+
+
+def _runs_on(model: PreTrainedModel, inputs: Tensors) -> bool:
+    """Whether a model runs on these inputs alone."""
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except MODEL_ERRORS:
+        return False
+    return True
 
 
 def count_computed_bytes(model: PreTrainedModel, plan: Plan) -> int:

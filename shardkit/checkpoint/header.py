@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from shardkit import strict_json
-from shardkit.collection import put_off_collection
 from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular_file
-from shardkit.strict_json import JsonError, quote
+from shardkit.strict_json import JsonError, put_off_collection, quote
 from shardkit.tensor import TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit

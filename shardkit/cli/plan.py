@@ -14,7 +14,6 @@ from shardkit.cli.output import (
     print_warning,
 )
 from shardkit.cli.plan_bytes import plan_bytes_to_json, print_plan_bytes
-from shardkit.collection import put_off_collection
 from shardkit.layout import STYLES
 from shardkit.planning import (
     Collectives,
@@ -26,6 +25,7 @@ from shardkit.planning import (
     list_unloaded,
 )
 from shardkit.planning import plan as plan_source
+from shardkit.strict_json import put_off_collection
 
 
 @click.command()

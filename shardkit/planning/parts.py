@@ -14,6 +14,7 @@ NO_GENERATION = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
     "ForMultipleChoice", "ForImageClassification", "VisionModel", "VisionModelWithProjection",
 )  # fmt: skip
+GENERATES = ("ForConditionalGeneration",)
 PREDICTS_TOKENS = ("ForMaskedLM", "HeadModel", "HeadsModel", "MTModel")
 BASE = "Model"  # what the name of a class without a head ends in
 
@@ -24,10 +25,13 @@ def generates_text(plan: Plan, config: Mapping[str, Any]) -> bool:
     """Whether the model produces text; an encoder alone does not."""
     if config.get("is_decoder") is True:
         return True
+    names = list_class_names(plan, config)
+    if any(name.endswith(GENERATES) for name in names):
+        return True
     paths = list_paths(plan, ROW)
     if paths and all("encoder" in path for path in paths if not is_tower(path)):
         return False
-    return not any(name.endswith(NO_GENERATION) for name in list_class_names(plan, config))
+    return not any(name.endswith(NO_GENERATION) for name in names)
 
 
 def predicts_tokens(plan: Plan, config: Mapping[str, Any]) -> bool:

@@ -64,6 +64,13 @@ class Placement:
             return rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
         return (Span(0, 1),) if self.is_loaded or rank.is_first else ()
 
+    def section_lengths(self, rank: Rank) -> tuple[int, ...]:
+        """How much of each section of `dim` a rank holds; empty if nothing is divided."""
+        if self.dim is None:
+            return ()
+        parts = (rank_spans((s,), rank.tp_rank, rank.mesh.tp_size) for s in self.sections)
+        return tuple(map(num_indices, parts))
+
     def shard_spec(self, rank: Rank) -> TensorSpec | None:
         """What a rank stores under the tensor's name; None if it stores nothing."""
         spans = self.spans(rank)

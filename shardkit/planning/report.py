@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import open_source
-from shardkit.collection import put_off_collection
 from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
@@ -16,6 +15,7 @@ from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Plan
 from shardkit.planning.summary import PlanSummary, find_blocking_tensor, summarize_plan
 from shardkit.recipe import Recipe
+from shardkit.strict_json import put_off_collection
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ public API of transformers; this module is the only one that knows them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -42,26 +43,46 @@ class Conversion:
     whole: tuple[int, ...] = ()
 
     def run(
-        self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        model: PreTrainedModel,
+        count_lengths: Callable[[str], Sequence[int]] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The model's tensors, by name, made of these tensors on disk."""
+        """The model's tensors, by name, made of these tensors on disk.
+
+        Args:
+            tensors: What it is made of: whole tensors, or a rank's part of each.
+            model: The model.
+            count_lengths: Of parts, how much of each section of a source the rank has.
+        """
+        first, _ = self.sources[0]
         if self.converter is None:
-            return {self.target: tensors[self.sources[0][0]]}
+            return {self.target: tensors[first]}
         converter = deepcopy(self.converter)
-        converter.operations = [*self._choose_operations(converter, model)]
+        converter.operations = [
+            _SplitPart(operation.dim, lengths)
+            if isinstance(operation, Split) and count_lengths and (lengths := count_lengths(first))
+            else operation
+            for operation in self._choose_operations(converter, model)
+        ]
         for name, pattern in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda t=tensors[name]: t)
-        config = self._count_local_heads(model.config, tensors)
+        config = self._count_local_heads(model.config, tensors, converter.operations)
         converted = converter.convert(self.target, model=model, config=config)
         return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
-    def _count_local_heads(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    def _count_local_heads(
+        self,
+        config: Any,
+        tensors: Mapping[str, torch.Tensor],
+        operations: Sequence[ConversionOps],
+    ) -> Any:
         """The config with the heads of this rank's part, for operations on each head of a table.
 
         They tell where a head ends from the number of heads.
         """
         rows, whole = len(tensors[self.sources[0][0]]), self.whole[0]
-        tables = {getattr(op, TABLE_OF_HEADS, None) for op in self.converter.operations}
+        tables = {getattr(op, TABLE_OF_HEADS, None) for op in operations}
         if rows == whole or not tables - {None}:
             return config
         local = deepcopy(config)
@@ -79,6 +100,22 @@ class Conversion:
                     continue
                 operation.check_dims = False
             yield operation
+
+
+class _SplitPart(Split):  # type: ignore[misc]
+    """Transformers' Split of one weight into several, by what a rank has of each."""
+
+    def __init__(self, dim: int, lengths: Sequence[int]) -> None:
+        super().__init__(dim)
+        self.lengths = [*lengths]
+
+    def convert(
+        self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any
+    ) -> dict[str, torch.Tensor]:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        pieces = torch.split(tensor, self.lengths, dim=self.dim)
+        return {n: p.contiguous() for n, p in zip(target_patterns, pieces, strict=True)}
 
 
 def find_conversions(

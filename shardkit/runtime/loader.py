@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from os import close
@@ -177,7 +178,11 @@ def load_into(
     parallelize_model(model, plan, {**placements, **tied}, group)
     names = {name for conversion in conversions for name, _ in conversion.sources}
     tensors = read_tensors(shard.folder, manifest, rank, names, verify)
-    fill_parameters(model, tensors, conversions, group.device, model.config.dtype)
+
+    def count_lengths(name: str) -> Sequence[int]:
+        return manifest.placements[name].section_lengths(rank)
+
+    fill_parameters(model, tensors, conversions, group.device, model.config.dtype, count_lengths)
     if not rank.is_first:
         zero_tensors(model, [name for name, p in placements.items() if p.style is ADD_ONCE])
     tie_and_initialize(model, missing, group.device)

@@ -1,7 +1,7 @@
 """Fills a model on the meta device from tensors of a shard, and makes what no shard stores."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -56,8 +56,12 @@ def fill_parameters(
     conversions: list[Conversion],
     device: torch.device,
     dtype: torch.dtype,
+    count_lengths: Callable[[str], Sequence[int]],
 ) -> None:
-    """Convert each of the model's tensors once all that it is made of are read, and set it."""
+    """Convert each of the model's tensors once all that it is made of are read, and set it.
+
+    `count_lengths` says how much of each section of a tensor on disk this rank has.
+    """
     keep = tuple(model._get_dtype_plan(dtype))
     by_source = {name: at for at, c in enumerate(conversions) for name, _ in c.sources}
     incomplete: dict[int, dict[str, torch.Tensor]] = {}
@@ -67,7 +71,7 @@ def fill_parameters(
         parts[source] = tensor.to(device)
         if len(parts) < len(conversion.sources):
             continue
-        for name, value in conversion.run(incomplete.pop(at), model).items():
+        for name, value in conversion.run(incomplete.pop(at), model, count_lengths).items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             keeps_float32 = any(part in name for part in keep)

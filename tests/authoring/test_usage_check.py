@@ -80,3 +80,17 @@ def test_the_page_shows_what_was_measured_where_it_was(is_measured: bool) -> Non
     )
     assert ("| 5 + 1 | 64 (unknown) | 190,720 |" in page) is is_measured
     assert ("## As planned" in page) is is_measured
+
+
+def test_a_model_that_takes_no_text_alone_is_prompted_with_all_inputs() -> None:
+    def build(name: str) -> PreTrainedModel:
+        model: PreTrainedModel = VARIANTS[name].model_class(
+            VARIANTS[name].model_class.config_class(**VARIANTS[name].config)
+        )
+        return model.eval()
+
+    with_images, with_or_without = build("idefics"), build("llava")
+    assert {"input_ids", "pixel_values"} <= make_prompt(
+        with_images, make_inputs(with_images)
+    ).keys()
+    assert [*make_prompt(with_or_without, make_inputs(with_or_without))] == ["input_ids"]

@@ -92,6 +92,18 @@ def test_layers_that_only_the_class_counts_are_counted_by_their_weights() -> Non
     assert estimate_kv_cache(plan, config) == estimate_kv_cache(plan, LLAVA)
 
 
+def test_layers_named_an_encoder_generate_if_the_class_does() -> None:
+    config = {
+        "model_type": "qianfan_ocr", "architectures": ["QianfanOCRForConditionalGeneration"],
+        "text_config": {"model_type": "qwen3", "num_attention_heads": 32},
+        "vision_config": {"model_type": "qianfan_ocr_vision"},
+    }  # fmt: skip
+    name = "language_model.model.encoder.layers.0.self_attn.o_proj.weight"
+    plan = plan_of(config, {name: (32, 32)})
+    assert generates_text(plan, config) is True
+    assert generates_text(plan, {**config, "architectures": ["T5EncoderModel"]}) is False
+
+
 def test_a_model_that_only_sees_produces_no_text() -> None:
     config = {
         "model_type": "pixtral", "architectures": ["PixtralVisionModel"],

@@ -12,7 +12,6 @@ from shardkit.planning.kv_copies import KvCopies, find_kv_copies
 from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.planning.summary import collapse_names, summarize_plan
-from shardkit.recipe import compose_recipe
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec
@@ -287,37 +286,3 @@ def test_layers_of_another_shape_are_a_group_of_their_own() -> None:
         ("model.layers.{0,2}.input_layernorm.weight", 2, (128, 128)),
         ("model.layers.1.input_layernorm.weight", 1, (96, 96)),
     ]
-
-
-TWO_TOWERS: dict[str, Any] = {
-    "model_type": "exaone4_5",
-    "text_config": {
-        "model_type": "exaone4", "hidden_size": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_hidden_layers": 1, "head_dim": 4,
-    },
-    "vision_config": {"num_heads": 8, "num_key_value_heads": 4, "depth": 1},
-}  # fmt: skip
-CROSSED: dict[str, Any] = {
-    "model_type": "mllama_text_model", "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "hidden_size": 16, "cross_attention_layers": [1],
-}  # fmt: skip
-
-
-def test_kv_heads_are_the_text_s_and_not_a_tower_s() -> None:
-    layer, block = "model.language_model.layers.0.self_attn", "model.visual.blocks.0.attn"
-    shapes = {
-        f"{layer}.q_proj.weight": (16, 16), f"{layer}.k_proj.weight": (8, 16),
-        f"{layer}.v_proj.weight": (8, 16), f"{block}.qkv.weight": (64, 32),
-    }  # fmt: skip
-    recipe = compose_recipe(find_recipe(TWO_TOWERS), TWO_TOWERS)
-    plan = make_plan(specs(shapes), recipe, TWO_TOWERS, 2)
-    assert estimate_kv_cache(plan, TWO_TOWERS) == KvCache(1, 4, "F32", (1, 1))
-
-
-def test_layers_that_attend_to_an_image_keep_nothing_of_a_token() -> None:
-    layers = "model.layers.0.self_attn", "model.layers.1.cross_attn"
-    shapes = {f"{layer}.{name}_proj.weight": (8, 16) for layer in layers for name in "kv"}
-    plan = make_plan(specs(shapes), find_recipe(CROSSED), CROSSED, 2)
-    cache = estimate_kv_cache(plan, CROSSED)
-    assert isinstance(cache, KvCache)
-    assert cache.layers == 1

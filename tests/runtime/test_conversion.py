@@ -59,7 +59,21 @@ def test_a_parameter_cut_from_a_larger_tensor_keeps_no_more_than_itself(
 ) -> None:
     conversions = find_conversions(seeing_model, {QKV: (96, 32)})
     tensors = [(QKV, torch.randn(96, 32))]
-    fill_parameters(seeing_model, tensors, conversions, torch.device("cpu"), torch.float32)
+    cpu = torch.device("cpu")
+    fill_parameters(seeing_model, tensors, conversions, cpu, torch.float32, lambda _: ())
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = seeing_model.get_parameter(f"model.vision_tower.layers.0.attn.{name}.weight")
         assert weight.untyped_storage().nbytes() == weight.nbytes, name
+
+
+def test_one_weight_is_split_into_several_by_what_a_rank_has_of_each() -> None:
+    sample = VARIANTS["molmo2"]
+    with torch.device("meta"):
+        model = sample.model_class(sample.model_class.config_class(**sample.config))
+    name = "model.transformer.blocks.0.self_attn.att_proj.weight"
+    (conversion,) = find_conversions(model, {name: (256, 64)})  # q, k and v of 128, 64 and 64
+    part = {name: torch.arange(128)[:, None].expand(128, 64)}
+    converted = conversion.run(part, model, lambda _: (64, 32, 32))
+    assert [tensor[:, 0].tolist() for _, tensor in sorted(converted.items())] == [
+        [*range(64, 96)], [*range(64)], [*range(96, 128)],
+    ]  # fmt: skip
