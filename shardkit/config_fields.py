@@ -22,7 +22,7 @@ ENCODER_HEADS = ("encoder_attention_heads",)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 VOCAB_SIZE = ("vocab_size",)
 # Rows that a class's embedding has beyond the vocabulary, by a field that only its config has.
-VOCAB_EXTRA_ROWS = {"cross_attention_layers": 8}
+VOCAB_EXTRA_ROWS = {"cross_attention_layers": 8, "audio_vocab_size": 1}
 POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 # Tables of a config that describe a tower beside the language model, and the language model's own.

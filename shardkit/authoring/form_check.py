@@ -78,12 +78,12 @@ class FormChecker:
         shards = self.scratch / "shards"
         with Checkpoint(folder) as checkpoint:
             recipe, plan = plan_for(checkpoint, self.ranks.size)
+            loaded = frozenset(p.spec.name for p in plan.placements if p.is_loaded)
+            run = form.saved_as, plan.model_class or form.loaded_as, loaded
+            if run in self.runs:
+                return ""
             split_checkpoint(checkpoint, plan, recipe, shard_destination(shards, force=True))
-        loaded = frozenset(p.spec.name for p in plan.placements if p.is_loaded)
         is_free = form.loaded_as == UNKNOWN_CLASS
-        run = form.saved_as, plan.model_class or form.loaded_as, loaded
-        if run in self.runs:
-            return ""
         sharded = ShardedModel(self.ranks)
         sharded.load(shards, None)
         inputs = make_inputs(model)

@@ -22,6 +22,7 @@ SIZES = {"batch": BATCH, "length": LENGTH}
 STEPS = 12  # tokens that may be generated after them
 TEXT_SEED = 20
 IMAGE_SEED = 21
+CHOOSES = "ForMultipleChoice"  # how a class is called whose texts have several endings each
 GRID = (4, 6)  # merged patches of an image of free size: more than one window of attention
 MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size", "merge_size")
 CHANNEL_FIELDS = ("num_channels", "in_channels", "in_chans")
@@ -48,7 +49,10 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         inputs |= _make_texts(model, _list_placeholders(model, inputs, extra))
     elif "decoder_input_ids" in arguments:
         inputs |= {"decoder_input_ids": _make_texts(model, [])["decoder_input_ids"]}
-    return {name: value for name, value in {**inputs, **extra}.items() if name in arguments}
+    inputs = {name: value for name, value in {**inputs, **extra}.items() if name in arguments}
+    if type(model).__name__.endswith(CHOOSES):  # one choice for each text
+        return {name: value.unsqueeze(1) for name, value in inputs.items()}
+    return inputs
 
 
 def make_images(model: PreTrainedModel) -> dict[str, torch.Tensor]:
