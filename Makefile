@@ -21,7 +21,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 suite: $(VENV)/dev
-	OMP_NUM_THREADS=1 .ci/offline $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 .ci/offline $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --ignore tests/authoring/test_proof.py

@@ -24,6 +24,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take longest, which two workers start with: the last of them should not be alone.
+LONGEST = (
+    "authoring/test_proof.py",
+    "runtime/test_runtime.py",
+    "verification/test_verify.py",
+    "authoring/test_draft.py",
+    "runtime/test_trained_models.py",
+    "reliability/faults/test_faults.py",
+    "runtime/test_load_verified.py",
+    "runtime/test_rank_supervision.py",
+    "reliability/fuzz/test_fuzz.py",
+    "reliability/hostile/test_secure.py",
+    "checkpoint/test_hub.py",
+    "cli/test_recipes.py",
+    "runtime/test_experts.py",
+    "authoring/test_forms.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    root = Path(__file__).parent
+    order = {root / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator["RankPool"]:
     """Ranks for every test that only needs some: each imports torch and transformers once."""
