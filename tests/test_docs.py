@@ -201,6 +201,10 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --all --write --stale`"
     assert [r.name for r in list_alone(recipes) if not results[r.name].passed] == []
+    assert [r.name for r in list_alone(recipes) if not results[r.name].forms] == []
+    assert [
+        p["sample"] for result in results.values() for p in result.proofs if not p["plan"]
+    ] == []
 
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:

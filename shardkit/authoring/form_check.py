@@ -7,6 +7,7 @@ transformers computes.
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -105,6 +106,22 @@ def describe_difference(outputs: Tensors, expected: Tensors) -> str:
         if not error < MAX_ERROR:
             return f"{name} is off by {float(error):.1e}"
     return ""
+
+
+def summarize_forms(sample: Sample, ranks: RankProcesses, scratch: Path) -> dict[str, Any]:
+    """Try a sample in every form, and count as JSON values what became of them."""
+    results = list(try_forms(sample, ranks, scratch))
+    return {
+        "sample": sample.name,
+        "model_type": sample.model_type,
+        "tried": len(results),
+        "loaded": sum(result.loads for result in results),
+        "faults": [
+            f"{r.form.saved_as} {r.form.change}, loaded as {r.form.loaded_as}: {r.fault}"
+            for r in results
+            if r.fault
+        ],
+    }
 
 
 def try_forms(

@@ -13,6 +13,7 @@ from typing import Any
 
 from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
 from shardkit.authoring.families_page import render_families
+from shardkit.authoring.form_check import summarize_forms
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
 from shardkit.recipe import Recipe, compose_recipe
@@ -22,6 +23,7 @@ TP_SIZES = (2, 4)
 AWKWARD_TP_SIZES = (2, 3, 4)  # of samples whose sizes divide unevenly
 MAX_MUTANTS = 16
 MUTANT_TP_SIZE = 2
+FORM_TP_SIZE = 2
 MIN_DETECTED = 3  # mutants of a recipe that must have been detected at least
 
 
@@ -33,11 +35,13 @@ class SweepResult:
         digest: The digest of the recipe and the samples that the results are of.
         proofs: A JSON object for each proof.
         mutants: A JSON object for each mutant.
+        forms: A JSON object for each model type: in how many forms its first sample was tried.
     """
 
     digest: str
     proofs: Sequence[Mapping[str, Any]]
     mutants: Sequence[Mapping[str, Any]]
+    forms: Sequence[Mapping[str, Any]] = ()
 
     @property
     def failed_proofs(self) -> list[Mapping[str, Any]]:
@@ -55,14 +59,20 @@ class SweepResult:
         return [m for m in self.mutants if m["must_be_detected"] and not m["detected"]]
 
     @property
+    def failed_forms(self) -> list[str]:
+        """The forms that transformers loads, and that do not run or compute something else."""
+        return [fault for forms in self.forms for fault in forms["faults"]]
+
+    @property
     def passed(self) -> bool:
-        """Whether every proof passed and no mutant was missed."""
-        is_proven = bool(self.proofs) and not self.failed_proofs
+        """Whether every proof and every form passed and no mutant was missed."""
+        is_proven = bool(self.proofs) and not self.failed_proofs and not self.failed_forms
         return is_proven and not self.missed and self.detected >= MIN_DETECTED
 
     def to_json(self) -> dict[str, Any]:
         """The results as JSON values."""
-        return {"digest": self.digest, "proofs": [*self.proofs], "mutants": [*self.mutants]}
+        lists = {"proofs": self.proofs, "mutants": self.mutants, "forms": self.forms}
+        return {"digest": self.digest, **{name: [*values] for name, values in lists.items()}}
 
 
 def sweep_recipe(recipe: Recipe, pool: RankPool) -> SweepResult:
@@ -81,7 +91,21 @@ def sweep_recipe(recipe: Recipe, pool: RankPool) -> SweepResult:
                     rules[source] = proof.proof.rules
         results = run_mutants(recipe, rules, MUTANT_TP_SIZE, pool, MAX_MUTANTS)
         mutants = [result.to_json() for result in results]
-    return SweepResult(digest_inputs(recipe), proofs, mutants)
+        forms = sweep_forms(samples, pool, Path(scratch))
+    return SweepResult(digest_inputs(recipe), proofs, mutants, forms)
+
+
+def sweep_forms(
+    samples: Sequence[Sample], pool: RankPool, scratch: Path
+) -> list[Mapping[str, Any]]:
+    """Try the first sample of each model type in every form in which checkpoints are found."""
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        first.setdefault(sample.model_type, sample)
+    return [
+        summarize_forms(each, pool.of(FORM_TP_SIZE), scratch / f"{each.name}-forms")
+        for each in first.values()
+    ]
 
 
 def digest_inputs(recipe: Recipe) -> str:

@@ -102,6 +102,8 @@ def _print_sweep(recipe: Recipe, result: SweepResult) -> None:
     )
     for proof in result.failed_proofs:
         print_line(f"  FAILED {proof['sample']} at tp {proof['tp_size']}: {proof['fault']}")
+    for fault in result.failed_forms:
+        print_line(f"  form: {fault}")
     for mutant in result.missed:
         print_line(f"  NOT DETECTED {mutant['fault']}: {mutant['pattern']}")
 
