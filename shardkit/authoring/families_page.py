@@ -63,10 +63,10 @@ def _summarize_forms(types: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"The first model of each of {len(types)} types was saved as every class that transformers"
         " has for the type, and loaded as every other and as one that does not exist: as saved,"
-        " without the base model's prefix, under the names that it has in memory, and with ties,"
-        f" buffers and other classes' heads stored too. Of these {tried} forms transformers loads"
-        f" {loaded} without a missing tensor, and {loaded - faults} of those are split, run and"
-        " compute the same."
+        " under the older names of its conversion table, without the base model's prefix, and with"
+        f" ties, buffers and other classes' heads stored too. Of these {tried} forms transformers"
+        f" loads {loaded} without a missing tensor, and {loaded - faults} of those are split, run"
+        " and compute the same."
     )
 
 

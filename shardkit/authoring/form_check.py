@@ -20,6 +20,7 @@ from shardkit.errors import MODEL_ERRORS, ShardkitError
 from shardkit.planning import plan_for
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.runtime.model_runner import ModelRunner, Tensors
+from shardkit.runtime.models.registry import find_model_class
 from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.models import ShardedModel, select_float_outputs
 
@@ -74,7 +75,7 @@ class FormChecker:
     def _compare(self, model: PreTrainedModel, folder: Path, form: Form) -> str:
         """Split a folder, run the shards, and say in what they differ from transformers' model.
 
-        If the class is free to choose, that it runs is enough.
+        If the class is free to choose, the model is one of the class that was chosen.
         """
         shards = self.scratch / "shards"
         with Checkpoint(folder) as checkpoint:
@@ -84,17 +85,21 @@ class FormChecker:
             if run in self.runs:
                 return ""
             split_checkpoint(checkpoint, plan, recipe, shard_destination(shards, force=True))
-        is_free = form.loaded_as == UNKNOWN_CLASS
+        if form.loaded_as == UNKNOWN_CLASS and type(model).__name__ != plan.model_class:
+            chosen: Any = find_model_class(plan.model_class)
+            model, report = chosen.from_pretrained(folder, output_loading_info=True)
+            if report["missing_keys"]:
+                return f"{plan.model_class} was chosen, and lacks {min(report['missing_keys'])}"
         sharded = ShardedModel(self.ranks)
         sharded.load(shards, None)
         inputs = make_inputs(model)
         outputs = sharded.forward(inputs)
-        if not is_free:
-            expected = select_float_outputs(ModelRunner(model, torch.device("cpu")).forward(inputs))
-            if fault := describe_difference(outputs, expected):
-                return fault
-        self.runs.add(run)
-        return ""
+        expected = select_float_outputs(
+            ModelRunner(model.eval(), torch.device("cpu")).forward(inputs)
+        )
+        if not (fault := describe_difference(outputs, expected)):
+            self.runs.add(run)
+        return fault
 
 
 def describe_difference(outputs: Tensors, expected: Tensors) -> str:

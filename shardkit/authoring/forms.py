@@ -1,11 +1,13 @@
 """The forms in which checkpoints of a model are found.
 
-A sample is saved as each class that transformers has for its type, changed as real checkpoints are
-changed, and to be loaded as each other class, or as one that does not exist.
+A sample is saved as each class that transformers has for its type, under the older names that its
+conversion table gives, changed as real checkpoints are changed, and to be loaded as each other
+class, or as one that does not exist.
 """
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +67,6 @@ def remove_prefix(saved: SavedModel) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items()}
 
 
-def keep_memory_names(saved: SavedModel) -> Tensors:
-    """The names that the model has in memory, where transformers saves older ones."""
-    folder = saved.folder / "memory"
-    saved.model.save_pretrained(folder, save_original_format=False)
-    tensors: Tensors = load_file(folder / WEIGHT_FILE)
-    return tensors
-
-
 def store_ties(saved: SavedModel) -> Tensors:
     """Tied tensors stored under each of their names, as older versions did."""
     state = saved.model.state_dict()
@@ -107,7 +101,6 @@ NAMES: Mapping[str, Callable[[SavedModel], Tensors]] = {
 }
 # Loaded as the class that saved it.
 ADDITIONS: Mapping[str, Callable[[SavedModel], Tensors]] = {
-    "names in memory": keep_memory_names,
     "ties stored": store_ties,
     "buffers stored": store_buffers,
     "other heads stored": add_heads,
@@ -150,7 +143,7 @@ def _save_classes(
     models: list[tuple[PreTrainedModel, Path, Tensors]] = []
     for at, cls in enumerate(classes):
         try:
-            model = _save(cls, config, scratch / str(at))
+            model = _save(cls, deepcopy(config), scratch / str(at))  # which some classes change
             models.append((model, scratch / str(at), load_file(scratch / str(at) / WEIGHT_FILE)))
         except MODEL_ERRORS:
             continue  # a class that this config does not suit

@@ -8,7 +8,8 @@ decides by, which never imports transformers.
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,7 @@ class SavedNames:
         tied: Those that may be tied to others, and are then not saved.
         skips: Regular expressions of those that the class leaves out of a checkpoint on purpose.
         buffers: Those that it makes anew, and does not save.
+        sources: The classes whose checkpoints it loads without a missing tensor.
     """
 
     prefix: str
@@ -50,6 +52,7 @@ class SavedNames:
     tied: set[str] = field(default_factory=set)
     skips: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
 
     def add(self, names: set[str], model: PreTrainedModel) -> None:
         """Count a model of the class in, and the names that it saves."""
@@ -77,15 +80,50 @@ def write_model_classes(path: Path, model_types: Iterable[str] | None = None) ->
 def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
     """The classes of one model type, by what each saves."""
     saved: dict[str, SavedNames] = {}
-    for cls in list_classes(samples[0].model_class.config_class):
-        for sample in samples:
+    classes = list_classes(samples[0].model_class.config_class)
+    for at, sample in enumerate(samples):
+        config = sample.model_class.config_class(**sample.config)
+        with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
+            for cls, model, folder in _save_each(classes, config, Path(scratch)):
+                each = saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix))
+                each.add(list_names(folder), model)
+            if at == 0:
+                _load_as_others(classes, Path(scratch), saved)
+    order = [cls.__name__ for cls in classes if cls.__name__ in saved]
+    return make_classes({name: saved[name] for name in order})
+
+
+def _save_each(
+    classes: Sequence[type[PreTrainedModel]], config: PreTrainedConfig, scratch: Path
+) -> Iterator[tuple[type[PreTrainedModel], PreTrainedModel, Path]]:
+    """A model of each class that the config suits, and where it is saved."""
+    for cls in classes:
+        folder = scratch / cls.__name__
+        try:
+            model = build_model(cls, deepcopy(config))  # which some classes change
+            model.save_pretrained(folder)
+        except MODEL_ERRORS:
+            continue
+        yield cls, model, folder
+
+
+def _load_as_others(
+    classes: Sequence[type[PreTrainedModel]], scratch: Path, saved: Mapping[str, SavedNames]
+) -> None:
+    """Note which classes load the checkpoints of the first class and of the base model.
+
+    Names that transformers renames, and buffers that it does not miss, are told only by its report.
+    """
+    present = [cls for cls in classes if cls.__name__ in saved]
+    bases = [cls for cls in present if cls.__name__.endswith("Model")]
+    for source in dict.fromkeys([*present[:1], *bases]):
+        for cls in present:
             try:
-                model = build_model(cls, sample.model_class.config_class(**sample.config))
-                names = list_saved_names(model)
+                _, report = cls.from_pretrained(scratch / source.__name__, output_loading_info=True)
             except MODEL_ERRORS:
-                continue  # a class that some configs do not suit
-            saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix)).add(names, model)
-    return make_classes(saved)
+                continue
+            if not report["missing_keys"] and not report["mismatched_keys"]:
+                saved[cls.__name__].sources.add(source.__name__)
 
 
 def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
@@ -96,18 +134,21 @@ def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
         >>> saved = {name: SavedNames("base", some, some) for name, some in names.items()}
         >>> head, base = make_classes(saved)
         >>> sorted(head.modules), sorted(head.needs), sorted(base.modules)
-        (['base.a', 'base.b', 'head'], ['base', 'head'], ['base.a', 'base.b', 'c'])
+        (['base.a', 'base.b', 'head'], ['base.a', 'base.b', 'head'], ['base'])
     """
     union = {name for each in saved.values() for name in each.some}
     every_name = {full for each in saved.values() for full in _add_prefix(each.some, each, union)}
     classes = []
     for name, each in saved.items():
-        always = _add_prefix(each.every or set(), each, union)
+        always = each.every or set()
+        inside = {n for n in always if n.startswith(f"{each.prefix}.") or _is_base(n, each, union)}
         tied = {full for full in each.tied if not full.startswith(f"{each.prefix}.")}
-        heads = {full for full in always if not full.startswith(f"{each.prefix}.")}
-        base = {each.prefix} if heads != always else set()
+        sources = [_add_prefix(saved[n].some, saved[n], union) for n in each.sources]
+        missed = _add_prefix(always - each.tied, each, union).intersection(*sources)
+        heads = missed - _add_prefix(inside, each, union)
+        base = {_find_child(full) for full in missed - heads}
         modules = collapse_modules(_add_prefix(each.some, each, union), every_name)
-        needs = collapse_modules(heads - tied, every_name) | base
+        needs = collapse_modules(heads, every_name) | base
         ties = collapse_modules(tied, every_name)
         skips, buffers = tuple(sorted(each.skips)), frozenset(each.buffers)
         classes.append(ModelClass(name, each.prefix, modules, needs, ties, buffers, skips))
@@ -115,9 +156,21 @@ def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
 
 
 def _add_prefix(names: set[str], each: SavedNames, union: set[str]) -> set[str]:
-    """Names with the base model's prefix before those that other classes have it before."""
-    prefixed = {name: f"{each.prefix}.{name}" for name in names}
-    return {prefixed[name] if prefixed[name] in union else name for name in names}
+    """Names with the base model's prefix before all of them if the class is the base model."""
+    is_base = any(_is_base(name, each, union) for name in each.some)
+    if not is_base or any(name.startswith(f"{each.prefix}.") for name in each.some):
+        return {f"{each.prefix}.{n}" if _is_base(n, each, union) else n for n in names}
+    return {f"{each.prefix}.{name}" for name in names}
+
+
+def _find_child(full: str) -> str:
+    """The module of the base model that a tensor is in, by the name of which the base is first."""
+    return ".".join(full.split(".")[:2])
+
+
+def _is_base(name: str, each: SavedNames, union: set[str]) -> bool:
+    """Whether other classes have a name with the base model's prefix before it."""
+    return f"{each.prefix}.{name}" in union
 
 
 def collapse_modules(names: set[str], every_name: set[str]) -> frozenset[str]:
@@ -161,9 +214,7 @@ def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     return model
 
 
-def list_saved_names(model: PreTrainedModel) -> set[str]:
-    """The names under which a model's tensors are stored, numbers as `*`."""
-    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
-        model.save_pretrained(folder)
-        with Checkpoint(Path(folder)) as checkpoint:
-            return {NUMBERS.sub("*", spec.name) for spec in checkpoint.specs()}
+def list_names(folder: Path) -> set[str]:
+    """The names of a checkpoint's tensors, numbers as `*`."""
+    with Checkpoint(folder) as checkpoint:
+        return {NUMBERS.sub("*", spec.name) for spec in checkpoint.specs()}

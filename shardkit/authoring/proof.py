@@ -118,7 +118,7 @@ class _ProofRun:
         by_pattern = defaultdict(set)
         for placement in self.plan.placements:
             rule = self.recipe.rule_for(placement.spec.name)
-            by_pattern[rule.pattern].add(placement.spec.name)
+            by_pattern[rule.stated_pattern].add(placement.spec.name)
         return {pattern: frozenset(names) for pattern, names in by_pattern.items()}
 
     @property

@@ -115,6 +115,7 @@ def _kv_cache_to_json(cache: KvCache | str) -> dict[str, Any]:
         "kv_heads_by_rank": list(cache.kv_heads),
         "is_latent": cache.tensors == 1,
         "as_much_per_encoder_position": cache.is_crossed,
+        "other_layers": [_kv_cache_to_json(other) for other in cache.others],
     }
 
 
@@ -193,15 +194,20 @@ def _print_kv_cache(cache: KvCache | str) -> None:
         print_line(f"KV cache     {cache}")
         return
     per_rank = ", ".join(f"{ranks}: {nbytes:,}" for ranks, nbytes in group_ranks(cache.rank_bytes))
+    print_line(f"KV cache     {sum(cache.rank_bytes):,} bytes per token ({per_rank})")
+    for kind in (cache, *cache.others):
+        what = _describe_heads(kind) if kind.tensors > 1 else _describe_latent(kind)
+        print_line(f"             {format_count(kind.layers, 'layer')}, {what}, {kind.dtype}")
+    if cache.is_crossed:
+        print_line("             and as much for each position of the encoder, once per prompt")
+
+
+def _describe_heads(cache: KvCache) -> str:
     heads = ", ".join(
         f"{format_count(count, 'kv head')} on {ranks}"
         for ranks, count in group_ranks(cache.kv_heads)
     )
-    print_line(f"KV cache     {sum(cache.rank_bytes):,} bytes per token ({per_rank})")
-    what = f"{heads}, head_dim {cache.head_dim}" if cache.tensors > 1 else _describe_latent(cache)
-    print_line(f"             {format_count(cache.layers, 'layer')}, {what}, {cache.dtype}")
-    if cache.is_crossed:
-        print_line("             and as much for each position of the encoder, once per prompt")
+    return f"{heads}, head_dim {cache.head_dim}"
 
 
 def _describe_latent(cache: KvCache) -> str:

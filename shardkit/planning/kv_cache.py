@@ -43,6 +43,7 @@ class KvCache:
         kv_heads: The kv heads of each rank, copies counted.
         tensors: Keys and values are 2; a latent vector that stands for both is 1.
         is_crossed: Whether each position of an encoder takes as much, once per prompt.
+        others: What layers of other kinds keep, which have other kv heads.
     """
 
     layers: int
@@ -51,12 +52,14 @@ class KvCache:
     kv_heads: tuple[int, ...]
     tensors: int = 2
     is_crossed: bool = False
+    others: tuple["KvCache", ...] = ()
 
     @property
     def rank_bytes(self) -> tuple[int, ...]:
         """The bytes each rank keeps for one token."""
-        values = self.tensors * self.layers * self.head_dim
-        return tuple(values * heads * DTYPES[self.dtype].bits // 8 for heads in self.kv_heads)
+        value = self.tensors * self.layers * self.head_dim * DTYPES[self.dtype].bits // 8
+        own = tuple(value * heads for heads in self.kv_heads)
+        return tuple(map(sum, zip(own, *(other.rank_bytes for other in self.others), strict=True)))
 
 
 def estimate_kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
@@ -64,11 +67,20 @@ def estimate_kv_cache(plan: Plan, config: Mapping[str, Any]) -> KvCache | str:
     if reason := _explain_no_cache(plan, config):
         return reason
     config = select_text_fields(config)
-    unit, dtype = find_kv_unit(plan), find_compute_dtype(plan, config)
-    if unit is None:
+    units, dtype = list_kv_units(plan), find_compute_dtype(plan, config)
+    if not units:
         return "unknown: cannot tell which unit of the recipe counts the kv heads"
     if dtype is None:
         return "unknown: neither config.json nor the weights state a dtype that models compute in"
+    kinds = [_estimate_kind(plan, config, unit, dtype) for unit in units]
+    if reason := next((kind for kind in kinds if isinstance(kind, str)), ""):
+        return reason
+    first, *others = (kind for kind in kinds if isinstance(kind, KvCache))
+    return replace(first, others=tuple(others))
+
+
+def _estimate_kind(plan: Plan, config: Mapping[str, Any], unit: str, dtype: str) -> KvCache | str:
+    """What the layers keep whose kv heads one unit counts."""
     if (layers := _count_layers(plan, config, unit)) is None:
         return "unknown: config.json does not state the number of layers"
     if latent := read_count(config, fields.KV_LATENT):
@@ -108,14 +120,12 @@ def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
     return most if most is not None and DTYPES[most].is_compute else None
 
 
-def find_kv_unit(plan: Plan) -> str | None:
-    """The unit that counts kv heads, or sets of them; None if it cannot be told."""
+def list_kv_units(plan: Plan) -> list[str]:
+    """The units that count kv heads, or sets of them: one, or one for each kind of layers."""
     counted = {name: unit for name, unit in plan.units.items() if unit.count is not None}
     shared = [name for name, unit in counted.items() if unit.shared_by and KV_UNIT.search(name)]
     shared = [name for name in shared if _list_kv_weights(plan, name)]  # not a tower's
-    if len(shared) > 1:
-        return None
-    return next((name for name in (*shared, *HEAD_UNITS) if name in counted), None)
+    return shared or [name for name in HEAD_UNITS if name in counted][:1]
 
 
 def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
@@ -141,9 +151,11 @@ def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | Non
     """
     stated = read_count(config, fields.DECODER_LAYERS + fields.LAYERS)
     paths = (p.spec.name.split(".") for p in _list_kv_weights(plan, unit))
-    count = len({layer for path in paths if (layer := find_layer(path))}) or stated
-    shared = read_count(config, fields.KV_SHARED) or 0
-    return min(count, stated - shared) if count and stated else count
+    layers = {layer for path in paths if (layer := find_layer(path))}
+    own = (stated or 0) - (read_count(config, fields.KV_SHARED) or 0)
+    if stated and len(layers) > own:
+        layers = {(name, number) for name, number in layers if number < own}
+    return len(layers) or (own if stated else None)
 
 
 def _count_latent_layers(plan: Plan, width: int) -> int:
@@ -161,11 +173,11 @@ def _count_latent_layers(plan: Plan, width: int) -> int:
 
 
 def count_whole_kv_heads(plan: Plan, config: Mapping[str, Any]) -> int:
-    """The kv heads that a layer caches where there is one rank, of a plan that has such a cache."""
-    config, unit = select_text_fields(config), find_kv_unit(plan)
-    if unit is None or read_count(config, fields.KV_LATENT):
+    """The kv heads that a layer caches if there is one rank, of a plan that has such a cache."""
+    config, units = select_text_fields(config), list_kv_units(plan)
+    if read_count(config, fields.KV_LATENT):
         return 1
-    return sum(_count_kv_heads(replace(plan, mesh=Mesh(1)), config, unit) or (1,))
+    return sum(_count_kv_heads(replace(plan, mesh=Mesh(1)), config, units[0]) or (1,))
 
 
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:
@@ -181,7 +193,8 @@ def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[i
     shared = plan.units[unit].shared_by
     names = fields.KV_HEADS if shared else fields.DECODER_HEADS + fields.HEADS
     sets = plan.units[unit].count or 1
-    heads_per_set, rest = divmod(read_count(config, names) or sets, sets)
+    stated = read_count(config, names) if len(list_kv_units(plan)) == 1 else sets
+    heads_per_set, rest = divmod(stated or sets, sets)
     if rest:
         return None
     ranks = plan.mesh.ranks()

@@ -1,7 +1,7 @@
 """What it costs where kv heads do not divide over the ranks, and which sizes avoid it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardkit.layout import kv_head_mode
@@ -9,8 +9,9 @@ from shardkit.planning.kv_cache import (
     KvCache,
     count_whole_kv_heads,
     estimate_kv_cache,
-    find_kv_unit,
+    list_kv_units,
 )
+from shardkit.planning.mesh import Mesh
 from shardkit.planning.placement import Plan
 
 
@@ -33,21 +34,32 @@ class KvCopies:
 
 def find_kv_copies(plan: Plan, config: Mapping[str, Any]) -> KvCopies | None:
     """The copies that a plan makes of kv heads; None if it makes none."""
-    cache, unit = estimate_kv_cache(plan, config), find_kv_unit(plan)
-    cache_growth = 1.0
-    if isinstance(cache, KvCache):
-        cache_growth = sum(cache.kv_heads) / count_whole_kv_heads(plan, config)
-    counted = plan.units[unit] if unit else None
+    cache_growth = _measure_growth(plan, config)
+    units = list_kv_units(plan)
+    unit = min(units, key=lambda name: plan.units[name].count or 0, default="")
+    counted = plan.units.get(unit)
     if counted is None or not counted.count or not counted.shared_by:
         if cache_growth == 1:
             return None
         return KvCopies(1, cache_growth, _count_whole_copies(plan), (1,))
     ranks = plan.mesh.ranks()
-    weight_growth = sum(plan.count_local_units(unit or "", r) for r in ranks) / counted.count
+    held = {name: sum(plan.count_local_units(name, rank) for rank in ranks) for name in units}
+    weight_growth = max(held[name] / (plan.units[name].count or 1) for name in units)
     if weight_growth == 1 and cache_growth == 1:
         return None
     sizes = _list_even_sizes(counted.count, counted.shared_by, plan)
     return KvCopies(counted.count, cache_growth, weight_growth, sizes)
+
+
+def _measure_growth(plan: Plan, config: Mapping[str, Any]) -> float:
+    """The bytes of all ranks' caches over those of one rank that holds everything."""
+    cache = estimate_kv_cache(plan, config)
+    if not isinstance(cache, KvCache):
+        return 1.0
+    if not cache.others:
+        return sum(cache.kv_heads) / count_whole_kv_heads(plan, config)
+    whole = estimate_kv_cache(replace(plan, mesh=Mesh(1)), config)
+    return sum(cache.rank_bytes) / sum(whole.rank_bytes) if isinstance(whole, KvCache) else 1.0
 
 
 def _count_whole_copies(plan: Plan) -> float:

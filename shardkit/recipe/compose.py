@@ -16,6 +16,7 @@ from shardkit.layout import Term
 from shardkit.layout.style import IGNORE, REPLICATE
 from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_part_config
+from shardkit.recipe.layer_kinds import number_layers
 from shardkit.recipe.model_classes import list_buffers, read_classes
 from shardkit.recipe.recipe import (
     ForwardArgument,
@@ -41,6 +42,7 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
         RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
     """
     model_type = str(config.get("model_type"))
+    recipe = number_layers(recipe, config)
     if recipe.parts:
         return add_common_rules(_compose_parts(recipe, config), model_type)
     prefixes = {each.prefix for each in read_classes(model_type)} - {""}
@@ -107,6 +109,7 @@ class _Nesting:
             raise RecipeError(
                 f"recipe {self.outer.name!r}: parts.{field}: recipe {inner.name!r} has parts itself"
             )
+        inner = number_layers(inner, part_config or config)
         table = "" if part_config is None else f"{field}."
         return replace(
             inner,
@@ -131,8 +134,8 @@ class _Nesting:
 
     def _nest_count(self, rule: UnitRule, table: str) -> UnitRule:
         fields = tuple(
-            " / ".join(side if side.isdigit() else table + side for side in field.split(" / "))
-            for field in rule.fields
+            " ".join(word if word.isdigit() or word == "/" else table + word for word in f.split())
+            for f in rule.fields
         )
         return UnitRule(fields, self._nest_name(rule.shared_by))
 

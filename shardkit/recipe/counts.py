@@ -77,18 +77,30 @@ def resolve_unit_count(name: str, recipe: Recipe, config: Mapping[str, Any]) -> 
 def _resolve_count(rule: UnitRule, config: Mapping[str, Any]) -> int | None:
     """The first field that the config states, or else the first its class has a default for."""
     for field in rule.fields:
-        if _get_field(config, field.partition(" / ")[0]) is not None:
+        if _get_field(config, split_count(field)[1]) is not None:
             return _read_count(config, field)
     for field in rule.fields:
-        name = field.partition(" / ")[0]
+        _, name, _ = split_count(field)
         if not _has_field(config, name) and type(_class_default(config, name)) is int:
             return _read_count(config, field)
     return None
 
 
+def split_count(text: str) -> tuple[int, str, str]:
+    """A count's factor, its field, and the field or number that it is divided by, if any.
+
+    Example:
+        >>> split_count("2 num_heads"), split_count("n_head / 4")
+        ((2, 'num_heads', ''), (1, 'n_head', '4'))
+    """
+    first, _, per = text.partition(" / ")
+    factor, _, name = first.rpartition(" ")
+    return int(factor or 1), name, per
+
+
 def _read_count(config: Mapping[str, Any], field: str) -> int:
-    name, _, per = field.partition(" / ")
-    value = _check_count(read_field(config, name), name)
+    factor, name, per = split_count(field)
+    value = factor * _check_count(read_field(config, name), name)
     if not per:
         return value
     by = int(per) if per.isdigit() else _check_count(read_field(config, per), per)

@@ -13,10 +13,12 @@ from shardkit.errors import RecipeError
 from shardkit.files import read_small_file
 from shardkit.layout import STYLES, Style, Term, parse_axis
 from shardkit.layout.style import REPLICATE
+from shardkit.recipe.layer_kinds import list_kinds
 from shardkit.recipe.parse_counts import (
     FIELD,
     KEYS,
     parse_counts,
+    parse_layer_kinds,
     parse_parts,
     parse_prediction_layers,
     parse_units,
@@ -82,11 +84,13 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         forward_arguments=tuple(_parse_arguments(expect_table(table, "forward_arguments"), units)),
         parts=tuple(parse_parts(expect_table(table, "parts"))),
         part_only=expect_flag(table, "part_only"),
+        layer_kinds=parse_layer_kinds(expect_table(table, "layer_kinds")),
         prediction_layers=parse_prediction_layers(expect_table(table, "prediction_layers")),
         base_model_prefix=expect_string(table.get("base_model_prefix", ""), "base_model_prefix"),
         notes=expect_string(table.get("notes", ""), "notes"),
     )
     _check_rules(recipe)
+    _check_kinds(recipe)
     _check_units(recipe)
     return recipe
 
@@ -159,6 +163,17 @@ def _check_rules(recipe: Recipe) -> None:
                     f"{rule.style.name}.{rule.pattern}: {part} may be held by several ranks, and a"
                     " sum over ranks would count it twice"
                 )
+
+
+def _check_kinds(recipe: Recipe) -> None:
+    patterns = [rule.pattern for rule in recipe.rules]
+    patterns += [rule.module for rule in recipe.module_attributes]
+    patterns += [rule.module for rule in recipe.forward_arguments]
+    named = {kind for pattern in patterns for kind in list_kinds(pattern)}
+    if unknown := sorted(named - recipe.layer_kinds.keys()):
+        raise RecipeError(f"*[{unknown[0]}]: not one of [layer_kinds]")
+    if unused := sorted(recipe.layer_kinds.keys() - named):
+        raise RecipeError(f"layer_kinds.{unused[0]}: no pattern names it")
 
 
 def _check_units(recipe: Recipe) -> None:

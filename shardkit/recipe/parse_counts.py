@@ -13,11 +13,12 @@ from shardkit.recipe.toml_values import check_pattern, expect_string
 KEYS = {
     "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
     "replicated", "module_attributes", "forward_arguments", "parts", "part_only",
-    "prediction_layers", *STYLES,
+    "prediction_layers", "layer_kinds", *STYLES,
 }  # fmt: skip
 FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
 FIELD_NAME = re.compile(FIELD, re.ASCII)
-COUNT = re.compile(rf"{FIELD}(?: / (?:{FIELD}|[1-9][0-9]{{0,3}}))?", re.ASCII)
+NUMBER = "[1-9][0-9]{0,3}"
+COUNT = re.compile(rf"(?:{NUMBER} )?{FIELD}(?: / (?:{FIELD}|{NUMBER}))?", re.ASCII)
 
 
 def parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
@@ -79,6 +80,18 @@ def parse_parts(table: dict[str, Any]) -> Iterator[Part]:
                 f"{key}: {module!r} has more than one {{a,b}}; list whole names in one"
             )
         yield Part(config_field, module, expect_string(entry.get("recipe", ""), key))
+
+
+def parse_layer_kinds(table: dict[str, Any]) -> dict[str, dict[str, object]]:
+    """The kinds of layers, and for each the config's lists that tell it. Raises RecipeError."""
+    for kind, lists in table.items():
+        key = f"layer_kinds.{kind}"
+        if not NAME.fullmatch(kind) or not isinstance(lists, dict) or not lists:
+            raise RecipeError(f"{key}: must be {{ FIELD = VALUE }}, a list of config.json for each")
+        for field, value in lists.items():
+            if type(value) not in (bool, int, str):
+                raise RecipeError(f"{key}.{field}: {value!r} is not a plain value")
+    return table
 
 
 def parse_prediction_layers(table: dict[str, Any]) -> dict[str, str]:

@@ -30,6 +30,8 @@ class Rule:
         whole: A count. Of the last two dimensions, the one that is so long is not divided, for a
             weight that some checkpoints store transposed.
         reason: Why something large is replicated.
+        template: The pattern as the recipe has it, if it names layers by their kind and `pattern`
+            by their numbers.
     """
 
     pattern: str
@@ -39,6 +41,12 @@ class Rule:
     stated_dim: int | None = None
     whole: str = ""
     reason: str = ""
+    template: str = ""
+
+    @property
+    def stated_pattern(self) -> str:
+        """The pattern as the recipe has it."""
+        return self.template or self.pattern
 
     def dim(self, shape: Sequence[int], counts: Mapping[str, int]) -> int | None:
         """The divided dimension of a tensor of this shape; None if it is not divided."""
@@ -134,8 +142,9 @@ class Recipe:
     One with `parts` has its own rules only, until `compose_recipe` adds those of the parts. One
     that is `part_only` is of a model that no checkpoint holds alone. `prediction_layers` has the
     modules that predict further tokens, which transformers does not load, and for each the module
-    whose rules count inside of it. `other_prefixes` are what some classes of the type have in
-    place of `base_model_prefix`.
+    whose rules count inside of it. `layer_kinds` has the kinds of layers that patterns name, and
+    for each the config's lists that tell it, with the value there. `other_prefixes` are what some
+    classes of the type have in place of `base_model_prefix`.
     """
 
     name: str
@@ -150,6 +159,7 @@ class Recipe:
     parts: tuple[Part, ...] = ()
     part_only: bool = False
     prediction_layers: Mapping[str, str] = field(default_factory=dict)
+    layer_kinds: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     base_model_prefix: str = ""
     other_prefixes: tuple[str, ...] = ()
     notes: str = ""
@@ -241,11 +251,11 @@ def _translate_pattern(pattern: str) -> str:
 
     `*` is itself too: transformers 5 saves such a name if it undoes a renaming by pattern.
     """
-    return "".join(map(_translate_part, re.split(r"(\*|\{[^{}]*\})", pattern)))
+    return "".join(map(_translate_part, re.split(r"(\*(?:\[\w+\])?|\{[^{}]*\})", pattern)))
 
 
 def _translate_part(part: str) -> str:
-    if part == "*":
+    if part.startswith("*"):  # of any kind, as long as no config tells which layers are of it
         return r"(?:\d+|\*)"
     if part.startswith("{"):
         return "(?:" + "|".join(map(re.escape, part[1:-1].split(","))) + ")"

@@ -22,6 +22,7 @@ SIZES = {"batch": BATCH, "length": LENGTH}
 STEPS = 12  # tokens that may be generated after them
 TEXT_SEED = 20
 IMAGE_SEED = 21
+CLASSIFIES = "ForSequenceClassification"
 CHOOSES = "ForMultipleChoice"  # how a class is called whose texts have several endings each
 GRID = (4, 6)  # merged patches of an image of free size: more than one window of attention
 MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size", "merge_size")
@@ -248,6 +249,9 @@ def _make_texts(
     if placeholders:
         inputs = _insert_placeholders(inputs["input_ids"], placeholders)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    end = text.eos_token_id
+    if type(model).__name__.endswith(CLASSIFIES) and type(end) is int:
+        inputs["input_ids"][:, -1] = end  # from whose state some classes tell a text's class
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = random_ids(min(LENGTH // 2, longest))
     return inputs

@@ -82,7 +82,7 @@ def test_every_rule_of_every_recipe_is_used_by_some_sample(source: SampleFolder)
     for name in VARIANTS:
         with open_checkpoint(str(source(name))) as checkpoint:
             recipe = compose_recipe(find_recipe(checkpoint.config), checkpoint.config)
-            rules = {recipe.rule_for(spec.name).pattern for spec in checkpoint.specs()}
+            rules = {recipe.rule_for(spec.name).stated_pattern for spec in checkpoint.specs()}
             used[recipe.name].update(rules)
     for path in list_recipe_files():
         if (recipe := load_recipe(path)).part_only:
