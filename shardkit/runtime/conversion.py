@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from shardkit.planning import Placement
 
-TABLE_OF_HEADS = "subconfig_key"  # an operation's attribute: the table that counts its heads
+TABLE_OF_HEADS = "subconfig_key"  # an operation's: the table that counts heads, None for the whole
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ class Conversion:
 
         They tell where a head ends from the number of heads.
         """
-        rows, whole = len(tensors[self.sources[0][0]]), self.whole[0]
-        tables = {getattr(op, TABLE_OF_HEADS, None) for op in operations}
-        if rows == whole or not tables - {None}:
+        counting = [op for op in operations if hasattr(op, TABLE_OF_HEADS)]
+        part = tensors[self.sources[0][0]]
+        if not counting or tuple(part.shape) == self.whole:
             return config
         local = deepcopy(config)
-        for table in (getattr(local, key, local) for key in tables if key):
-            table.num_attention_heads = table.num_attention_heads * rows // whole
+        for name in {getattr(op, TABLE_OF_HEADS) for op in counting}:
+            table = local if name is None else getattr(local, name, local)
+            table.num_attention_heads = table.num_attention_heads * len(part) // self.whole[0]
         return local
 
     def _choose_operations(
