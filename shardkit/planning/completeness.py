@@ -135,6 +135,7 @@ def _find_missing_rows(plan: Plan, config: Config) -> str:
     tables = [p for p in plan.placements if p.style is VOCAB and len(p.spec.shape) == 2]
     rows = [p.spec.shape[p.dim] for p in tables if p.dim is not None]
     more = sum(extra for key, extra in fields.VOCAB_EXTRA_ROWS.items() if key in text)
+    more += sum(text[key] for key in fields.VOCAB_FURTHER if type(text.get(key)) is int)
     if stated is None or not rows or not {stated, stated + more}.isdisjoint(rows):
         return ""
     return (

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from shardkit.config_fields import PREDICTION_LAYERS
 from shardkit.errors import RecipeError
 from shardkit.recipe.counts import read_field
 from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Rule
 
 KIND = re.compile(r"\*\[(\w+)\]")
+MAX_FURTHER = 64  # layers: a config is not to be trusted
 T = TypeVar("T", Rule, ModuleAttribute, ForwardArgument)
 
 
@@ -54,10 +56,15 @@ def list_kinds(pattern: str) -> list[str]:
 
 
 def _find_layers(recipe: Recipe, kind: str, config: Mapping[str, Any]) -> list[int]:
-    """The layers of a kind, by the first of its lists that the config has."""
+    """The layers of a kind, by the first of its lists that the config has.
+
+    Layers that predict further tokens come after those of the list, and are as the last of these.
+    """
+    further = sum(config[key] for key in PREDICTION_LAYERS if type(config.get(key)) is int)
     for field, value in recipe.layer_kinds[kind].items():
         if isinstance(kinds := read_field(config, field), list):
-            return [at for at, stated in enumerate(kinds) if stated == value]
+            every = kinds + kinds[-1:] * min(further, MAX_FURTHER)
+            return [at for at, stated in enumerate(every) if stated == value]
     fields = " or ".join(recipe.layer_kinds[kind])
     raise RecipeError(f"config.json: no list {fields}, which recipe {recipe.name!r} needs")
 

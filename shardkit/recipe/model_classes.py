@@ -62,7 +62,9 @@ class ModelClass:
     def find_missing(self, names: Iterable[FullName], with_ties: bool = False) -> str:
         """A module that it needs of which there is no tensor; empty if there is none."""
         owners = {owner for name in names for owner in self._list_owners(name)}
-        return min((self.needs | (self.ties if with_ties else set())) - owners, default="")
+        heads = {_last_word(tie) for tie in self.ties & owners}  # one may have several names
+        ties = {tie for tie in self.ties if with_ties and _last_word(tie) not in heads}
+        return min((self.needs | ties) - owners, default="")
 
     def _list_owners(self, name: FullName) -> list[str]:
         """The tensor's name and those of the modules that it is in, as this class has them.
@@ -155,6 +157,10 @@ def _choose_class(
         if read_field(config, f"{table}tie_word_embeddings") is False:
             complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
     return min(complete, key=lambda each: sum(not each.has(n) for n in names), default=None)
+
+
+def _last_word(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _skips(chosen: ModelClass, name: str) -> bool:

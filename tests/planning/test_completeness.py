@@ -106,6 +106,9 @@ WHOLE: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "rows that the class adds": (
         {"embed.weight": (28, 8)}, {"cross_attention_layers": [3]},
     ),
+    "further rows that the config counts": (
+        {"embed.weight": (26, 8)}, {"additional_vocab_size": 6},
+    ),
     "tied": (
         model(2, HEAD), {"tie_word_embeddings": True, "architectures": ["AnyForCausalLM"]},
     ),

@@ -42,6 +42,13 @@ def test_a_kind_is_the_layers_that_a_list_of_the_config_says(config: dict[str, A
     assert recipe.rule_for("layers.2.k_proj").stated_pattern == "layers.*[sliding].k_proj"
 
 
+def test_a_layer_that_predicts_further_tokens_is_as_the_last_one() -> None:
+    config = CONFIG | {"pattern": [0, 1], "num_nextn_predict_layers": 2}
+    recipe = compose_recipe(parse_recipe("any", TEXT.encode()), config)
+    assert recipe.rule_for("layers.3.k_proj").terms[0].unit == "kv_heads"
+    assert recipe.rules_for("layers.4.k_proj") == []
+
+
 def test_a_kind_that_no_layer_is_of_has_no_rule() -> None:
     recipe = compose_recipe(parse_recipe("any", TEXT.encode()), CONFIG | {"pattern": [1, 1]})
     assert recipe.module_attributes == ()

@@ -67,6 +67,13 @@ def test_a_head_may_be_missing_only_if_it_is_tied(fields: dict[str, Any], model_
     assert load(LLAMA, "llama", **fields).model_class == model_class
 
 
+def test_a_head_that_is_stored_under_one_of_its_names_is_there() -> None:
+    parts = ["language_model.model.embed_tokens", "language_model.lm_head", "vision_tower.w"]
+    names = [f"{part}.weight" for part in [*parts, "multi_modal_projector.linear_1"]]
+    config = {"text_config": {"tie_word_embeddings": False}, "architectures": ["Unknown"]}
+    assert load(names, "aria", **config).model_class == "AriaForConditionalGeneration"
+
+
 def test_a_tensor_that_no_class_is_known_to_have_may_be_one_of_the_model() -> None:
     loaded = load([*LLAMA, "lm_head.weight", "v_head.weight"], "llama")
     assert (loaded.model_class, loaded.unloaded) == ("LlamaForCausalLM", frozenset())
