@@ -14,7 +14,7 @@ LAYER_TYPES = ("layers_block_type", "layer_types")  # lists with an entry for ea
 PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 HIDDEN_SIZE = ("hidden_size", "d_model", "n_embd", "n_embed")
-OTHER_WIDTHS = ("dim",)  # a hidden size in some configs, something else in others
+OTHER_WIDTHS = ("dim", "embed_dim")  # a hidden size in some configs, something else in others
 HEAD_DIM = ("head_dim", "d_kv")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 DECODER_HEADS = ("decoder_attention_heads",)
@@ -28,13 +28,14 @@ POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 # Tables of a config that describe a tower beside the language model, and the language model's own.
 TEXT_TABLE = "text_config"
+DECODER_TABLE = "decoder"  # of a model with an encoder that has a table of its own
 TOWER_TABLES = ("vision_config", "audio_config")
 
 # Modules of a tower, as tensors' names have them.
 VISION_MODULES = frozenset(
     (
         "vision_tower", "vision_model", "visual", "vision_encoder", "image_tower", "video_tower",
-        "vision_backbone", "vit", "sam_model", "qwen2_model",
+        "vision_backbone", "vit", "sam_model", "qwen2_model", "image_encoder", "vqmodel",
     )
 )  # fmt: skip
 AUDIO_MODULES = frozenset(("audio_tower", "audio_model", "sound_encoder"))
@@ -43,7 +44,7 @@ PROJECTORS = frozenset(
         "multi_modal_projector", "connector", "aligner", "vision_projection", "mm_projector",
         "resampler_model", "patch_merge_mlp", "vit_large_projector", "vision_language_adapter",
         "mlp1", "sound_projection", "projector", "mlp_AR", "layerwise_projectors",
-        "spatial_projectors", "perceiver_resampler",
+        "spatial_projectors", "perceiver_resampler", "qformer", "image_to_text_projection",
     )
 )  # fmt: skip
 # Modules of a language model whose keys and values are an image's, made once for each.

@@ -133,7 +133,7 @@ def test_only_what_runs_models_needs_torch_to_be_imported(path: Path) -> None:
 
 
 BUILT_IN = {"lstm"}  # torch's own module, and the language model of it that transformers lacks
-ENGLISH = {"beam"}  # a way of searching, too
+ENGLISH = {"beam", "git"}  # a way of searching, and the version control, too
 TOWERS = {"vit"}  # what some checkpoints call the module of a tower
 
 

@@ -121,7 +121,7 @@ def write_forms(
         Each form, written over the one before it; what was saved; and the class that transformers
         is to load it as.
     """
-    config = sample.model_class.config_class(**sample.config)
+    config = sample.config_class(**sample.config)
     classes = [c for c in list_classes(type(config)) if not names or c.__name__ in names]
     models = list(_save_classes(classes, config, scratch))
     for saved in models:

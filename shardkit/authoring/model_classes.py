@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,9 +81,9 @@ def write_model_classes(path: Path, model_types: Iterable[str] | None = None) ->
 def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
     """The classes of one model type, by what each saves."""
     saved: dict[str, SavedNames] = {}
-    classes = list_classes(samples[0].model_class.config_class)
+    classes = list_classes(samples[0].config_class)
     for at, sample in enumerate(samples):
-        config = sample.model_class.config_class(**sample.config)
+        config = sample.config_class(**sample.config)
         with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
             for cls, model, folder in _save_each(classes, config, Path(scratch)):
                 each = saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix))
@@ -201,9 +202,10 @@ def list_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedMo
         entry = mapping.get(config_class.model_type, ())
         names += [entry] if isinstance(entry, str) else entry
     module = config_class.__module__.replace(".configuration_", ".modeling_")
-    names += getattr(import_module(module), "__all__", ())
-    classes = [find_model_class(name) for name in dict.fromkeys(names)]
-    return [cls for cls in classes if cls is not None and cls.config_class is config_class]
+    has_own = find_spec(module) is not None
+    names += getattr(import_module(module), "__all__", ()) if has_own else ()
+    classes = [cls for name in dict.fromkeys(names) if (cls := find_model_class(name)) is not None]
+    return [cls for cls in classes if cls.config_class is config_class or not has_own]
 
 
 def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -10,16 +10,28 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
 from shardkit.layout import Term
-from shardkit.layout.style import ADD_ONCE, COLUMN, GATHER, NORM, RECURRENT, REPLICATE, ROW
+from shardkit.layout.style import (
+    ADD_ONCE,
+    COLUMN,
+    COLUMNS,
+    GATHER,
+    NORM,
+    PADDED,
+    RECURRENT,
+    REPLICATE,
+    ROW,
+)
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
 ANY_UNIT = "any_even_division"
 AS_HALVES = (Term((2,), ANY_UNIT),)  # a rank takes a part of either half: right for a fused pair
 AS_ONE = (Term((), ANY_UNIT),)
+SWAPPED = (*COLUMNS, ROW, RECURRENT)  # styles whose axis may be read in another way
 STYLE_FAULTS = {  # a style that should reduce, gather or add once: what is forgotten, what is left
     NORM: ("norm not reduced", COLUMN),
     ADD_ONCE: ("bias added by every rank", REPLICATE),
     GATHER: ("input not gathered", COLUMN),
+    PADDED: ("output not padded", COLUMN),
 }
 
 
@@ -57,7 +69,7 @@ def list_mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterat
     kinds = [
         (_mutate_style(recipe, rule) for rule in used if rule.style in STYLE_FAULTS),
         _omit_arguments(recipe),
-        (_swap_layout(recipe, rule) for rule in used if rule.style in (COLUMN, ROW, RECURRENT)),
+        (_swap_layout(recipe, rule) for rule in used if rule.style in SWAPPED),
         (_replicate_bias(recipe, rule) for rule in with_bias),
         _omit_attributes(recipe),
         (_omit_rule(recipe, rule) for rule in used),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe_folder
@@ -28,7 +28,7 @@ from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.models.registry import find_model_class
 
 NULL = "none"
-KEYS = {"model", "base", "config", "limitation", "as_built"}
+KEYS = {"model", "base", "config", "config_type", "limitation", "as_built"}
 WEIGHT_SEED = 0
 NOISE_SEED = 7
 
@@ -45,6 +45,8 @@ class Sample:
         as_built: Whether it is saved under the names that the model has in memory, its experts
             stacked, as some checkpoints on the Hub are, or under those of the first checkpoints.
         group: The name of its file.
+        config_type: The model_type of its config, if that is not the model class's own: of a type
+            without a class of its own.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Sample:
     limitation: str = ""
     as_built: bool = False
     group: str = ""
+    config_type: str = ""
 
     @property
     def model_class(self) -> Any:
@@ -65,12 +68,18 @@ class Sample:
     @property
     def model_type(self) -> str:
         """The model_type of its config.json."""
-        return str(self.model_class.config_class.model_type)
+        return str(self.config_class.model_type)
+
+    @property
+    def config_class(self) -> Any:
+        """The class of its config."""
+        own = self.model_class.config_class
+        return CONFIG_MAPPING[self.config_type] if self.config_type else own
 
     @property
     def stored_config(self) -> dict[str, Any]:
         """The contents of its config.json, defaults included."""
-        contents: dict[str, Any] = self.model_class.config_class(**self.config).to_dict()
+        contents: dict[str, Any] = self.config_class(**self.config).to_dict()
         return contents
 
 
@@ -104,14 +113,14 @@ def read_samples(path: Path) -> Iterator[Sample]:
             limitation=entry.get("limitation", ""),
             as_built=entry.get("as_built", False),
             group=path.stem,
+            config_type=entry.get("config_type", ""),
         )
 
 
 def make_sample(sample: Sample, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a sample's model as transformers does, its weights from a seed. Returns `folder`."""
-    cls = sample.model_class
-    config = cls.config_class(**sample.config)
-    return save_random_model(cls, config, folder, dtype, as_built=sample.as_built)
+    config = sample.config_class(**sample.config)
+    return save_random_model(sample.model_class, config, folder, dtype, as_built=sample.as_built)
 
 
 def save_random_model(

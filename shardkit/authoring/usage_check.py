@@ -78,15 +78,25 @@ def make_prompt(model: PreTrainedModel, inputs: Tensors) -> Tensors:
     """A prompt of a few tokens of the inputs' text; all inputs if the model takes no text alone.
 
     Images that no token of the text stands for are among them: every token attends to them. Empty
-    for a model that generates nothing.
+    for a model that generates nothing, and for a decoder alone of another model's output, of which
+    generate keeps no cache.
     """
-    if not model.can_generate():
+    if not model.can_generate() or "encoder_hidden_states" in inputs:
         return {}
     if (ids := inputs.get("input_ids")) is not None:
         others = {} if has_placeholders(model, ids) else inputs
         images = {n: t[:1].clone() for n, t in others.items() if is_image(n, t, ids)}
-        prompt = {"input_ids": ids[:1, -PROMPT_TOKENS:].clone(), **images}
-        if model.config.is_encoder_decoder or _runs_on(model, prompt):
+        tokens = {
+            n: t[:1]
+            for n, t in others.items()
+            if t.shape[:2] == ids.shape and t.is_floating_point()
+        }
+        short = {
+            n: t[:, -PROMPT_TOKENS:].clone() for n, t in {**tokens, "input_ids": ids[:1]}.items()
+        }
+        prompt = {**short, **images}
+        is_whole = model.main_input_name in prompt
+        if is_whole and (model.config.is_encoder_decoder or _runs_on(model, prompt)):
             return prompt
     return {name: t[:1].clone() for name, t in inputs.items() if name != "decoder_input_ids"}
 
@@ -149,7 +159,9 @@ def _compare_cache(
         nothing = predicted.startswith(NONE)
         return [Figure("cache bytes", [0] * len(usages) if nothing else predicted, per_token)]
     figures = [Figure("cache bytes", predicted.rank_bytes, per_token)]
-    if predicted.is_crossed and "input_ids" in prompt:
+    ids = prompt.get("input_ids")
+    is_text = ids is not None and all(t.shape[:2] == ids.shape for t in prompt.values())
+    if predicted.is_crossed and is_text:
         positions = 1 + prompt["input_ids"].shape[1]  # the decoder's first, and the encoder's
         expected = [positions * nbytes for nbytes in predicted.rank_bytes]
         measured = [usage.prompt_cache_bytes or 0 for usage in usages]

@@ -79,6 +79,13 @@ VOCAB = Style(
     is_summed=True,
 )
 COLUMN = Style("column", "Column-parallel", divides="output", axis="stated", is_linear=True)
+PADDED = Style(
+    "padded",
+    "Column-parallel, their outputs padded with zeros to the whole width",
+    divides="output",
+    axis="stated",
+    is_linear=True,
+)
 ROW = Style(
     "row",
     "Row-parallel",
@@ -118,5 +125,9 @@ IGNORE = Style("ignore", "Stored by rank 0 for a merge, never loaded", is_loaded
 
 STYLES = {
     style.name: style
-    for style in (VOCAB, COLUMN, ROW, NORM, GATHER, RECURRENT, ADD_ONCE, REPLICATE, IGNORE)
+    for style in (
+        *(VOCAB, COLUMN, PADDED, ROW, NORM),
+        *(GATHER, RECURRENT, ADD_ONCE, REPLICATE, IGNORE),
+    )
 }
+COLUMNS = (COLUMN, PADDED)

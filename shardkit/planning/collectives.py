@@ -94,7 +94,8 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         embedding=min(len(tables), 1) if both else len(tables),
         output=int(has_output),
         norms=len(norms) - tower_norms,
-        gathered=len(list_placements(plan, GATHER)) + recurrent // MATRICES_PER_CELL,
+        gathered=len({tuple(path[:-1]) for path in list_paths(plan, GATHER)})
+        + recurrent // MATRICES_PER_CELL,
         encoder=_count_encoder_uses(per_prompt, text)
         + tower_norms
         + int(both and any("decoder" not in path for path in tables)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardkit import config_fields as fields
-from shardkit.layout.style import COLUMN, ROW, VOCAB
+from shardkit.layout.style import COLUMNS, ROW, VOCAB
 from shardkit.planning.layer_kinds import Layers, group_kinds, group_tensors
 from shardkit.planning.placement import Placement, Plan
 from shardkit.recipe import Recipe, Rule
@@ -114,8 +114,9 @@ def _is_needed(layer: _Layer, rest: str, rule: Rule, recipe: Recipe, prefix: str
     if len(modules) == 1 and any(map(has_rule, beside)):
         return True
     styles = {placement.style for placement in beside.values()}
-    return (rule.style is ROW and COLUMN in styles and ROW not in styles) or (
-        rule.style is COLUMN and ROW in styles and COLUMN not in styles
+    has_column, has_row = not styles.isdisjoint(COLUMNS), ROW in styles
+    return (rule.style is ROW and has_column and not has_row) or (
+        rule.style in COLUMNS and has_row and not has_column
     )
 
 

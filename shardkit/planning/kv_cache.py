@@ -11,7 +11,7 @@ from typing import Any
 
 from shardkit import config_fields as fields
 from shardkit.dtypes import BY_TORCH_NAME, DTYPES
-from shardkit.layout.style import COLUMN, RECURRENT
+from shardkit.layout.style import COLUMNS, PADDED, RECURRENT
 from shardkit.planning.mesh import Mesh
 from shardkit.planning.parts import (
     find_field,
@@ -125,6 +125,8 @@ def list_kv_units(plan: Plan) -> list[str]:
     counted = {name: unit for name, unit in plan.units.items() if unit.count is not None}
     shared = [name for name, unit in counted.items() if unit.shared_by and KV_UNIT.search(name)]
     shared = [name for name in shared if _list_kv_weights(plan, name)]  # not a tower's
+    if any(name.startswith("decoder") for name in shared):  # and an encoder's
+        shared = [name for name in shared if name.startswith("decoder")]
     return shared or [name for name in HEAD_UNITS if name in counted][:1]
 
 
@@ -132,7 +134,8 @@ def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
     """The loaded matrices of the language model's decoder that a unit divides the output of."""
     weights = [
         p
-        for p in plan.loaded_by_style.get(COLUMN.name, ())
+        for style in COLUMNS
+        for p in plan.loaded_by_style.get(style.name, ())
         if unit in p.units and len(p.spec.shape) > 1
     ]
     paths = {p.spec.name: p.spec.name.split(".") for p in weights}
@@ -183,7 +186,8 @@ def count_whole_kv_heads(plan: Plan, config: Mapping[str, Any]) -> int:
 def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:
     """Each rank's kv heads; a K and a V that are replicated are one head on every rank.
 
-    A unit may be a set of several kv heads, if the config counts more of them.
+    Padded with zeros, every rank keeps as many as all ranks. A unit may be a set of several kv
+    heads, if the config counts more of them.
     """
     replicated = {s.units for p in plan.placements for s in p.sections if s.replicated}
     if replicated:
@@ -197,6 +201,8 @@ def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[i
     heads_per_set, rest = divmod(stated or sets, sets)
     if rest:
         return None
+    if any(p.style is PADDED for p in _list_kv_weights(plan, unit)):
+        return (heads_per_set * sets,) * plan.mesh.world_size
     ranks = plan.mesh.ranks()
     return tuple(heads_per_set * plan.count_local_units(unit, rank) for rank in ranks)
 

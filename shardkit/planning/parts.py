@@ -15,20 +15,25 @@ NO_GENERATION = (
     "ForMultipleChoice", "ForImageClassification", "VisionModel", "VisionModelWithProjection",
 )  # fmt: skip
 GENERATES = ("ForConditionalGeneration",)
-PREDICTS_TOKENS = ("ForMaskedLM", "HeadModel", "HeadsModel", "MTModel")
+GENERATES_BESIDE_TOWER = ("ForCausalLM",)  # else an encoder may be called so, too
+PREDICTS_TOKENS = ("ForMaskedLM", "HeadModel", "HeadsModel", "MTModel", "EncoderDecoderModel")
 BASE = "Model"  # what the name of a class without a head ends in
 
 Path = list[str]  # a tensor's name, cut at its dots
 
 
 def generates_text(plan: Plan, config: Mapping[str, Any]) -> bool:
-    """Whether the model produces text; an encoder alone does not."""
+    """Whether the model produces text; an encoder alone does not.
+
+    Beside a tower, layers that are called an encoder's may be the text's that is generated.
+    """
     if config.get("is_decoder") is True:
         return True
-    names = list_class_names(plan, config)
+    paths, names = list_paths(plan, ROW), list_class_names(plan, config)
     if any(name.endswith(GENERATES) for name in names):
         return True
-    paths = list_paths(plan, ROW)
+    if any(map(is_tower, paths)) and any(n.endswith(GENERATES_BESIDE_TOWER) for n in names):
+        return True
     if paths and all("encoder" in path for path in paths if not is_tower(path)):
         return False
     return not any(name.endswith(NO_GENERATION) for name in names)
@@ -83,9 +88,10 @@ def find_layer(path: Path) -> tuple[str, int] | None:
 
 
 def select_text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a config's language model, nested or not."""
-    text = config.get(fields.TEXT_TABLE)
-    return {**config, **text} if isinstance(text, Mapping) else config
+    """The fields of a config's language model, or of its decoder, nested or not."""
+    tables = (config.get(name) for name in (fields.TEXT_TABLE, fields.DECODER_TABLE))
+    text = next((table for table in tables if isinstance(table, Mapping)), {})
+    return {**config, **text}
 
 
 def read_count(config: Mapping[str, Any], names: Iterable[str]) -> int | None:

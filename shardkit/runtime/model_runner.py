@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMixin
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -80,6 +81,8 @@ class ModelRunner:
             stopping: Is asked after each step whether to stop.
         """
         arguments = {**move_inputs(inputs, self.model, self.device), **options}
+        if type(self.model).generate is not GenerationMixin.generate:
+            arguments.pop("pad_token_id", None)  # a class's own generate may state it, too
         if streamer is not None:
             arguments["streamer"] = streamer
         if stopping is not None:

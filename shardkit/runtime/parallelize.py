@@ -13,12 +13,12 @@ from torch import nn
 
 from shardkit.errors import LayoutError, ManifestError
 from shardkit.layout import Span, Style, partition, rank_spans
-from shardkit.layout.style import COLUMN, GATHER, NORM, RECURRENT, ROW, VOCAB
+from shardkit.layout.style import COLUMN, GATHER, NORM, PADDED, RECURRENT, ROW, VOCAB
 from shardkit.planning import Placement, Plan, Rank
 from shardkit.recipe import ForwardArgument, ModuleAttribute, compile_module_pattern
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.embedding import make_vocab_parallel
-from shardkit.runtime.layers.linear import make_column_parallel, make_row_parallel
+from shardkit.runtime.layers.linear import make_column_parallel, make_padded, make_row_parallel
 from shardkit.runtime.layers.lstm import make_parallel_lstm
 from shardkit.runtime.layers.norm import make_gathered, make_sharded_norm
 
@@ -65,6 +65,16 @@ class _Swap:
     placement: Placement
     group: TensorParallelGroup
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The features that this rank holds."""
+        return tuple(rank_spans(self.placement.sections, self.group.tp_rank, self.group.tp_size))
+
+    @property
+    def width(self) -> int:
+        """How many features all ranks hold."""
+        return self.placement.spec.shape[self.placement.dim or 0]
+
     def rank_indices(self) -> list[torch.Tensor]:
         """For each rank, the indices of the sections that it holds."""
         sections, size = self.placement.sections, self.group.tp_size
@@ -102,11 +112,12 @@ def _make_recurrent(swap: _Swap) -> None:
 
 
 FORMS: dict[Style, Callable[[_Swap], None]] = {
-    ROW: lambda swap: make_row_parallel(swap.module, swap.group),
+    ROW: lambda swap: make_row_parallel(swap.module, swap.group, swap.spans),
     VOCAB: _make_vocab,
     NORM: lambda swap: make_sharded_norm(swap.module, swap.path, swap.group, swap.rank_indices()),
     GATHER: lambda swap: make_gathered(swap.module, swap.group, swap.rank_indices()),
     RECURRENT: _make_recurrent,
+    PADDED: lambda swap: make_padded(swap.module, swap.width, swap.spans),
     COLUMN: lambda swap: make_column_parallel(swap.module),
 }
 

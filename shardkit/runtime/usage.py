@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.generation.utils import ALL_CACHE_NAMES, GenerationMixin
 
 from shardkit.runtime.model_runner import ModelRunner, Tensors
 
@@ -82,12 +83,24 @@ class _Call:
 
 
 class _CallRecorder:
-    """In a `with`, `calls` gets an entry after each call of a model."""
+    """In a `with`, `calls` gets an entry after each call of the model that generates.
+
+    A model may leave that to one inside of it, which it does not call itself.
+    """
 
     def __init__(self, model: nn.Module, counts: Mapping[str, int]) -> None:
-        self.calls: list[_Call] = []
+        self._calls: dict[str, list[_Call]] = {}
         self._counts = counts
-        self._hook = model.register_forward_hook(self._record)
+        self._hooks = [
+            module.register_forward_hook(partial(self._record, name))
+            for name, module in model.named_modules()
+            if isinstance(module, GenerationMixin)
+        ]
+
+    @property
+    def calls(self) -> list[_Call]:
+        """Those of the outermost model that was called."""
+        return self._calls[min(self._calls, key=len)]
 
     def __enter__(self) -> "_CallRecorder":
         return self
@@ -98,17 +111,19 @@ class _CallRecorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
-    def _record(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self.calls.append(_Call(dict(self._counts), count_cache_bytes(output)))
+    def _record(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        call = _Call(dict(self._counts), count_cache_bytes(output))
+        self._calls.setdefault(name, []).append(call)
 
 
 def count_cache_bytes(output: Any) -> int:
-    """The bytes of the cache in a model's output, for each sequence of the batch."""
+    """The bytes of the cache in a model's output, without the integers that count its tokens."""
     caches = [getattr(output, name, None) for name in ALL_CACHE_NAMES]
     tensors = {id(tensor): tensor for cache in caches for tensor in _iter_tensors(cache, set())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _iter_tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shardkit.layout import Span
-from shardkit.layout.style import COLUMN, REPLICATE
+from shardkit.layout.style import COLUMN, PADDED, REPLICATE
 from shardkit.planning import Placement, Rank
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
@@ -39,7 +39,7 @@ def describe_divergence(
                 continue
             spans = _output_spans(placements.get(f"{name}.weight"), manifest.mesh.rank(tp_rank))
             parts = [_select_part(t[name], outputs[name], spans) for t in (rounded, expected)]
-            if parts[0] is None or parts[1] is None:
+            if parts[0] is None or parts[1] is None or _is_padded(name, placements):
                 continue
             result = compare_outputs(outputs[name], parts[0], parts[1], outputs[name].dtype)
             if not result.ok:
@@ -49,6 +49,12 @@ def describe_divergence(
                     f" tensors to blame: {_list_tensors(name, placements)}"
                 )
     return NO_MODULE
+
+
+def _is_padded(module: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether a rank's output of a module has zeros where other ranks' features are."""
+    placement = placements.get(f"{module}.weight")
+    return placement is not None and placement.style is PADDED
 
 
 def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:

@@ -27,8 +27,10 @@ CHOOSES = "ForMultipleChoice"  # how a class is called whose texts have several 
 GRID = (4, 6)  # merged patches of an image of free size: more than one window of attention
 MERGE_FIELDS = ("spatial_merge_size", "merge_kernel_size", "merge_size")
 CHANNEL_FIELDS = ("num_channels", "in_channels", "in_chans")
+COLORS = 3  # of an image whose config does not state its channels
 FRAMES_PER_POSITION = 2  # of a spectrogram, because the convolutions halve them
 TOKENS_BEFORE_IMAGE = 1
+KINDS = ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask")  # what models call it
 RESERVED = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
@@ -66,7 +68,8 @@ def make_images(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         return {}
     config: Any = model.config
     vision = getattr(config, "vision_config", None) or config
-    channels = next(int(getattr(vision, name)) for name in CHANNEL_FIELDS if hasattr(vision, name))
+    stated = (int(getattr(vision, name)) for name in CHANNEL_FIELDS if hasattr(vision, name))
+    channels = next(stated, COLORS)
     if "image_grid_thw" in arguments:
         return _make_patches(config, vision, channels)
     if "spatial_shapes" in arguments:
@@ -236,7 +239,7 @@ def _make_texts(
     model: PreTrainedModel, placeholders: Sequence[Placeholders]
 ) -> dict[str, torch.Tensor]:
     config: Any = model.config
-    text = config.get_text_config()
+    text = _find_text_config(config)
     positions = count_positions(model)
     longest = max(positions - STEPS, positions // 2, 1)
     generator = torch.Generator().manual_seed(TEXT_SEED)
@@ -255,6 +258,14 @@ def _make_texts(
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = random_ids(min(LENGTH // 2, longest))
     return inputs
+
+
+def _find_text_config(config: Any) -> Any:
+    """The config of the text model, however deep inside of the whole config."""
+    text = config.get_text_config()
+    if hasattr(text, "vocab_size"):
+        return text
+    return _find_text_config(getattr(config, next(iter(config.sub_configs))))
 
 
 def _list_plain_tokens(config: Any, vocabulary: int) -> torch.Tensor:
@@ -277,11 +288,7 @@ def _insert_placeholders(
         return torch.cat([text[:, :at], inserted.expand(len(text), -1), text[:, at:]], 1)
 
     kinds = insert(torch.zeros_like(ids), kinds)
-    return {
-        "input_ids": insert(ids, tokens),
-        "token_type_ids": kinds,
-        "mm_token_type_ids": kinds,
-    }
+    return {"input_ids": insert(ids, tokens), **dict.fromkeys(KINDS, kinds)}
 
 
 def _make_noise(*shape: int) -> torch.Tensor:

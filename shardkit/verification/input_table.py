@@ -9,8 +9,9 @@ Most inputs follow from a config (`dummy_inputs`). What does not is in `recipes/
     image_grid_thw = { values = [[1, 4, 6], [1, 4, 6]] }
     placeholders = [{ token = "image_token_id", count = "vision_config.image_size // 4" }]
 
-A list of lengths is a tensor of noise; with a `value` it is filled with that value. Strings are
-arithmetic over numbers, fields of the config, and `batch` and `length` (of the text).
+A list of lengths is a tensor of noise; with a `value` it is filled with that value; `join` is a
+list of such, joined along their last axis. Strings are arithmetic over numbers, fields of the
+config, and `batch` and `length` (of the text).
 """
 
 import ast
@@ -123,6 +124,8 @@ def _load_tables() -> Mapping[str, InputTable]:
 def _make_tensor(entry: Any, count: Callable[[Any], Any]) -> torch.Tensor:
     if isinstance(entry, Mapping) and "values" in entry:
         return torch.tensor(_replace_fields(entry["values"], count))
+    if isinstance(entry, Mapping) and "join" in entry:
+        return torch.cat([_make_tensor(part, count) for part in entry["join"]], -1)
     lengths = entry["shape"] if isinstance(entry, Mapping) else entry
     shape = [count(length) for length in lengths]
     if isinstance(entry, Mapping):

@@ -28,6 +28,8 @@ from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
 from shardkit.runtime.usage import Usage
 
+DECODER_INPUTS = ("decoder_input_ids", "encoder_hidden_states")  # which generate makes itself
+
 
 class ShardedModel:
     """The model on its ranks, which this process started or torchrun did.
@@ -171,7 +173,7 @@ def select_float_outputs(outputs: Tensors) -> Tensors:
 
 def select_prompt(inputs: Tensors) -> Tensors:
     """Those inputs of a forward pass that generate takes, too."""
-    return {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    return {name: value for name, value in inputs.items() if name not in DECODER_INPUTS}
 
 
 def greedy_options(steps: int, beams: int = 1) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from shardkit.authoring.families_page import render_families
@@ -13,6 +14,8 @@ from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.usage_check import Figure, compare_usage, make_prompt
 from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
+from shardkit.runtime.model_runner import ModelRunner
+from shardkit.runtime.usage import measure_usage
 from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.models import ShardedModel
 from tests.helpers.model_samples import VARIANTS, make
@@ -94,3 +97,21 @@ def test_a_model_that_takes_no_text_alone_is_prompted_with_all_inputs() -> None:
         with_images, make_inputs(with_images)
     ).keys()
     assert [*make_prompt(with_or_without, make_inputs(with_or_without))] == ["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("sample", "cache_bytes"),
+    [
+        ("blip", 1024),  # generates by a model inside of it, from an image
+        ("udop", 1536),  # takes a box with each token
+        ("evolla", 512),  # takes a protein beside the text
+    ],
+)
+def test_the_cache_is_measured_of_models_that_take_more_than_text(
+    sample: str, cache_bytes: int, tmp_path: Path
+) -> None:
+    model = load_reference(make(sample, tmp_path))
+    inputs, counts = make_inputs(model), {"all_reduce": 0, "all_gather": 0}
+    runner = ModelRunner(model, torch.device("cpu"))
+    usage = measure_usage(runner, counts, inputs, make_prompt(model, inputs))
+    assert usage.cache_bytes == cache_bytes

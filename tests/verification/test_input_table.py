@@ -47,3 +47,10 @@ def test_placeholders_are_counted() -> None:
 def test_what_is_no_number_is_an_error_of_one_line(text: str) -> None:
     with pytest.raises(RecipeError, match=r"^inputs\.toml: any: .* is no number of this config$"):
         make([text])
+
+
+def test_parts_are_joined_along_the_last_axis() -> None:
+    tensor = make({"join": [{"shape": ["batch", 3, 2], "value": 1.0}, ["batch", 3, 4]]})
+    assert tensor.shape == (2, 3, 6)
+    assert torch.equal(tensor[..., :2], torch.ones(2, 3, 2))
+    assert tensor[..., 2:].std() > 0.5

@@ -81,9 +81,14 @@ def select_prefixed(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[st
 def encode_message(message: Message) -> tuple[bytes, bytes]:
     """A message as bytes, to be sent one after the other: sizes and header, then the tensors."""
     header = json.dumps(message.header).encode()
-    plain = {name: t.detach().cpu().contiguous() for name, t in message.tensors.items()}
+    # Of its own each, as safetensors wants it: a model may return one tensor by two names.
+    plain = {name: _copy_plain(tensor) for name, tensor in message.tensors.items()}
     payload = save_tensors(plain) if plain else b""
     return SIZES.pack(len(header), len(payload)) + header, payload
+
+
+def _copy_plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def decode_message(data: bytes) -> Message:

@@ -5,12 +5,14 @@ parameters' names. If only its widths change (column-parallel without a gather) 
 Column and row parallelism are those of Megatron-LM (Shoeybi et al. 2019, section 3).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shardkit.layout import Span
 from shardkit.runtime.distributed.group import TensorParallelGroup
 
 
@@ -22,9 +24,12 @@ class RowParallelLinear(nn.Linear):
     """Each rank has its own input features; one all-reduce, then the bias, added once."""
 
     group: TensorParallelGroup
+    spans: Sequence[Span]  # the rank's features, of inputs that are padded to the whole width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., rank's in]` to `[..., out]`, the same on every rank."""
+        """`[..., rank's in]`, or `[..., in]`, to `[..., out]`, the same on every rank."""
+        if x.shape[-1] != self.weight.shape[-1]:
+            x = torch.cat([x[..., start:stop] for start, stop in self.spans], -1)
         y = self.group.all_reduce(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias
 
@@ -63,10 +68,15 @@ class RowParallelSubclass(nn.Linear):
             self.summed_bias = bias.detach()
 
 
-def make_row_parallel(module: nn.Module, group: TensorParallelGroup) -> None:
-    """Turn a linear layer, or a module of bare expert weights, into its row-parallel form."""
+def make_row_parallel(
+    module: nn.Module, group: TensorParallelGroup, spans: Sequence[Span] = ()
+) -> None:
+    """Turn a linear layer, or a module of bare expert weights, into its row-parallel form.
+
+    `spans` are the rank's features of all ranks'.
+    """
     if _is_plain_linear(module):
-        convert_class(module, RowParallelLinear, group=group)
+        convert_class(module, RowParallelLinear, group=group, spans=spans)
     elif is_conv1d(module):
         convert_class(module, RowParallelConv1D, group=group)
     elif isinstance(module, nn.Linear):
@@ -80,6 +90,24 @@ def make_column_parallel(module: nn.Module) -> None:
     """Name a plain linear layer for what it now is."""
     if _is_plain_linear(module):
         convert_class(module, ColumnParallelLinear)
+
+
+def make_padded(module: nn.Module, width: int, spans: Sequence[Span]) -> None:
+    """Have a column-parallel layer output the whole width: zeros where other ranks' features are.
+
+    For modules that take the width of a head from the width of their inputs, and so must have all
+    heads: those of zeros output zeros.
+    """
+
+    def pad(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        whole = output.new_zeros(*output.shape[:-1], width)
+        parts = torch.split(output, [stop - start for start, stop in spans], -1)
+        for (start, stop), part in zip(spans, parts, strict=True):
+            whole[..., start:stop] = part
+        return whole
+
+    make_column_parallel(module)
+    module.register_forward_hook(pad)
 
 
 def finish_layer(module: nn.Module) -> None:
