@@ -49,6 +49,8 @@ PROJECTORS = frozenset(
 )  # fmt: skip
 # Modules of a language model whose keys and values are an image's, made once for each.
 CROSS_MODULES = frozenset(("cross_attn",))
+# How recipes begin the names of a tower's units, whatever its modules are called.
+TOWER_UNITS = ("vision_", "audio_")
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token")
 TWO_STREAMS = "bi_data"  # a model that has it generates by two passes through every layer

@@ -12,6 +12,7 @@ from shardkit.planning.parts import (
     Path,
     generates_text,
     has_both_halves,
+    is_of_tower,
     is_tower,
     list_paths,
     list_placements,
@@ -23,7 +24,8 @@ from shardkit.planning.placement import Placement, Plan
 from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (
-    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head", "cls"
+    "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head", "cls",
+    "unembed",
 )  # fmt: skip
 ROUTED_EXPERT = re.compile(r"expert_\d+")  # a module of its own, in the model as on disk
 MATRICES_PER_CELL = 2  # of a recurrent cell: one for its input, one for its hidden state
@@ -76,11 +78,11 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     if plan.tp_size == 1:
         return Collectives()
     text = select_text_fields(config)
-    dense = [path for path in list_paths(plan, ROW) if "experts" not in path]
     makes_text = generates_text(plan, config)
-    per_prompt = _count_encoder_sums(dense, makes_text)
-    norms = list_paths(plan, NORM)
-    tower_norms = sum(map(is_tower, norms)) if makes_text else 0
+    rows, tower_rows = _part_towers(list_placements(plan, ROW), makes_text)
+    norms, tower_norms = _part_towers(list_placements(plan, NORM), makes_text)
+    dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
+    encoder_sums = _count_encoder_sums(dense)
     uses = _count_uses(text)
     vocab = list_placements(plan, VOCAB)
     outputs = [p for p in vocab if _is_output(p.spec)]
@@ -89,15 +91,17 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     has_output = bool(vocab) and (bool(outputs) or predicts_tokens(plan, config))
     recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
     return Collectives(
-        row_parallel=(len(dense) - per_prompt) * uses,
-        expert_stacks=_count_expert_sums(list_placements(plan, ROW), config),
+        row_parallel=(len(dense) - encoder_sums) * uses,
+        expert_stacks=_count_expert_sums(rows, config),
         embedding=min(len(tables), 1) if both else len(tables),
         output=int(has_output),
-        norms=len(norms) - tower_norms,
+        norms=len(norms),
         gathered=len({tuple(path[:-1]) for path in list_paths(plan, GATHER)})
         + recurrent // MATRICES_PER_CELL,
-        encoder=_count_encoder_uses(per_prompt, text)
-        + tower_norms
+        encoder=_count_encoder_uses(encoder_sums, text)
+        + len(tower_dense)
+        + _count_expert_sums(tower_rows, config)
+        + len(tower_norms)
         + int(both and any("decoder" not in path for path in tables)),
         is_tied=has_output and not any(len(p.spec.shape) > 1 for p in outputs),
         is_routed=any(map(ROUTED_EXPERT.fullmatch, chain.from_iterable(list_paths(plan, ROW)))),
@@ -137,11 +141,23 @@ def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:
     return next((count for count in counts if count), None)
 
 
-def _count_encoder_sums(paths: list[Path], makes_text: bool) -> int:
-    """Of the row-parallel layers at these paths, those that run once per prompt."""
+def _part_towers(
+    placements: list[Placement], makes_text: bool
+) -> tuple[list[Placement], list[Placement]]:
+    """These tensors without those of towers, and those; without text, there are no towers."""
+    towers = [p for p in placements if makes_text and is_of_tower(p)]
+    return [p for p in placements if not (makes_text and is_of_tower(p))], towers
+
+
+def _list_dense_paths(rows: list[Placement]) -> list[Path]:
+    paths = (p.spec.name.split(".") for p in rows)
+    return [path for path in paths if "experts" not in path]
+
+
+def _count_encoder_sums(paths: list[Path]) -> int:
+    """Of the row-parallel layers at these paths, those of an encoder before a decoder."""
     text = [path for path in paths if not is_tower(path)]
-    encoders = sum("encoder" in path for path in text) if has_both_halves(paths) else 0
-    return encoders + (len(paths) - len(text) if makes_text else 0)
+    return sum("encoder" in path for path in text) if has_both_halves(paths) else 0
 
 
 def _is_output(spec: TensorSpec) -> bool:

@@ -123,8 +123,12 @@ def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
 def list_kv_units(plan: Plan) -> list[str]:
     """The units that count kv heads, or sets of them: one, or one for each kind of layers."""
     counted = {name: unit for name, unit in plan.units.items() if unit.count is not None}
-    shared = [name for name, unit in counted.items() if unit.shared_by and KV_UNIT.search(name)]
-    shared = [name for name in shared if _list_kv_weights(plan, name)]  # not a tower's
+    shared = [
+        name
+        for name, unit in counted.items()
+        if unit.shared_by and KV_UNIT.search(name) and not name.startswith(fields.TOWER_UNITS)
+    ]
+    shared = [name for name in shared if _list_kv_weights(plan, name)]
     if any(name.startswith("decoder") for name in shared):  # and an encoder's
         shared = [name for name in shared if name.startswith("decoder")]
     return shared or [name for name in HEAD_UNITS if name in counted][:1]

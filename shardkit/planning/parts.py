@@ -81,6 +81,12 @@ def is_tower(path: Path) -> bool:
     return not TOWER_MODULES.isdisjoint(path)
 
 
+def is_of_tower(placement: Placement) -> bool:
+    """Whether a tensor is of a tower, by its name or by what its rule divides."""
+    by_units = any(unit.startswith(fields.TOWER_UNITS) for unit in placement.units)
+    return by_units or is_tower(placement.spec.name.split("."))
+
+
 def find_layer(path: Path) -> tuple[str, int] | None:
     """The list of layers a tensor is in, and the layer's number; None if it is in none."""
     ((name, layers),) = group_layers([".".join(path)]).items() or [("", {})]

@@ -111,7 +111,13 @@ class ReferenceModel:
         return PromotedArguments() if is_wider else nullcontext()
 
 
-PROMOTED = (functional.grid_sample, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul)
+PROMOTED = (
+    functional.grid_sample,
+    functional.linear,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.matmul,
+)
 
 
 class PromotedArguments(TorchFunctionMode):

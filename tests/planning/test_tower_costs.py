@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shardkit.planning.collectives import count_collectives
-from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, find_kv_unit
+from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, list_kv_units
 from shardkit.planning.parts import generates_text, predicts_tokens, select_text_fields
 from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.parse import load_recipe
@@ -73,7 +73,7 @@ def test_of_an_encoder_s_and_a_decoder_s_kv_heads_the_decoder_s_are_kept(tmp_pat
     shapes = {f"{side}.{name}.weight": 16 for side in ("encoder", "decoder") for name in "qk"}
     tensors = [TensorSpec(name, "F16", (rows, 16)) for name, rows in shapes.items()]
     plan = make_plan(tensors, load_recipe(path), {"n": 4, "m": 2}, 2)
-    assert find_kv_unit(plan) == "decoder_kv_heads"
+    assert list_kv_units(plan) == ["decoder_kv_heads"]
 
 
 def test_a_decoder_with_a_table_of_its_own_is_the_language_model(tmp_path: Path) -> None:

@@ -45,3 +45,11 @@ def test_the_plain_loop_is_chosen_only_where_it_must_be(tmp_path: Path) -> None:
 def test_ranks_of_unequal_widths_are_told_of_together() -> None:
     line = describe_slow_experts(["55 wide in float32", "54 wide in float32"])
     assert line.startswith("experts 55 wide in float32 and 54 wide in float32 do not suit")
+
+
+def test_the_plain_loop_is_chosen_in_layers_with_a_config_of_their_own(tmp_path: Path) -> None:
+    model = load_reference(make("dots3_note", tmp_path / "whole")).double()
+    experts = [module for module in model.modules() if hasattr(module, "has_gate")]
+    assert any(module.config is not model.config.vision_config for module in experts)
+    assert choose_expert_kernel(model)
+    assert {module.config._experts_implementation for module in experts} == {"eager"}

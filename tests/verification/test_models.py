@@ -19,3 +19,10 @@ def test_float32_heads_are_multiplied_with_float64_ones() -> None:
     with PromotedArguments():
         products = heads @ heads.double().T
     assert (products.dtype, products[0, 0].item()) == (torch.float64, 3.0)
+
+
+def test_a_float32_input_is_multiplied_by_float64_weights() -> None:
+    rows = torch.ones(1, 2, dtype=torch.float32)
+    with PromotedArguments():
+        product = functional.linear(rows, torch.full((1, 2), 0.1, dtype=torch.float64))
+    assert (product.dtype, product.item()) == (torch.float64, 0.2)

@@ -1,6 +1,7 @@
 """Which of transformers' kernels suits a mixture's experts, as wide as they are here."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ def choose_expert_kernel(model: PreTrainedModel) -> str:
     if not unsuited:
         return ""
     model.set_experts_implementation("eager")
+    for module in _iter_expert_modules(model):
+        module.config._experts_implementation = "eager"  # some have a copy, of their layer's config
     width, dtype = min(unsuited)
     return f"{width} wide in {dtype}"
 
@@ -38,9 +41,12 @@ def describe_slow_experts(notes: Sequence[str]) -> str:
 
 def iter_stacked_experts(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """The weights `[experts, …, …]` of modules whose kernel transformers lets one choose."""
-    for module in model.modules():
-        if hasattr(module, "has_gate"):  # as transformers marks them
-            yield from (p for p in module.parameters(recurse=False) if p.ndim == 3)
+    for module in _iter_expert_modules(model):
+        yield from (p for p in module.parameters(recurse=False) if p.ndim == 3)
+
+
+def _iter_expert_modules(model: PreTrainedModel) -> Iterator[Any]:
+    return (m for m in model.modules() if hasattr(m, "has_gate"))  # as transformers marks them
 
 
 def _find_unsuited_widths(experts: torch.Tensor) -> list[int]:
