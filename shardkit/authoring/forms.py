@@ -121,8 +121,8 @@ def write_forms(
         Each form, written over the one before it; what was saved; and the class that transformers
         is to load it as.
     """
-    config = sample.config_class(**sample.config)
-    classes = [c for c in list_classes(type(config)) if not names or c.__name__ in names]
+    config = sample.make_config()
+    classes = [c for c in list_classes(sample.model_type) if not names or c.__name__ in names]
     models = list(_save_classes(classes, config, scratch))
     for saved in models:
         for change, apply in {**NAMES, **ADDITIONS}.items():

@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from shardkit.authoring.samples import Sample, list_samples
@@ -81,9 +81,9 @@ def write_model_classes(path: Path, model_types: Iterable[str] | None = None) ->
 def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
     """The classes of one model type, by what each saves."""
     saved: dict[str, SavedNames] = {}
-    classes = list_classes(samples[0].config_class)
+    classes = list_classes(samples[0].model_type)
     for at, sample in enumerate(samples):
-        config = sample.config_class(**sample.config)
+        config = sample.make_config()
         with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
             for cls, model, folder in _save_each(classes, config, Path(scratch)):
                 each = saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix))
@@ -188,8 +188,11 @@ def collapse_modules(names: set[str], every_name: set[str]) -> frozenset[str]:
     )
 
 
-def list_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    """Every class that transformers has for a type, those it maps the type to first."""
+def list_classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """Every class that transformers has for a type, those it maps the type to first.
+
+    A type that adds nothing but a config is mapped to the classes of another.
+    """
     mappings = [getattr(modeling_auto, f"{name}_MAPPING_NAMES", {}) for name in MAPPINGS]
     mappings += [
         getattr(modeling_auto, name)
@@ -199,13 +202,16 @@ def list_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedMo
     mappings.append(modeling_auto.MODEL_MAPPING_NAMES)
     names: list[str] = []
     for mapping in mappings:
-        entry = mapping.get(config_class.model_type, ())
+        entry = mapping.get(model_type, ())
         names += [entry] if isinstance(entry, str) else entry
+    config_class = CONFIG_MAPPING[model_type]
     module = config_class.__module__.replace(".configuration_", ".modeling_")
-    has_own = find_spec(module) is not None
-    names += getattr(import_module(module), "__all__", ()) if has_own else ()
-    classes = [cls for name in dict.fromkeys(names) if (cls := find_model_class(name)) is not None]
-    return [cls for cls in classes if cls.config_class is config_class or not has_own]
+    if find_spec(module):
+        names += getattr(import_module(module), "__all__", ())
+    every = [find_model_class(name) for name in dict.fromkeys(names)]
+    classes = [cls for cls in every if cls is not None and cls.config_class is not None]
+    own = [cls for cls in classes if cls.config_class is config_class]
+    return own or classes
 
 
 def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -12,15 +12,17 @@ fields, on top of those of a `base` table. "none" stands for null, which TOML la
     config.num_key_value_heads = 2
 """
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from shardkit.checkpoint import read_config
 from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.recipe.counts import matches_config
@@ -28,7 +30,7 @@ from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.models.registry import find_model_class
 
 NULL = "none"
-KEYS = {"model", "base", "config", "config_type", "limitation", "as_built"}
+KEYS = {"model", "base", "config", "generation", "limitation", "as_built"}
 WEIGHT_SEED = 0
 NOISE_SEED = 7
 
@@ -42,11 +44,10 @@ class Sample:
         model: A model class of transformers, or of this package.
         config: The fields of its config.
         limitation: A sentence on what transformers itself cannot do of it; usually empty.
+        generation: The contents of its generation_config.json, if its class needs some.
         as_built: Whether it is saved under the names that the model has in memory, its experts
             stacked, as some checkpoints on the Hub are, or under those of the first checkpoints.
         group: The name of its file.
-        config_type: The model_type of its config, if that is not the model class's own: of a type
-            without a class of its own.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Sample:
     limitation: str = ""
     as_built: bool = False
     group: str = ""
-    config_type: str = ""
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model_class(self) -> Any:
@@ -66,21 +67,25 @@ class Sample:
         return model_class
 
     @property
-    def model_type(self) -> str:
-        """The model_type of its config.json."""
-        return str(self.config_class.model_type)
+    def config_class(self) -> Any:
+        """The class of its config: that of the model_type that it states, or else its model's."""
+        stated = self.config.get("model_type")
+        return CONFIG_MAPPING[stated] if stated else self.model_class.config_class
 
     @property
-    def config_class(self) -> Any:
-        """The class of its config."""
-        own = self.model_class.config_class
-        return CONFIG_MAPPING[self.config_type] if self.config_type else own
+    def model_type(self) -> str:
+        """The model_type of its config.json."""
+        return str(self.config.get("model_type") or self.config_class.model_type)
 
     @property
     def stored_config(self) -> dict[str, Any]:
         """The contents of its config.json, defaults included."""
-        contents: dict[str, Any] = self.config_class(**self.config).to_dict()
-        return contents
+        return {**self.make_config().to_dict(), "model_type": self.model_type}
+
+    def make_config(self) -> Any:
+        """A new config."""
+        fields = {name: value for name, value in self.config.items() if name != "model_type"}
+        return self.config_class(**fields)
 
 
 def list_samples() -> list[Sample]:
@@ -113,14 +118,20 @@ def read_samples(path: Path) -> Iterator[Sample]:
             limitation=entry.get("limitation", ""),
             as_built=entry.get("as_built", False),
             group=path.stem,
-            config_type=entry.get("config_type", ""),
+            generation=entry.get("generation", {}),
         )
 
 
 def make_sample(sample: Sample, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a sample's model as transformers does, its weights from a seed. Returns `folder`."""
-    config = sample.config_class(**sample.config)
-    return save_random_model(sample.model_class, config, folder, dtype, as_built=sample.as_built)
+    config = sample.make_config()
+    save_random_model(sample.model_class, config, folder, dtype, as_built=sample.as_built)
+    if config.model_type != sample.model_type:  # a second name of one config class
+        path = folder / "config.json"
+        path.write_text(json.dumps({**read_config(folder), "model_type": sample.model_type}))
+    if sample.generation:  # as published: a file of its own, not one derived from the config
+        (folder / "generation_config.json").write_text(json.dumps(dict(sample.generation)))
+    return folder
 
 
 def save_random_model(

@@ -113,7 +113,9 @@ def digest_inputs(recipe: Recipe) -> str:
     parts = [recipe.sha256]
     for sample in find_samples(recipe):
         values = sample.name, sample.model, sample.config, sample.limitation, sample.as_built
-        parts.append(json.dumps([*values, sample.group, *filter(None, [sample.config_type])]))
+        parts.append(json.dumps([*values, sample.group]))
+        if sample.generation:
+            parts.append(json.dumps(sample.generation))
         if (inputs := find_input_table(sample.model_type)) is not None:
             parts.append(json.dumps([inputs.arguments, inputs.placeholders]))
         if recipe.parts:

@@ -122,7 +122,8 @@ def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
     elsewhere = {n: at for n, at in in_text.items() if n not in in_decoder}
     predicting = sum(count for _, count in _read_counts(text, fields.PREDICTION_LAYERS))
     _check_list(_read_counts(text, fields.DECODER_LAYERS), in_decoder, 0)
-    counts = _read_counts(text, fields.LAYER_GROUPS + fields.LAYERS) or _count_layer_types(text)
+    names = fields.LAYERS_PER_STACK + fields.LAYER_GROUPS + fields.LAYERS
+    counts = _read_counts(text, names) or _count_layer_types(text)
     if encoder_counts := _read_counts(text, fields.ENCODER_LAYERS):
         _check_list(encoder_counts, elsewhere, 0)
     elif counts:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from typing import Any
 
@@ -10,8 +11,11 @@ from shardkit import config_fields as fields
 from shardkit.layout.style import GATHER, NORM, RECURRENT, ROW, VOCAB
 from shardkit.planning.parts import (
     Path,
+    count_repeats,
+    find_layer,
     generates_text,
     has_both_halves,
+    is_encoder,
     is_of_tower,
     is_tower,
     list_paths,
@@ -25,7 +29,7 @@ from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (
     "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head", "cls",
-    "unembed",
+    "unembed", "proj_out", "logits_dense",
 )  # fmt: skip
 ROUTED_EXPERT = re.compile(r"expert_\d+")  # a module of its own, in the model as on disk
 MATRICES_PER_CELL = 2  # of a recurrent cell: one for its input, one for its hidden state
@@ -83,17 +87,17 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     norms, tower_norms = _part_towers(list_placements(plan, NORM), makes_text)
     dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
     encoder_sums = _count_encoder_sums(dense)
-    uses = _count_uses(text)
+    uses = _count_uses(text, dense)
     vocab = list_placements(plan, VOCAB)
-    outputs = [p for p in vocab if _is_output(p.spec)]
+    outputs = _list_outputs(vocab)
     tables = [p.spec.name.split(".") for p in vocab if p not in outputs]
-    both = has_both_halves(dense)
+    both, reads_ids = has_both_halves(dense), text.get(fields.FEATURES_READ) is None
     has_output = bool(vocab) and (bool(outputs) or predicts_tokens(plan, config))
     recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
     return Collectives(
-        row_parallel=(len(dense) - encoder_sums) * uses,
+        row_parallel=int((len(dense) - encoder_sums + _count_repeats(dense, text)) * uses),
         expert_stacks=_count_expert_sums(rows, config),
-        embedding=min(len(tables), 1) if both else len(tables),
+        embedding=(min(len(tables), 1) if both else len(tables)) + _count_more_lookups(text),
         output=int(has_output),
         norms=len(norms),
         gathered=len({tuple(path[:-1]) for path in list_paths(plan, GATHER)})
@@ -102,7 +106,8 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         + len(tower_dense)
         + _count_expert_sums(tower_rows, config)
         + len(tower_norms)
-        + int(both and any("decoder" not in path for path in tables)),
+        + int(both and reads_ids and any("decoder" not in path for path in tables))
+        + int(config.get(fields.EMBEDDED_TWICE) is not None),
         is_tied=has_output and not any(len(p.spec.shape) > 1 for p in outputs),
         is_routed=any(map(ROUTED_EXPERT.fullmatch, chain.from_iterable(list_paths(plan, ROW)))),
     )
@@ -113,11 +118,30 @@ def _count_encoder_uses(sums: int, config: Mapping[str, Any]) -> int:
     return sums * (2 if config.get(fields.GLOBAL_TOKENS) is not None else 1)
 
 
-def _count_uses(config: Mapping[str, Any]) -> int:
-    """How often a token passes through each stored layer."""
+def _count_uses(config: Mapping[str, Any], paths: list[Path]) -> Fraction:
+    """How often a token passes through each stored layer, on average over stacks of layers."""
     layers, groups = read_count(config, fields.LAYERS), read_count(config, fields.LAYER_GROUPS)
-    passes = layers // groups if layers and groups else 1
+    if stack := read_count(config, fields.LAYERS_PER_STACK):
+        groups = stack * len({layer[0] for path in paths if (layer := find_layer(path))})
+    passes = Fraction(layers, groups) if layers and groups else Fraction(1)
     return passes * (2 if config.get(fields.TWO_STREAMS) is not None else 1)
+
+
+def _count_repeats(paths: list[Path], config: Mapping[str, Any]) -> Fraction:
+    """The uses after the first of what is stored once for several layers of a type."""
+    repeats = Fraction(0)
+    for module in fields.REPEATED_BLOCKS:
+        inside = [path for path in paths if module in path]
+        if stored := len({find_layer(path) for path in inside}):
+            repeats += len(inside) * (Fraction(count_repeats(config, module), stored) - 1)
+    return repeats
+
+
+def _count_more_lookups(config: Mapping[str, Any]) -> int:
+    """The lookups in a table of hashes after the first: one for each length of a group of bytes."""
+    lengths = config.get(fields.HASHED_LENGTHS)
+    functions = read_count(config, fields.HASH_FUNCTIONS) or 1
+    return functions * len(lengths) - 1 if isinstance(lengths, list) and lengths else 0
 
 
 def _count_expert_sums(rows: list[Placement], config: Mapping[str, Any]) -> int:
@@ -157,9 +181,19 @@ def _list_dense_paths(rows: list[Placement]) -> list[Path]:
 def _count_encoder_sums(paths: list[Path]) -> int:
     """Of the row-parallel layers at these paths, those of an encoder before a decoder."""
     text = [path for path in paths if not is_tower(path)]
-    return sum("encoder" in path for path in text) if has_both_halves(paths) else 0
+    return sum(map(is_encoder, text)) if has_both_halves(paths) else 0
 
 
-def _is_output(spec: TensorSpec) -> bool:
-    module = spec.name.removesuffix(".weight").removesuffix(".bias")
-    return len(spec.shape) == 1 or module.rpartition(".")[2] in OUTPUT_MODULES
+def _list_outputs(vocab: list[Placement]) -> list[Placement]:
+    """Of vocab-parallel tensors, those of an output layer: named as one, or with a bias."""
+    modules = {p.spec.name: _find_module(p.spec) for p in vocab}
+    biased = {modules[p.spec.name] for p in vocab if len(p.spec.shape) == 1}
+    return [
+        p
+        for p in vocab
+        if (module := modules[p.spec.name]) in biased or module.rpartition(".")[2] in OUTPUT_MODULES
+    ]
+
+
+def _find_module(spec: TensorSpec) -> str:
+    return spec.name.removesuffix(".weight").removesuffix(".bias")

@@ -21,7 +21,7 @@ Config = Mapping[str, Any]
 
 CERTAIN = 16  # layers of a kind: if one between the first and the last differs, it is damaged
 HEAD_CLASSES = ("ForCausalLM", "LMHeadModel")  # their models have an output layer
-OUTPUT_MODULES = ("lm_head", "embed_out", "output", "output_projection", "lm_loss")
+OUTPUT_MODULES = ("lm_head", "embed_out", "output", "output_projection", "lm_loss", "proj_out")
 FETCH = "fetch the weights again"
 
 

@@ -14,10 +14,13 @@ from shardkit.dtypes import BY_TORCH_NAME, DTYPES
 from shardkit.layout.style import COLUMNS, PADDED, RECURRENT
 from shardkit.planning.mesh import Mesh
 from shardkit.planning.parts import (
+    Path,
+    count_repeats,
     find_field,
     find_layer,
     generates_text,
     has_both_halves,
+    is_encoder,
     is_tower,
     list_placements,
     read_count,
@@ -26,6 +29,8 @@ from shardkit.planning.parts import (
 from shardkit.planning.placement import Placement, Plan
 
 KV_UNIT = re.compile(r"(?:^|_)kv(?:_|$)")  # in the name of the unit that other units share
+KV_UNITS = ("decoder_kv_heads", "kv_heads")  # of several, the language model's
+CROSS_UNIT = "cross_kv_heads"  # of cross-attention whose heads are others than the decoder's own
 # The units of recipes that have no shared one, and whose keys and values are one per unit.
 HEAD_UNITS = ("decoder_heads", "heads", "quarter")
 FIXED = "none: the model keeps a state of a fixed size, and no more for each token"
@@ -91,7 +96,8 @@ def _estimate_kind(plan: Plan, config: Mapping[str, Any], unit: str, dtype: str)
     if head_dim is None or kv_heads is None:
         what = "one width of a head" if head_dim is None else "the number of kv heads"
         return f"unknown: neither config.json nor the weights state {what}"
-    is_crossed = has_both_halves(p.spec.name.split(".") for p in plan.placements)
+    has_halves = has_both_halves(p.spec.name.split(".") for p in plan.placements)
+    is_crossed = has_halves and CROSS_UNIT not in plan.units
     return KvCache(layers, head_dim, dtype, kv_heads, is_crossed=is_crossed)
 
 
@@ -143,21 +149,31 @@ def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
         if unit in p.units and len(p.spec.shape) > 1
     ]
     paths = {p.spec.name: p.spec.name.split(".") for p in weights}
-    elsewhere = {"encoder"} if has_both_halves(paths.values()) else fields.CROSS_MODULES
+    both = has_both_halves(paths.values())
+
+    def is_elsewhere(path: Path) -> bool:
+        return is_encoder(path) if both else not fields.CROSS_MODULES.isdisjoint(path)
+
     return [
         p
         for p in weights
-        if not is_tower(paths[p.spec.name]) and elsewhere.isdisjoint(paths[p.spec.name])
+        if not is_tower(paths[p.spec.name]) and not is_elsewhere(paths[p.spec.name])
     ]
 
 
 def _count_layers(plan: Plan, config: Mapping[str, Any], unit: str) -> int | None:
     """The layers that keep keys and values: those that have weights for them.
 
-    Not the last ones, if these use the keys and values of another.
+    Not the last ones, if these use the keys and values of another. Each pass through a stack of
+    layers that takes several keeps its own.
     """
     stated = read_count(config, fields.DECODER_LAYERS + fields.LAYERS)
-    paths = (p.spec.name.split(".") for p in _list_kv_weights(plan, unit))
+    if read_count(config, fields.LAYERS_PER_STACK):
+        return stated
+    paths = [p.spec.name.split(".") for p in _list_kv_weights(plan, unit)]
+    for module in fields.REPEATED_BLOCKS:
+        if any(module in path for path in paths):
+            return count_repeats(config, module)
     layers = {layer for path in paths if (layer := find_layer(path))}
     own = (stated or 0) - (read_count(config, fields.KV_SHARED) or 0)
     if stated and len(layers) > own:

@@ -15,8 +15,8 @@ NO_GENERATION = (
     "ForMultipleChoice", "ForImageClassification", "VisionModel", "VisionModelWithProjection",
 )  # fmt: skip
 GENERATES = ("ForConditionalGeneration",)
-GENERATES_BESIDE_TOWER = ("ForCausalLM",)  # else an encoder may be called so, too
 PREDICTS_TOKENS = ("ForMaskedLM", "HeadModel", "HeadsModel", "MTModel", "EncoderDecoderModel")
+CAUSAL = "ForCausalLM"
 BASE = "Model"  # what the name of a class without a head ends in
 
 Path = list[str]  # a tensor's name, cut at its dots
@@ -32,9 +32,9 @@ def generates_text(plan: Plan, config: Mapping[str, Any]) -> bool:
     paths, names = list_paths(plan, ROW), list_class_names(plan, config)
     if any(name.endswith(GENERATES) for name in names):
         return True
-    if any(map(is_tower, paths)) and any(n.endswith(GENERATES_BESIDE_TOWER) for n in names):
-        return True
-    if paths and all("encoder" in path for path in paths if not is_tower(path)):
+    if "is_decoder" not in config and any(name.endswith(CAUSAL) for name in names):
+        return True  # whatever its list of layers is called
+    if paths and all(is_encoder(path) for path in paths if not is_tower(path)):
         return False
     return not any(name.endswith(NO_GENERATION) for name in names)
 
@@ -73,7 +73,12 @@ def list_paths(plan: Plan, style: Style) -> list[Path]:
 def has_both_halves(paths: Iterable[Path]) -> bool:
     """Whether an encoder comes before a decoder, towers left aside."""
     text = [path for path in paths if not is_tower(path)]
-    return any("encoder" in path for path in text) and any("decoder" in path for path in text)
+    return any(map(is_encoder, text)) and any("decoder" in path for path in text)
+
+
+def is_encoder(path: Path) -> bool:
+    """Whether a module is of an encoder; a decoder may call its own list of layers one."""
+    return "encoder" in path and "decoder" not in path[: path.index("encoder")]
 
 
 def is_tower(path: Path) -> bool:
@@ -93,9 +98,16 @@ def find_layer(path: Path) -> tuple[str, int] | None:
     return (name, next(iter(layers))) if name else None
 
 
+def count_repeats(config: Mapping[str, Any], module: str) -> int:
+    """How many layers run a module that is stored once for several layers of a type."""
+    lists = (config.get(name) for name in fields.LAYER_TYPES)
+    types = next((types for types in lists if isinstance(types, list)), [])
+    return types.count(fields.REPEATED_BLOCKS[module])
+
+
 def select_text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config's language model, or of its decoder, nested or not."""
-    tables = (config.get(name) for name in (fields.TEXT_TABLE, fields.DECODER_TABLE))
+    tables = (config.get(name) for name in (fields.TEXT_TABLE, *fields.DECODER_TABLES))
     text = next((table for table in tables if isinstance(table, Mapping)), {})
     return {**config, **text}
 

@@ -19,10 +19,11 @@ def describe_unknown_tensor(names: Sequence[str], recipe: Recipe, prefix: str = 
         prefix: What wrappers put before every name, and recipes leave out.
     """
     plain = [name.removeprefix(prefix) for name in names]
-    name = next((name for name in plain if not recipe.rules_for(name)), "")
-    if not name:
+    unknown = [name for name in plain if not recipe.rules_for(name)]
+    if not unknown:
         return ""
-    if mark := describe_wrapper_mark([name, *plain]):
+    name = unknown[0]
+    if mark := describe_wrapper_mark(unknown):
         return f"the checkpoint is not a plain model: {mark}"
     without = f" (recipes leave out the wrapper's {prefix!r})" if prefix else ""
     what = (

@@ -83,6 +83,8 @@ class ModelRunner:
         arguments = {**move_inputs(inputs, self.model, self.device), **options}
         if type(self.model).generate is not GenerationMixin.generate:
             arguments.pop("pad_token_id", None)  # a class's own generate may state it, too
+        # Stated each time: a few classes keep what the call before asked for.
+        arguments |= {"output_logits": with_logits, "return_dict_in_generate": with_logits}
         if streamer is not None:
             arguments["streamer"] = streamer
         if stopping is not None:
@@ -90,11 +92,9 @@ class ModelRunner:
         if seed is not None:
             torch.manual_seed(seed)
         with _inference(self.model.dtype):
-            if not with_logits:
-                return Generation(self.model.generate(**arguments))
-            output = self.model.generate(
-                **arguments, output_logits=True, return_dict_in_generate=True
-            )
+            output = self.model.generate(**arguments)
+        if not with_logits:
+            return Generation(output)
         return Generation(output.sequences, torch.stack(output.logits, 1))
 
     def trace(

@@ -56,8 +56,8 @@ def measure_usage(
     if not prompt:
         return Usage(weights, forward)
     options = {
-        "do_sample": False, "max_new_tokens": STEPS, "min_new_tokens": STEPS, "pad_token_id": 0,
-        "use_cache": True,
+        "do_sample": False, "num_beams": 1, "max_new_tokens": STEPS, "min_new_tokens": STEPS,
+        "pad_token_id": 0, "use_cache": True,
     }  # fmt: skip
     with _CallRecorder(runner.model, counts) as recorder:
         runner.generate(prompt, options)

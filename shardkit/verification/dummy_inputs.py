@@ -47,12 +47,14 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     table = find_input_table(model.config.model_type)
     extra = {} if table is None else table.make_tensors(SIZES, model.config)
     images = {} if "pixel_values" in extra else make_images(model)
-    inputs = {**images, **_make_audio(model)}
+    audio = {} if model.main_input_name in extra else _make_audio(model)
+    inputs = {**images, **audio}
     if "input_ids" in arguments:
         inputs |= _make_texts(model, _list_placeholders(model, inputs, extra))
     elif "decoder_input_ids" in arguments:
         inputs |= {"decoder_input_ids": _make_texts(model, [])["decoder_input_ids"]}
-    inputs = {name: value for name, value in {**inputs, **extra}.items() if name in arguments}
+    names = arguments.keys() - (frozenset() if table is None else table.exclusions)
+    inputs = {name: value for name, value in {**inputs, **extra}.items() if name in names}
     if type(model).__name__.endswith(CHOOSES):  # one choice for each text
         return {name: value.unsqueeze(1) for name, value in inputs.items()}
     return inputs

@@ -10,8 +10,8 @@ Most inputs follow from a config (`dummy_inputs`). What does not is in `recipes/
     placeholders = [{ token = "image_token_id", count = "vision_config.image_size // 4" }]
 
 A list of lengths is a tensor of noise; with a `value` it is filled with that value; `join` is a
-list of such, joined along their last axis. Strings are arithmetic over numbers, fields of the
-config, and `batch` and `length` (of the text).
+list of such, joined along their last axis. "none" stands for an argument that is not to be given.
+Strings are arithmetic over numbers, fields of the config, and `batch` and `length` (of the text).
 """
 
 import ast
@@ -28,6 +28,7 @@ from shardkit.errors import RecipeError
 from shardkit.recipe.catalog import find_recipe_folder
 
 NOISE_SEED = 21
+NOT_GIVEN = "none"
 IMAGE_KIND = 1  # of a token, as transformers' processors number them: text 0, image 1
 OPERATIONS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -79,7 +80,13 @@ class InputTable:
         return {
             name: _make_tensor(entry, lambda text: self._count(text, sizes, config))
             for name, entry in self.arguments.items()
+            if entry != NOT_GIVEN
         }
+
+    @property
+    def exclusions(self) -> frozenset[str]:
+        """The arguments that are not to be given, though they might be made from the config."""
+        return frozenset(name for name, entry in self.arguments.items() if entry == NOT_GIVEN)
 
     def list_placeholders(self, sizes: Mapping[str, int], config: Any) -> list[Placeholders]:
         """The tokens that a text needs for these tensors. Raises RecipeError as make_tensors."""

@@ -1,5 +1,6 @@
 """The two models that are compared: the unsharded one here, and the sharded one on its ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -121,7 +122,10 @@ PROMOTED = (
 
 
 class PromotedArguments(TorchFunctionMode):
-    """Lets a float64 model compute with what its code fixes to float32: a table, or some heads."""
+    """Lets a float64 model compute with what its code fixes to float32: a table, or some heads.
+
+    A float32 table that is filled with the least float64 number gets its own least.
+    """
 
     def __torch_function__(
         self,
@@ -135,7 +139,18 @@ class PromotedArguments(TorchFunctionMode):
             first, second, *rest = args
             dtype = torch.promote_types(first.dtype, second.dtype)
             args = (first.to(dtype), second.to(dtype), *rest)
+        elif func is torch.Tensor.fill_ and len(args) == 2 and isinstance(args[1], float):
+            table, value = args
+            args = (table, clamp_to_range(value, table.dtype))
         return func(*args, **(kwargs or {}))
+
+
+def clamp_to_range(value: float, dtype: torch.dtype) -> float:
+    """The number of a dtype's range that is nearest; of infinite ones, the number itself."""
+    if not dtype.is_floating_point or not math.isfinite(value):
+        return value
+    limits = torch.finfo(dtype)
+    return max(min(value, limits.max), limits.min)
 
 
 def locate_weights(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.planning.unknown_tensors import describe_unknown_tensor
 from shardkit.recipe.catalog import find_recipe_folder
+from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec
 from tests.helpers.command_line import run
 from tests.helpers.fixture_checkpoints import SMALL_CONFIG, small_specs
@@ -104,3 +106,10 @@ def test_a_recipe_of_names_with_a_wrapper_s_prefix_is_refused_for_it(tmp_path: P
     assert refused.exit_code == 1
     assert "lm_head.weight: no rule" in refused.stderr
     assert "recipes leave out the wrapper's '_orig_mod.'" in refused.stderr
+
+
+def test_a_name_that_a_rule_knows_is_no_mark_of_a_wrapper(tmp_path: Path) -> None:
+    path = tmp_path / "known.toml"
+    path.write_text('model_types = ["known"]\nreplicate = ["a._fp32_params.d"]\n')
+    text = describe_unknown_tensor(["a._fp32_params.d", "b.weight"], load_recipe(path))
+    assert text.startswith("b.weight: no rule")

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from shardkit.authoring.samples import list_samples
 from shardkit.errors import RecipeError
+from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.input_table import InputTable, Placeholders
 
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=32, sizes=[4, 8]), image_id=9)
@@ -32,6 +34,12 @@ def test_a_value_fills_a_tensor_and_values_are_as_given() -> None:
     assert torch.equal(make({"values": [[1, "image_id + 1"]]}), torch.tensor([[1, 10]]))
 
 
+def test_an_argument_may_be_left_out() -> None:
+    table = InputTable("any", {"x": "none", "y": [1]}, [])
+    assert table.exclusions == {"x"}
+    assert table.make_tensors(SIZES, CONFIG).keys() == {"y"}
+
+
 def test_placeholders_are_counted() -> None:
     entries: list[dict[str, Any]] = [
         {"token": "image_id", "count": "2 * batch"},
@@ -54,3 +62,22 @@ def test_parts_are_joined_along_the_last_axis() -> None:
     assert tensor.shape == (2, 3, 6)
     assert torch.equal(tensor[..., :2], torch.ones(2, 3, 2))
     assert tensor[..., 2:].std() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("speech_to_text", {"input_features": (2, 32, 8), "decoder_input_ids": (2, 12)}),
+        ("pop2piano", {"input_features": (2, 12, 64), "decoder_input_ids": (2, 12)}),
+        (
+            "voxtral",
+            {"input_features": (2, 8, 24), "input_ids": (2, 30), "attention_mask": (2, 30)},
+        ),
+    ],
+)
+def test_a_model_gets_what_is_stated_and_what_follows_from_its_config(
+    name: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    sample = next(sample for sample in list_samples() if sample.name == name)
+    model = sample.model_class(sample.make_config())
+    assert {name: (*tensor.shape,) for name, tensor in make_inputs(model).items()} == shapes

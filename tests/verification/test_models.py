@@ -26,3 +26,12 @@ def test_a_float32_input_is_multiplied_by_float64_weights() -> None:
     with PromotedArguments():
         product = functional.linear(rows, torch.full((1, 2), 0.1, dtype=torch.float64))
     assert (product.dtype, product.item()) == (torch.float64, 0.2)
+
+
+def test_a_float32_table_is_filled_with_its_own_least_number() -> None:
+    table = torch.zeros(2, dtype=torch.float32)
+    with PromotedArguments():
+        table.fill_(torch.finfo(torch.float64).min)
+    assert torch.equal(table, torch.full((2,), torch.finfo(torch.float32).min))
+    with PromotedArguments():
+        assert torch.isinf(table.fill_(-torch.inf)).all()
