@@ -87,7 +87,7 @@ def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
         with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
             for cls, model, folder in _save_each(classes, config, Path(scratch)):
                 each = saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix))
-                each.add(list_names(folder), model)
+                each.add(list_stored_names(folder), model)
             if at == 0:
                 _load_as_others(classes, Path(scratch), saved)
     order = [cls.__name__ for cls in classes if cls.__name__ in saved]
@@ -222,7 +222,7 @@ def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     return model
 
 
-def list_names(folder: Path) -> set[str]:
+def list_stored_names(folder: Path) -> set[str]:
     """The names of a checkpoint's tensors, numbers as `*`."""
     with Checkpoint(folder) as checkpoint:
         return {NUMBERS.sub("*", spec.name) for spec in checkpoint.specs()}

@@ -134,9 +134,12 @@ def list_kv_units(plan: Plan) -> list[str]:
         for name, unit in counted.items()
         if unit.shared_by and KV_UNIT.search(name) and not name.startswith(fields.TOWER_UNITS)
     ]
-    shared = [name for name in shared if _list_kv_weights(plan, name)]
-    if any(name.startswith("decoder") for name in shared):  # and an encoder's
-        shared = [name for name in shared if name.startswith("decoder")]
+    weights = {name: _list_kv_weights(plan, name) for name in shared}
+    shared = [name for name in shared if weights[name]]  # not a tower's
+    paths = [p.spec.name.split(".") for name in shared for p in weights[name]]
+    lists = {layer[0] for path in paths if (layer := find_layer(path))}
+    if len(shared) > 1 and (len(lists) > 1 or KV_UNITS[0] in shared):
+        return [name for name in KV_UNITS if name in shared][:1]  # of several decoders, say
     return shared or [name for name in HEAD_UNITS if name in counted][:1]
 
 

@@ -121,7 +121,8 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
     best = None
     if chosen is None or missing:
         best = _choose_class(classes, config, known, is_whole=not foreign)
-        chosen = chosen or best
+        closest = min(classes, key=lambda each: sum(not each.has(n) for n in known), default=None)
+        chosen = chosen or best or (closest if known else None)
     if chosen is None:
         return LoadedTensors()
     places = {full.pattern: full in known and chosen.has(full) for full in full_names.values()}

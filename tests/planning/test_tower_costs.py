@@ -28,12 +28,11 @@ def plan_of(folder: Path, rules: str, **shapes: tuple[int, ...]) -> Plan:
 @pytest.mark.parametrize(
     ("modules", "config", "expected"),
     [
-        ([TEXT], GENERATED, False),
         ([TEXT, TOWER], GENERATED, True),
         ([TEXT, TOWER], {"architectures": ["SomeForImageClassification"]}, False),
     ],
 )
-def test_layers_called_an_encoder_s_generate_only_beside_a_tower(
+def test_layers_called_an_encoder_s_generate_if_their_class_does(
     modules: list[str], config: dict[str, Any], expected: bool, tmp_path: Path
 ) -> None:
     rules = "[row]\n" + "".join(f'"{module}" = "heads"\n' for module in modules)

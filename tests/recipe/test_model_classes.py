@@ -11,7 +11,9 @@ POOLER = ["bert.pooler.dense.weight"]
 MASKED_LM = ["cls.predictions.bias", "cls.predictions.transform.dense.weight"]
 NEXT_SENTENCE = ["cls.seq_relationship.weight"]
 PUBLISHED = [*LAYER, *POOLER, *MASKED_LM, *NEXT_SENTENCE]  # as bert-base-uncased has it
-LLAMA = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"]
+LLAMA = [
+    "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight",
+]  # fmt: skip
 
 
 def load(names: list[str], model_type: str = "bert", **fields: Any) -> LoadedTensors:
@@ -41,7 +43,7 @@ def test_what_a_class_has_no_place_for_is_not_loaded(model_class: str, unloaded:
         ([*LAYER, *MASKED_LM], "BertLMHeadModel"),
         ([*LAYER, *POOLER], "BertModel"),
         ([name.removeprefix("bert.") for name in LAYER + POOLER], "BertModel"),
-        ([*LAYER, *POOLER, "classifier.weight"], "BertForMultipleChoice"),
+        ([*LAYER, *POOLER, "classifier.weight"], "BertForSequenceClassification"),
     ],
 )
 def test_without_a_class_that_transformers_has_the_tensors_decide(
