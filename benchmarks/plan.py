@@ -36,7 +36,7 @@ CHECKPOINTS = {
     "deepseek-r1": "DeepseekV3ForCausalLM",
     "qwen3.5-397b-a17b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
     "glm-5-fp8": "GlmMoeDsaForCausalLM",
-    "kimi-k2.5": "KimiK25ForConditionalGeneration",
+    "kimi-k2.5": "Kimi_K25ForConditionalGeneration",
     "minimax-m3": "MiniMaxM3VLForConditionalGeneration",
     "qwen3.6-35b-a3b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
     "qwen3.8": "Qwen3_5MoeForCausalLM",

@@ -10,11 +10,17 @@ from shardkit.recipe.recipe import Recipe
 Entry = tuple[Recipe, Mapping[str, Any]]  # a recipe and its stored results
 
 
-def render_families(entries: Sequence[Entry]) -> str:
-    """The page in Markdown."""
+def render_families(entries: Sequence[Entry], omissions: Mapping[str, str]) -> str:
+    """The page in Markdown.
+
+    Args:
+        entries: The recipes and their results.
+        omissions: Model types without a recipe, and why.
+    """
     sections = (
         _render_head(entries),
         _render_recipes(entries),
+        _render_omissions(omissions),
         _render_replicated(entries),
         _render_proofs(entries),
     )
@@ -81,6 +87,15 @@ def _render_recipes(entries: Sequence[Entry]) -> Iterator[str]:
         "recipe", "model types", "samples:", "largest rank:", "mutants detected:", "forms run:",
     )  # fmt: skip
     yield from format_table(titles, [_recipe_row(recipe, entry) for recipe, entry in entries])
+    yield ""
+
+
+def _render_omissions(omissions: Mapping[str, str]) -> Iterator[str]:
+    yield "## Left out"
+    yield ""
+    yield "Model types of transformers that generate, and have no recipe."
+    yield ""
+    yield from format_table(("model type", "why"), list(omissions.items()))
     yield ""
 
 

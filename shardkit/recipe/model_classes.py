@@ -152,7 +152,8 @@ def _choose_class(
 
     If the names are not the whole checkpoint's, nothing can be said to be missing.
     """
-    complete = [each for each in classes if not (is_whole and each.find_missing(names))]
+    known = [each for each in classes if each.needs or len(classes) == 1]
+    complete = [each for each in known if not (is_whole and each.find_missing(names))]
     if is_whole and any(each.find_missing(names, with_ties=True) for each in complete):
         table = "text_config." if "text_config" in config else ""
         if read_field(config, f"{table}tie_word_embeddings") is False:

@@ -79,8 +79,10 @@ def test_the_page_shows_what_was_measured_where_it_was(is_measured: bool) -> Non
     }  # fmt: skip
     entry = {"digest": "", "proofs": [proof | ({"plan": plan} if is_measured else {})]}
     page = render_families(
-        [(load_recipe(find_recipe_folder() / "llama.toml"), entry | {"mutants": [], "forms": []})]
+        [(load_recipe(find_recipe_folder() / "llama.toml"), entry | {"mutants": [], "forms": []})],
+        {"other": "why not"},
     )
+    assert "| other | why not |" in page
     assert ("| 5 + 1 | 64 (unknown) | 190,720 |" in page) is is_measured
     assert ("## As planned" in page) is is_measured
 
