@@ -34,6 +34,10 @@ def number_layers(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     layers = {kind: _find_layers(recipe, kind, config) for kind in recipe.layer_kinds}
     return replace(
         recipe,
+        units={
+            name: replace(unit, fields=tuple(_number_fields(unit.fields, layers)))
+            for name, unit in recipe.units.items()
+        },
         rules=tuple(
             replace(rule, template=old.pattern) if rule.pattern != old.pattern else rule
             for old in recipe.rules
@@ -67,6 +71,13 @@ def _find_layers(recipe: Recipe, kind: str, config: Mapping[str, Any]) -> list[i
             return [at for at, stated in enumerate(every) if stated == value]
     fields = " or ".join(recipe.layer_kinds[kind])
     raise RecipeError(f"config.json: no list {fields}, which recipe {recipe.name!r} needs")
+
+
+def _number_fields(fields: Sequence[str], layers: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """The fields of a count with the first layer's number for its kind."""
+    for field in fields:
+        if all(layers[kind] for kind in list_kinds(field)):
+            yield KIND.sub(lambda match: str(layers[match[1]][0]), field)
 
 
 def _number(rules: Sequence[T], field: str, layers: Mapping[str, Sequence[int]]) -> Iterator[T]:

@@ -15,7 +15,7 @@ KEYS = {
     "replicated", "module_attributes", "forward_arguments", "parts", "part_only",
     "prediction_layers", "layer_kinds", *STYLES,
 }  # fmt: skip
-FIELD = r"[A-Za-z_]\w*(?:\.\w+)*"
+FIELD = r"[A-Za-z_]\w*(?:\.(?:\w+|\*\[\w+\]))*"  # a list's entry may be that of a kind of layers
 FIELD_NAME = re.compile(FIELD, re.ASCII)
 NUMBER = "[1-9][0-9]{0,3}"
 COUNT = re.compile(rf"(?:{NUMBER} )?{FIELD}(?: / (?:{FIELD}|{NUMBER}))?", re.ASCII)

@@ -49,6 +49,14 @@ def test_a_layer_that_predicts_further_tokens_is_as_the_last_one() -> None:
     assert recipe.rules_for("layers.4.k_proj") == []
 
 
+def test_a_count_may_be_in_the_entry_of_a_kind_s_first_layer() -> None:
+    text = TEXT.replace('count = "num_kv", ', 'count = ["per.*[full].kv", "num_kv"], ')
+    recipe = compose_recipe(parse_recipe("any", text.encode()), CONFIG | {"pattern": [1, 0, 0]})
+    assert recipe.units["full_kv_heads"].fields == ("per.1.kv", "num_kv")
+    none = compose_recipe(parse_recipe("any", text.encode()), CONFIG | {"pattern": [1]})
+    assert none.units["full_kv_heads"].fields == ("num_kv",)
+
+
 def test_a_kind_that_no_layer_is_of_has_no_rule() -> None:
     recipe = compose_recipe(parse_recipe("any", TEXT.encode()), CONFIG | {"pattern": [1, 1]})
     assert recipe.module_attributes == ()
