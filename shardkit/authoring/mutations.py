@@ -21,6 +21,7 @@ from shardkit.layout.style import (
     REPLICATE,
     ROW,
 )
+from shardkit.recipe.catalog import load_heads
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
 ANY_UNIT = "any_even_division"
@@ -72,7 +73,7 @@ def list_mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterat
         (_swap_layout(recipe, rule) for rule in used if rule.style in SWAPPED),
         (_replicate_bias(recipe, rule) for rule in with_bias),
         _omit_attributes(recipe),
-        (_omit_rule(recipe, rule) for rule in used),
+        (_omit_rule(recipe, rule) for rule in used if rule.pattern not in load_heads()),
     ]
     yield from (mutant for mutant in chain(*zip_longest(*kinds)) if mutant)
 
