@@ -46,8 +46,9 @@ def _render_head(entries: Sequence[Entry]) -> Iterator[str]:
     yield ""
     yield _summarize_mutants([mutant for _, entry in entries for mutant in entry["mutants"]])
     yield ""
-    yield _summarize_forms([forms for _, entry in entries for forms in entry["forms"]])
-    yield ""
+    if forms := [forms for _, entry in entries for forms in entry["forms"]]:
+        yield _summarize_forms(forms)
+        yield ""
 
 
 def _summarize_mutants(mutants: Sequence[Mapping[str, Any]]) -> str:

@@ -118,6 +118,8 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
     stated = [str(name) for name in stated] if isinstance(stated, list) else []
     chosen = next((c for name in stated for c in classes if c.name == name), None)
     missing = chosen.find_missing(known) if chosen and not foreign else ""
+    if chosen and missing.startswith(f"{chosen.prefix}."):
+        missing = ""  # of the base model, which may have other names there: who loads it can tell
     best = None
     if chosen is None or missing:
         best = _choose_class(classes, config, known, is_whole=not foreign)

@@ -165,7 +165,7 @@ def _make_texts(
     if placeholders:
         inputs = _insert_placeholders(inputs["input_ids"], placeholders)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    end = text.eos_token_id
+    end = getattr(text, "eos_token_id", None)
     if type(model).__name__.endswith(CLASSIFIES) and type(end) is int:
         inputs["input_ids"][:, -1] = end  # from whose state some classes tell a text's class
     if config.is_encoder_decoder:

@@ -48,6 +48,7 @@ FAULTS: dict[str, tuple[str, *tuple[tuple[str, str], ...]]] = {
 SAME = {
     "colwise": "column", "packed_colwise": "column", "rowwise": "row", "packed_rowwise": "row",
     "embedding_rowwise": "vocab", "rowwise_split_input": "row", "mla_kv_a_proj": "replicate",
+    "replicate": "replicate", "embedding_colwise": "vocab replicate",
     "replicated_with_grad_allreduce": "replicate",
     # Cut there and gathered again at once; here what comes after it is divided as well.
     "colwise_gather_output": "vocab column row",

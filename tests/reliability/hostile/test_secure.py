@@ -40,6 +40,7 @@ OPENED = {
     "shardkit/recipe/model_classes.py": "the bundled table of classes",
     "shardkit/authoring/model_classes.py": "the bundled table of classes, as measured",
     "shardkit/authoring/forms.py": "a small model that it has made",
+    "shardkit/authoring/form_check.py": "a small model that forms have made",
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
     "shardkit/cli/recipe_draft.py": "makes the drafted recipe, exclusive",
     "shardkit/cli/demo.py": "the demo's own output",
