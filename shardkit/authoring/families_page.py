@@ -117,7 +117,7 @@ def _recipe_row(recipe: Recipe, entry: Mapping[str, Any]) -> tuple[object, ...]:
 def _count_forms(types: Sequence[Mapping[str, Any]]) -> str:
     loaded = sum(forms["loaded"] for forms in types)
     faults = sum(len(forms["faults"]) for forms in types)
-    return f"{loaded - faults} of {loaded}"
+    return f"{loaded - faults} of {loaded}" if types else ""
 
 
 def _list_samples(entry: Mapping[str, Any]) -> list[str]:
