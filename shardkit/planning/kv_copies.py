@@ -43,8 +43,8 @@ def find_kv_copies(plan: Plan, config: Mapping[str, Any]) -> KvCopies | None:
             return None
         return KvCopies(1, cache_growth, _count_whole_copies(plan), (1,))
     ranks = plan.mesh.ranks()
-    held = {name: sum(plan.count_local_units(name, rank) for rank in ranks) for name in units}
-    weight_growth = max(held[name] / (plan.units[name].count or 1) for name in units)
+    copies = {name: sum(plan.count_local_units(name, rank) for rank in ranks) for name in units}
+    weight_growth = max(copies[name] / (plan.units[name].count or 1) for name in units)
     if weight_growth == 1 and cache_growth == 1:
         return None
     sizes = _list_even_sizes(counted.count, counted.shared_by, plan)

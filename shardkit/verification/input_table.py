@@ -75,7 +75,7 @@ class InputTable:
             config: The model's config.
 
         Raises:
-            RecipeError: The table says something that is no number of this config.
+            RecipeError: An expression of the table has no value for this config.
         """
         return {
             name: _make_tensor(entry, lambda text: self._count(text, sizes, config))
@@ -105,7 +105,7 @@ class InputTable:
         try:
             return _evaluate(ast.parse(text, mode="eval").body, sizes, config)
         except (AttributeError, LookupError, SyntaxError, TypeError) as error:
-            message = f"inputs.toml: {self.name}: {text!r} is no number of this config"
+            message = f"inputs.toml: {self.name}: {text!r} has no value for this config"
             raise RecipeError(message) from error
 
 

@@ -26,8 +26,13 @@ def test_a_tower_is_known_by_its_units_where_its_modules_have_any_name(tmp_path:
     }
     shapes |= {"blocks.0.experts.o": (2, 16, 16), "blocks.0.n.weight": (16,)}
     plan = make_plan(specs(shapes), load_recipe(path), config, 2)
-    found = count_collectives(plan, config)
-    assert (found.encoder, found.row_parallel, found.expert_stacks, found.norms) == (3, 1, 0, 0)
+    collectives = count_collectives(plan, config)
+    assert (
+        collectives.encoder,
+        collectives.row_parallel,
+        collectives.expert_stacks,
+        collectives.norms,
+    ) == (3, 1, 0, 0)
     cache = estimate_kv_cache(plan, config)
     assert cache == KvCache(layers=1, head_dim=4, dtype="F32", kv_heads=(2, 2))
 
@@ -38,5 +43,7 @@ def test_an_unembedding_is_an_output_and_no_second_table() -> None:
         "hidden_size": 16, "num_hidden_layers": 1,
     }  # fmt: skip
     shapes = {f"model.llm.{name}.weight": (64, 16) for name in ("embed", "unembed")}
-    found = count_collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
-    assert (found.embedding, found.output, found.is_tied) == (1, 1, False)
+    collectives = count_collectives(
+        make_plan(specs(shapes), find_recipe(config), config, 2), config
+    )
+    assert (collectives.embedding, collectives.output, collectives.is_tied) == (1, 1, False)

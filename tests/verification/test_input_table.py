@@ -52,8 +52,8 @@ def test_placeholders_are_counted() -> None:
 @pytest.mark.parametrize(
     "text", ["no_field", "image_id / 2", "f(1)", "vision_config.sizes[5]", "1 +"]
 )
-def test_what_is_no_number_is_an_error_of_one_line(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"^inputs\.toml: any: .* is no number of this config$"):
+def test_an_expression_without_a_value_is_an_error_of_one_line(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"^inputs\.toml: any: .* has no value for this config$"):
         make([text])
 
 
