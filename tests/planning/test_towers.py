@@ -26,12 +26,12 @@ def test_a_tower_is_known_by_its_units_where_its_modules_have_any_name(tmp_path:
     }
     shapes |= {"blocks.0.experts.o": (2, 16, 16), "blocks.0.n.weight": (16,)}
     plan = make_plan(specs(shapes), load_recipe(path), config, 2)
-    collectives = count_collectives(plan, config)
+    counts = count_collectives(plan, config)
     assert (
-        collectives.encoder,
-        collectives.row_parallel,
-        collectives.expert_stacks,
-        collectives.norms,
+        counts.encoder,
+        counts.row_parallel,
+        counts.expert_stacks,
+        counts.norms,
     ) == (3, 1, 0, 0)
     cache = estimate_kv_cache(plan, config)
     assert cache == KvCache(layers=1, head_dim=4, dtype="F32", kv_heads=(2, 2))
@@ -43,7 +43,5 @@ def test_an_unembedding_is_an_output_and_no_second_table() -> None:
         "hidden_size": 16, "num_hidden_layers": 1,
     }  # fmt: skip
     shapes = {f"model.llm.{name}.weight": (64, 16) for name in ("embed", "unembed")}
-    collectives = count_collectives(
-        make_plan(specs(shapes), find_recipe(config), config, 2), config
-    )
-    assert (collectives.embedding, collectives.output, collectives.is_tied) == (1, 1, False)
+    counts = count_collectives(make_plan(specs(shapes), find_recipe(config), config, 2), config)
+    assert (counts.embedding, counts.output, counts.is_tied) == (1, 1, False)
