@@ -44,6 +44,7 @@ class SavedNames:
         tied: Those that may be tied to others, and are then not saved.
         skips: Regular expressions of those that the class leaves out of a checkpoint on purpose.
         buffers: Those that it makes anew, and does not save.
+        single_rows: Those with one row.
         sources: The classes whose checkpoints it loads without a missing tensor.
     """
 
@@ -53,6 +54,7 @@ class SavedNames:
     tied: set[str] = field(default_factory=set)
     skips: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
+    single_rows: set[str] = field(default_factory=set)
     sources: set[str] = field(default_factory=set)
 
     def add(self, names: set[str], model: PreTrainedModel) -> None:
@@ -88,6 +90,7 @@ def measure_classes(samples: Sequence[Sample]) -> list[ModelClass]:
             for cls, model, folder in _save_each(classes, config, Path(scratch)):
                 each = saved.setdefault(cls.__name__, SavedNames(model.base_model_prefix))
                 each.add(list_stored_names(folder), model)
+                each.single_rows |= list_stored_names(folder, single_rows=True)
             if at == 0:
                 _load_as_others(classes, Path(scratch), saved)
     order = [cls.__name__ for cls in classes if cls.__name__ in saved]
@@ -139,6 +142,7 @@ def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
     """
     union = {name for each in saved.values() for name in each.some}
     every_name = {full for each in saved.values() for full in _add_prefix(each.some, each, union)}
+    more_rows = {name for each in saved.values() for name in each.some - each.single_rows}
     classes = []
     for name, each in saved.items():
         always = each.every or set()
@@ -151,8 +155,9 @@ def make_classes(saved: Mapping[str, SavedNames]) -> list[ModelClass]:
         modules = collapse_modules(_add_prefix(each.some, each, union), every_name)
         needs = collapse_modules(heads, every_name) | base
         ties = collapse_modules(tied, every_name)
-        skips, buffers = tuple(sorted(each.skips)), frozenset(each.buffers)
-        classes.append(ModelClass(name, each.prefix, modules, needs, ties, buffers, skips))
+        rest = frozenset(each.buffers), frozenset(each.single_rows & more_rows)
+        skips = tuple(sorted(each.skips))
+        classes.append(ModelClass(name, each.prefix, modules, needs, ties, *rest, skips))
     return classes
 
 
@@ -222,7 +227,8 @@ def build_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     return model
 
 
-def list_stored_names(folder: Path) -> set[str]:
-    """The names of a checkpoint's tensors, numbers as `*`."""
+def list_stored_names(folder: Path, single_rows: bool = False) -> set[str]:
+    """The names of a checkpoint's tensors, or of those with a single row, numbers as `*`."""
     with Checkpoint(folder) as checkpoint:
-        return {NUMBERS.sub("*", spec.name) for spec in checkpoint.specs()}
+        specs = [s for s in checkpoint.specs() if not single_rows or s.shape[:1] == (1,)]
+        return {NUMBERS.sub("*", spec.name) for spec in specs}

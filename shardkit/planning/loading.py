@@ -11,18 +11,20 @@ from shardkit.recipe import LoadedTensors, find_loaded_tensors
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
 
 
-def decide_loading(config: Mapping[str, Any], names: Sequence[str]) -> LoadedTensors:
+def decide_loading(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> LoadedTensors:
     """The class of a checkpoint, and the tensors that it does not load.
 
     Args:
         config: The contents of config.json.
-        names: The checkpoint's tensors.
+        shapes: The shapes of the checkpoint's tensors, by name.
 
     Raises:
         CheckpointError: If a head is missing that the class in config.json needs: transformers
             would make it up at random.
     """
-    loaded = find_loaded_tensors(config, names)
+    names = list(shapes)
+    single_rows = [name for name, shape in shapes.items() if shape and shape[0] == 1]
+    loaded = find_loaded_tensors(config, names, single_rows)
     if loaded.missing and loaded.better_class:
         raise CheckpointError(
             f"config.json: architectures names {loaded.model_class}, but there is no tensor of"

@@ -237,7 +237,8 @@ def make_plan(
             raise RecipeError(fault) from None
         raise
     names = [spec.name.removeprefix(prefix) for spec in whole]
-    loaded = decide_loading(config, names)
+    shapes = {name: spec.shape for name, spec in zip(names, whole, strict=True)}
+    loaded = decide_loading(config, shapes)
     unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
     plan = Plan(
         Mesh(tp_size),

@@ -17,7 +17,7 @@ from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.recipe.counts import read_field
 
 CLASSES_FILE = "model_classes.json"
-SETS = ("modules", "needs", "ties", "buffers")
+SETS = ("modules", "needs", "ties", "buffers", "single_rows")
 NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -44,6 +44,7 @@ class ModelClass:
         needs: Of these, those of which a checkpoint has a tensor: the base model, and heads.
         ties: Heads that it needs unless they are tied to the embeddings.
         buffers: Tensors that it makes anew, and that older checkpoints have stored.
+        single_rows: Tensors of which it has one row, and another class of the type has more.
         skips: Regular expressions of names that it leaves out on purpose.
     """
 
@@ -53,6 +54,7 @@ class ModelClass:
     needs: frozenset[str]
     ties: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    single_rows: frozenset[str] = frozenset()
     skips: tuple[str, ...] = ()
 
     def has(self, name: FullName) -> bool:
@@ -95,12 +97,15 @@ class LoadedTensors:
     better_class: str = ""
 
 
-def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> LoadedTensors:
+def find_loaded_tensors(
+    config: Mapping[str, Any], names: Sequence[str], single_rows: Collection[str] = ()
+) -> LoadedTensors:
     """The class of a config, or if transformers has no such class, the one its tensors fit best.
 
     Args:
         config: The contents of config.json.
         names: The checkpoint's tensors.
+        single_rows: Those that have one row.
 
     Example:
         >>> bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
@@ -122,7 +127,8 @@ def find_loaded_tensors(config: Mapping[str, Any], names: Sequence[str]) -> Load
         missing = ""  # of the base model, which may have other names there: who loads it can tell
     best = None
     if chosen is None or missing:
-        best = _choose_class(classes, config, known, is_whole=not foreign)
+        rows = {NUMBERS.sub("*", name) for name in single_rows}
+        best = _choose_class(classes, config, known, rows, is_whole=not foreign)
         closest = min(classes, key=lambda each: sum(not each.has(n) for n in known), default=None)
         chosen = chosen or best or (closest if known else None)
     if chosen is None:
@@ -148,9 +154,12 @@ def _choose_class(
     classes: Sequence[ModelClass],
     config: Mapping[str, Any],
     names: Collection[FullName],
+    single_rows: Collection[str],
     is_whole: bool,
 ) -> ModelClass | None:
     """The first class that needs nothing else, of those that leave the fewest tensors out.
+
+    Of classes that differ in the number of rows, the one that has as many.
 
     If the names are not the whole checkpoint's, nothing can be said to be missing.
     """
@@ -160,7 +169,13 @@ def _choose_class(
         table = "text_config." if "text_config" in config else ""
         if read_field(config, f"{table}tie_word_embeddings") is False:
             complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
-    return min(complete, key=lambda each: sum(not each.has(n) for n in names), default=None)
+    telling = frozenset[str]().union(*(each.single_rows for each in classes))
+    rows = telling.intersection(single_rows)
+
+    def count_misfits(each: ModelClass) -> tuple[int, int]:
+        return sum(not each.has(n) for n in names), len(each.single_rows ^ rows)
+
+    return min(complete, key=count_misfits, default=None)
 
 
 def _last_word(name: str) -> str:
@@ -195,9 +210,9 @@ def list_buffers(model_type: str) -> list[str]:
 
 
 def _decode_class(name: str, value: Mapping[str, Any]) -> ModelClass:
-    modules, needs, ties, buffers = (frozenset(value[key]) for key in SETS)
-    skips = tuple(value["skips"])
-    return ModelClass(name, value["prefix"], modules, needs, ties, buffers, skips)
+    return ModelClass(
+        name, value["prefix"], *(frozenset(value[key]) for key in SETS), tuple(value["skips"])
+    )
 
 
 def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:

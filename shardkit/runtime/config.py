@@ -54,7 +54,7 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
     with Checkpoint(folder) as checkpoint:
         specs, table = checkpoint.specs(), checkpoint.config
         prefix = checkpoint.wrapper_prefix
-    loaded = decide_loading(table, [spec.name.removeprefix(prefix) for spec in specs])
+    loaded = decide_loading(table, {spec.name.removeprefix(prefix): spec.shape for spec in specs})
     if loaded.model_class:
         table = {**table, "architectures": [loaded.model_class]}
     return build_config(table, specs, folder)

@@ -50,9 +50,17 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         inputs |= {"decoder_input_ids": _make_texts(model, [])["decoder_input_ids"]}
     names = arguments.keys() - (frozenset() if table is None else table.exclusions)
     inputs = {name: value for name, value in {**inputs, **extra}.items() if name in names}
+    if is_limited_to_one(model):
+        return {name: value[: len(value) // BATCH] for name, value in inputs.items()}
     if type(model).__name__.endswith(CHOOSES):  # one choice for each text
         return {name: value.unsqueeze(1) for name, value in inputs.items()}
     return inputs
+
+
+def is_limited_to_one(model: PreTrainedModel) -> bool:
+    """Whether a model refuses batches: without a padding token some classes find no last token."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return type(model).__name__.endswith(CLASSIFIES) and padding is None
 
 
 def count_image_tokens(model: PreTrainedModel, images: Tensors) -> int:

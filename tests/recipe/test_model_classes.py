@@ -83,3 +83,19 @@ def test_a_tensor_that_no_class_is_known_to_have_may_be_one_of_the_model() -> No
 
 def test_a_type_that_is_not_known_keeps_what_its_config_says() -> None:
     assert load(LLAMA, "no-such-type", architectures=["X"]) == LoadedTensors()
+
+
+@pytest.mark.parametrize(
+    ("single_rows", "model_class"),
+    [
+        ([], "BertForSequenceClassification"),
+        (["classifier.weight"], "BertForMultipleChoice"),
+    ],
+)
+def test_the_rows_of_a_head_tell_classes_of_the_same_names_apart(
+    single_rows: list[str], model_class: str
+) -> None:
+    names = [*LAYER, *POOLER, "classifier.weight"]
+    assert (
+        find_loaded_tensors({"model_type": "bert"}, names, single_rows).model_class == model_class
+    )
