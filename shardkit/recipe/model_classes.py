@@ -169,11 +169,12 @@ def _choose_class(
         table = "text_config." if "text_config" in config else ""
         if read_field(config, f"{table}tie_word_embeddings") is False:
             complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
-    telling = frozenset[str]().union(*(each.single_rows for each in classes))
-    rows = telling.intersection(single_rows)
+    every_single = frozenset[str]().union(*(each.single_rows for each in classes))
+    telling = every_single & {name.pattern for name in names}
+    rows = telling & frozenset(single_rows)
 
     def count_misfits(each: ModelClass) -> tuple[int, int]:
-        return sum(not each.has(n) for n in names), len(each.single_rows ^ rows)
+        return sum(not each.has(n) for n in names), len((each.single_rows & telling) ^ rows)
 
     return min(complete, key=count_misfits, default=None)
 
@@ -210,9 +211,9 @@ def list_buffers(model_type: str) -> list[str]:
 
 
 def _decode_class(name: str, value: Mapping[str, Any]) -> ModelClass:
-    return ModelClass(
-        name, value["prefix"], *(frozenset(value[key]) for key in SETS), tuple(value["skips"])
-    )
+    modules, needs, ties, buffers, rows = (frozenset(value[key]) for key in SETS)
+    skips = tuple(value["skips"])
+    return ModelClass(name, value["prefix"], modules, needs, ties, buffers, rows, skips)
 
 
 def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:
