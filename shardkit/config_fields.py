@@ -78,3 +78,10 @@ OTHER_CACHES = (
 )  # fmt: skip
 DTYPE = ("dtype", "torch_dtype")
 QUANTIZATION = ("quantization_config", "compression_config")
+# What such a table has besides: which modules it is of, and tables for some of them.
+QUANTIZED_LISTS = (
+    "ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "quantization",
+    "config_groups", "quantized_layers",
+)  # fmt: skip
+# Files beside config.json that say the same, and the method that they are of.
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}

@@ -19,7 +19,7 @@ dimension unless sections differ in it. Text is parsed, never evaluated.
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardkit.errors import RecipeError
 from shardkit.layout.spans import Section
@@ -63,10 +63,13 @@ class Unit:
     Attributes:
         count: How many there are; None for as many as the axis is long: any partition will do.
         shared_by: How many units of another kind share them; 0 if none do.
+        blocks: For counts of them, how many stay together if not each alone; of shared ones, how
+            many of those that share them.
     """
 
     count: int | None
     shared_by: int = 0
+    blocks: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +130,10 @@ def _make_section(sized: _SizedTerm, size: int, units: Mapping[str, Unit]) -> Se
     if term.unit is None:
         return Section(sized.pieces, size, replicated=True)
     shared_by = units[term.unit].shared_by
+    block = units[term.unit].blocks.get(sized.count, 1)
     if term.group_tail:
-        return Section(sized.count, size, 1, shared_by, group_tail=term.group_tail)
-    return Section(sized.count, sized.inner * size, sized.outer, shared_by)
+        return Section(sized.count, size, 1, shared_by, group_tail=term.group_tail, block=block)
+    return Section(sized.count, sized.inner * size, sized.outer, shared_by, block=block)
 
 
 def _size_term(

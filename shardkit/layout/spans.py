@@ -61,6 +61,8 @@ class Section:
         group_tail: If not 0, the axis is `[repeat, units, shared_by / units + group_tail, size]`:
             each unit's group of sharing units, then this many indices of its own, which go with
             every unit of the group.
+        block: How many units stay together, the last of them perhaps fewer: a quantized weight is
+            cut between its blocks. If the units are shared, it counts those that share them.
     """
 
     units: int
@@ -69,6 +71,7 @@ class Section:
     shared_by: int = 0
     replicated: bool = False
     group_tail: int = 0
+    block: int = 1
 
     @property
     def group_size(self) -> int:
@@ -88,15 +91,15 @@ class Section:
 
     @property
     def max_tp_size(self) -> int:
-        """The most ranks that each still hold a unit of it."""
-        return self.shared_by or self.units
+        """The most ranks that each still hold a unit of it, or a block of them."""
+        return -(-(self.shared_by or self.units) // self.block)
 
     def __len__(self) -> int:
         return self.repeat * self.units * self.indices_per_unit
 
 
-def partition(units: int, tp_rank: int, tp_size: int) -> range:
-    """The units that `tp_rank` holds, distributed as `torch.tensor_split` does.
+def partition(units: int, tp_rank: int, tp_size: int, block: int = 1) -> range:
+    """The units that `tp_rank` holds, distributed as `torch.tensor_split` does, block by block.
 
     Raises:
         LayoutError: If a rank would be left without a unit.
@@ -104,35 +107,44 @@ def partition(units: int, tp_rank: int, tp_size: int) -> range:
     Example:
         >>> [len(partition(9, tp_rank, 2)) for tp_rank in range(2)]
         [5, 4]
+        >>> [len(partition(1536, tp_rank, 8, block=128)) for tp_rank in (0, 7)]
+        [256, 128]
     """
-    if units < tp_size:
+    blocks = -(-units // block)
+    if blocks < tp_size:
+        together = f" in blocks of {block}" if block > 1 else ""
         raise LayoutError(
-            f"{units} units cannot be divided over tp_size {tp_size}; possible: 1 to {units}"
+            f"{units} units{together} cannot be divided over tp_size {tp_size}; possible: 1 to"
+            f" {blocks}"
         )
-    each, over = divmod(units, tp_size)
+    each, over = divmod(blocks, tp_size)
     start = tp_rank * each + min(tp_rank, over)
-    return range(start, start + each + (tp_rank < over))
+    stop = start + each + (tp_rank < over)
+    return range(start * block, min(stop * block, units))
 
 
 @lru_cache
-def kv_head_mode(kv_heads: int, heads: int, tp_size: int) -> KvHeadMode:
+def kv_head_mode(kv_heads: int, heads: int, tp_size: int, block: int = 1) -> KvHeadMode:
     """How units follow the units that share them over `tp_size` ranks.
 
     Args:
         kv_heads: The units that are shared.
         heads: The units that share them.
         tp_size: The number of ranks.
+        block: How many of those that share them stay together.
 
     Raises:
         LayoutError: If `heads` is not a multiple of `kv_heads`, or less than the ranks.
     """
     if heads % kv_heads:
         raise LayoutError(f"{heads} units cannot share {kv_heads}: not a multiple")
-    if kv_heads % tp_size == 0:
+    if kv_heads % tp_size == 0 and block == 1:
         return "split"
     group_size = heads // kv_heads
+    if block % group_size == 0:
+        return "split"
     for tp_rank in range(tp_size):
-        if len(_heads_per_kv_head(partition(heads, tp_rank, tp_size), group_size)) > 1:
+        if len(_heads_per_kv_head(partition(heads, tp_rank, tp_size, block), group_size)) > 1:
             return "expand"
     return "replicate"
 
@@ -142,11 +154,11 @@ def held_units(section: Section, tp_rank: int, tp_size: int) -> tuple[Span, ...]
     if section.replicated:
         return (Span(0, section.units),)
     if not section.shared_by:
-        units = partition(section.units, tp_rank, tp_size)
+        units = partition(section.units, tp_rank, tp_size, section.block)
         return (Span(units.start, units.stop),)
-    mode = kv_head_mode(section.units, section.shared_by, tp_size)
+    mode = kv_head_mode(section.units, section.shared_by, tp_size, section.block)
     group_size = section.group_size
-    heads = partition(section.shared_by, tp_rank, tp_size)
+    heads = partition(section.shared_by, tp_rank, tp_size, section.block)
     if mode == "expand":
         return coalesce(Span(head // group_size, head // group_size + 1) for head in heads)
     return (Span(heads[0] // group_size, heads[-1] // group_size + 1),)
@@ -232,9 +244,9 @@ def _grouped_spans(section: Section, tp_rank: int, tp_size: int) -> list[Span]:
 
     If units are expanded, each local head comes with a copy of its own.
     """
-    mode = kv_head_mode(section.units, section.shared_by, tp_size)
+    mode = kv_head_mode(section.units, section.shared_by, tp_size, section.block)
     size, group_size = section.size, section.group_size
-    heads = partition(section.shared_by, tp_rank, tp_size)
+    heads = partition(section.shared_by, tp_rank, tp_size, section.block)
     is_expanded = mode == "expand"
     runs = [range(h, h + 1) for h in heads] if is_expanded else _split_by_unit(heads, group_size)
     spans = []

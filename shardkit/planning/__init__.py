@@ -4,10 +4,12 @@ from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
 from shardkit.planning.kv_copies import KvCopies
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.loading import decide_loading
+from shardkit.planning.make_plan import make_plan, place_tensor
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Placement, Plan, make_plan, place_tensor
+from shardkit.planning.placement import Placement
 from shardkit.planning.report import PlanReport, plan
 from shardkit.planning.summary import (
     Imbalance,

@@ -3,7 +3,8 @@
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError
 from shardkit.planning.completeness import find_empty_tensor, find_missing
-from shardkit.planning.placement import Plan, make_plan
+from shardkit.planning.layout_plan import Plan
+from shardkit.planning.make_plan import make_plan
 from shardkit.recipe import Recipe, find_recipe
 
 

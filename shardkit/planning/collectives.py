@@ -9,6 +9,7 @@ from typing import Any
 
 from shardkit import config_fields as fields
 from shardkit.layout.style import GATHER, NORM, RECURRENT, ROW, VOCAB
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.parts import (
     Path,
     count_repeats,
@@ -24,7 +25,7 @@ from shardkit.planning.parts import (
     read_count,
     select_text_fields,
 )
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning.placement import Placement
 from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (

@@ -13,7 +13,8 @@ from typing import Any
 from shardkit import config_fields as fields
 from shardkit.layout.style import COLUMNS, ROW, VOCAB
 from shardkit.planning.layer_kinds import Layers, group_kinds, group_tensors
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning.layout_plan import Plan
+from shardkit.planning.placement import Placement
 from shardkit.recipe import Recipe, Rule
 from shardkit.tensor import TensorSpec
 
@@ -59,7 +60,7 @@ class _Layer:
 
 def _find_missing_weight(plan: Plan, recipe: Recipe, config: Config) -> str:
     prefix = plan.wrapper_prefix
-    tensors = {p.spec.name: p for p in plan.placements if p.is_loaded}
+    tensors = {p.spec.name: p for p in plan.weights if p.is_loaded}
     for name, layers in group_tensors(tensors).items():
         for kind in group_kinds(layers, config):
             if (layer := _find_odd_layer(name, kind)) is None:
@@ -133,7 +134,7 @@ def _find_missing_rows(plan: Plan, config: Config) -> str:
     text = config.get(fields.TEXT_TABLE)
     text = text if isinstance(text, Mapping) else config
     stated = next((text[key] for key in fields.VOCAB_SIZE if type(text.get(key)) is int), None)
-    tables = [p for p in plan.placements if p.style is VOCAB and len(p.spec.shape) == 2]
+    tables = [p for p in plan.weights if p.style is VOCAB and len(p.spec.shape) == 2]
     rows = [p.spec.shape[p.dim] for p in tables if p.dim is not None]
     more = sum(extra for key, extra in fields.VOCAB_EXTRA_ROWS.items() if key in text)
     more += sum(text[key] for key in fields.VOCAB_FURTHER if type(text.get(key)) is int)
@@ -156,7 +157,7 @@ def _find_missing_output(plan: Plan, recipe: Recipe, config: Config) -> str:
         for rule in recipe.rules
         if rule.style is VOCAB and rule.pattern.rpartition(".")[2] in OUTPUT_MODULES
     ]
-    modules = (p.spec.name.removesuffix(".weight") for p in plan.placements if p.style is VOCAB)
+    modules = (p.spec.name.removesuffix(".weight") for p in plan.weights if p.style is VOCAB)
     if not heads or any(name.rpartition(".")[2] in OUTPUT_MODULES for name in modules):
         return ""
     return (

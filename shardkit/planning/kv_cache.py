@@ -12,6 +12,7 @@ from typing import Any
 from shardkit import config_fields as fields
 from shardkit.dtypes import BY_TORCH_NAME, DTYPES
 from shardkit.layout.style import COLUMNS, PADDED, RECURRENT
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.mesh import Mesh
 from shardkit.planning.parts import (
     Path,
@@ -26,7 +27,7 @@ from shardkit.planning.parts import (
     read_count,
     select_text_fields,
 )
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning.placement import Placement
 
 KV_UNIT = re.compile(r"(?:^|_)kv(?:_|$)")  # in the name of the unit that other units share
 KV_UNITS = ("decoder_kv_heads", "kv_heads")  # of several, the language model's
@@ -96,7 +97,7 @@ def _estimate_kind(plan: Plan, config: Mapping[str, Any], unit: str, dtype: str)
     if head_dim is None or kv_heads is None:
         what = "one width of a head" if head_dim is None else "the number of kv heads"
         return f"unknown: neither config.json nor the weights state {what}"
-    has_halves = has_both_halves(p.spec.name.split(".") for p in plan.placements)
+    has_halves = has_both_halves(p.spec.name.split(".") for p in plan.weights)
     is_crossed = has_halves and CROSS_UNIT not in plan.units
     return KvCache(layers, head_dim, dtype, kv_heads, is_crossed=is_crossed)
 
@@ -121,7 +122,7 @@ def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
         stated = BY_TORCH_NAME.get(str(config.get(key)))
         if stated is not None and stated.is_compute:
             return stated.name
-    stored = Counter(p.spec.dtype for p in plan.placements if p.is_loaded)
+    stored = Counter(p.spec.dtype for p in plan.weights if p.is_loaded)
     most = max(stored, key=stored.__getitem__, default=None)
     return most if most is not None and DTYPES[most].is_compute else None
 
@@ -191,7 +192,7 @@ def _count_latent_layers(plan: Plan, width: int) -> int:
     """
     modules = Counter(
         p.spec.name.split(".")[-2]
-        for p in plan.placements
+        for p in plan.weights
         if p.is_loaded and p.dim is None and len(p.spec.shape) == 2 and p.spec.shape[0] == width
         if "." in p.spec.name
     )
@@ -212,7 +213,7 @@ def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[i
     Padded with zeros, every rank keeps as many as all ranks. A unit may be a set of several kv
     heads, if the config counts more of them.
     """
-    replicated = {s.units for p in plan.placements for s in p.sections if s.replicated}
+    replicated = {s.units for p in plan.weights for s in p.sections if s.replicated}
     if replicated:
         return (1,) * plan.mesh.world_size if replicated == {2} else None
     is_expanded = find_field(config, fields.EXPANDED_KV) is not None

@@ -11,8 +11,8 @@ from shardkit.planning.kv_cache import (
     estimate_kv_cache,
     list_kv_units,
 )
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def _measure_growth(plan: Plan, config: Mapping[str, Any]) -> float:
 
 def _count_whole_copies(plan: Plan) -> float:
     """How often a key and a value that every rank holds are stored."""
-    is_held = any(section.replicated for p in plan.placements for section in p.sections)
+    is_held = any(section.replicated for p in plan.weights for section in p.sections)
     return float(plan.tp_size) if is_held else 1.0
 
 

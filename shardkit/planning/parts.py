@@ -6,7 +6,8 @@ from typing import Any
 from shardkit import config_fields as fields
 from shardkit.checkpoint.config_check import group_layers
 from shardkit.layout.style import ROW, Style
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning.layout_plan import Plan
+from shardkit.planning.placement import Placement
 
 MAX_COUNT = 1 << 32
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES | fields.PROJECTORS

@@ -11,8 +11,8 @@ from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
 from shardkit.planning.kv_copies import KvCopies, find_kv_copies
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Plan
 from shardkit.planning.summary import PlanSummary, find_blocking_tensor, summarize_plan
 from shardkit.recipe import Recipe
 from shardkit.strict_json import put_off_collection

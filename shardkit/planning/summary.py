@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shardkit.layout import Section, kv_head_mode
+from shardkit.planning.layout_plan import Plan
 from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning.placement import Placement
 from shardkit.recipe.recipe import compile_module_pattern
 from shardkit.tensor import TensorSpec
 
@@ -140,7 +141,7 @@ def describe_treatment(placement: Placement, mesh: Mesh) -> str:
     if placement.dim is None:
         return "replicated" if placement.is_loaded else "rank 0 only"
     modes = {
-        kv_head_mode(s.units, s.shared_by, mesh.tp_size)
+        kv_head_mode(s.units, s.shared_by, mesh.tp_size, s.block)
         for s in placement.sections
         if s.shared_by and not s.replicated
     }

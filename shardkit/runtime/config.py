@@ -4,7 +4,6 @@ No config.json reaches a class of transformers but through here.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint, check_config, parse_config, read_config
-from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError, ManifestError, first_line
 from shardkit.files import write_all
+from shardkit.formats import group_checkpoint, is_plain, list_weights
 from shardkit.planning import decide_loading
 from shardkit.shards import Manifest, read_companion
 from shardkit.strict_json import JsonError
@@ -52,8 +51,8 @@ def read_shard_configs(folder: Path, manifest: Manifest) -> ShardConfigs:
 def read_source_config(folder: Path) -> PreTrainedConfig:
     """The config of an unsharded checkpoint's folder, its class decided. Raises CheckpointError."""
     with Checkpoint(folder) as checkpoint:
-        specs, table = checkpoint.specs(), checkpoint.config
-        prefix = checkpoint.wrapper_prefix
+        table, prefix = checkpoint.config, checkpoint.wrapper_prefix
+        specs = list_weights(checkpoint.specs(), group_checkpoint(checkpoint.specs(), table))
     loaded = decide_loading(table, {spec.name.removeprefix(prefix): spec.shape for spec in specs})
     if loaded.model_class:
         table = {**table, "architectures": [loaded.model_class]}
@@ -108,16 +107,6 @@ def remove_active_fields(value: Any) -> Any:
             key: remove_active_fields(inner) for key, inner in value.items() if not _is_active(key)
         }
     return [remove_active_fields(inner) for inner in value] if isinstance(value, list) else value
-
-
-def is_plain(spec: TensorSpec) -> bool:
-    """Whether a tensor is what models compute with, or at most one row of integers or flags.
-
-    If all of them are, what a config says of quantization is of another form of the checkpoint.
-    """
-    dtype = DTYPES[spec.dtype]
-    is_row = math.prod(spec.shape) == max(spec.shape, default=1)
-    return dtype.is_compute or (dtype.kind in ("int", "bool") and is_row)
 
 
 def _is_active(key: str) -> bool:

@@ -20,6 +20,7 @@ from shardkit.layout.style import ADD_ONCE
 from shardkit.planning import Rank
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
+from shardkit.runtime.dequantize import collect_weights
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
@@ -142,7 +143,7 @@ def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> RankShard:
 
 def build_on_meta(shard: RankShard, dtype: torch.dtype | None) -> PreTrainedModel:
     """The whole model, on the meta device. Raises ShardkitError if none can be made."""
-    placements = shard.manifest.plan.placements
+    placements = shard.manifest.plan.weights
     table = shard.configs.config
     if shard.manifest.plan.model_class:
         table = {**table, "architectures": [shard.manifest.plan.model_class]}
@@ -170,17 +171,25 @@ def load_into(
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
-    shapes = loaded_shapes(manifest.placements)
+    weights = {placement.spec.name: placement for placement in plan.weights}
+    shapes = loaded_shapes(weights)
     conversions = find_conversions(model, shapes, plan.wrapper_prefix)
-    placements = placements_by_parameter(model, manifest.placements, conversions)
+    placements = placements_by_parameter(model, weights, conversions)
     missing = model.state_dict().keys() - placements.keys()
     tied = find_tied_placements(model, placements, missing)
     parallelize_model(model, plan, {**placements, **tied}, group)
     names = {name for conversion in conversions for name, _ in conversion.sources}
-    tensors = read_tensors(shard.folder, manifest, rank, names, verify)
+    owners = {
+        part.name: weight
+        for weight in plan.grouping.weights.values()
+        if weight.name in names
+        for _, part in weight.parts
+    }
+    stored = read_tensors(shard.folder, manifest, rank, names | owners.keys(), verify)
+    tensors = collect_weights(stored, owners, model.config.dtype)
 
     def count_lengths(name: str) -> Sequence[int]:
-        return manifest.placements[name].section_lengths(rank)
+        return weights[name].section_lengths(rank)
 
     fill_parameters(model, tensors, conversions, group.device, model.config.dtype, count_lengths)
     if not rank.is_first:
@@ -208,8 +217,6 @@ def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
     """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    stored = Counter(
-        p.spec.dtype for p in manifest.plan.placements if DTYPES[p.spec.dtype].is_compute
-    )
+    stored = Counter(p.spec.dtype for p in manifest.plan.weights if DTYPES[p.spec.dtype].is_compute)
     most = stored.most_common(1)
     return (find_torch_dtype(most[0][0]) if most else None) or torch.float32

@@ -170,7 +170,8 @@ def shrink_attribute(full: int, rule: ModuleAttribute, plan: Plan, rank: Rank) -
     """
     count = plan.units[rule.unit].count
     if count is None:
-        return len(partition(full, rank.tp_rank, rank.mesh.tp_size))
+        block = plan.count_block(rule.unit, full)
+        return len(partition(full, rank.tp_rank, rank.mesh.tp_size, block))
     per_unit = (1, 1)
     if rule.per_unit:
         divisor = plan.units[rule.per_unit].count or 0

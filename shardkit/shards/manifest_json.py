@@ -21,7 +21,7 @@ from shardkit.shards.manifest import (
 from shardkit.shards.manifest_check import check_manifest
 from shardkit.shards.plan_json import (
     MESH_KEYS,
-    PLAN_OPTIONS,
+    OPTIONAL_KEYS,
     fields_to_json,
     parse_plan,
     placement_to_json,
@@ -66,7 +66,7 @@ def parse_manifest(data: bytes) -> Manifest:
     version = value.get("format") if isinstance(value, dict) else None
     if version != FORMAT:
         raise JsonError(f"format {quote(version)}; this shardkit reads format {FORMAT}")
-    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS, PLAN_OPTIONS))
+    manifest = _parse_manifest(JsonObject(value, "manifest", KEYS, OPTIONAL_KEYS))
     check_manifest(manifest)
     fingerprint, recipe_sha256 = manifest.source.fingerprint, manifest.recipe_sha256
     if manifest.split_id != make_split_id(manifest.plan, fingerprint, recipe_sha256):

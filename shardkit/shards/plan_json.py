@@ -4,6 +4,8 @@ from typing import Any
 
 from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
 from shardkit.dtypes import DTYPES
+from shardkit.errors import RecipeError
+from shardkit.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.layout import STYLES, Section, Unit
 from shardkit.planning import MAX_TP_SIZE, Mesh, Placement, Plan
 from shardkit.recipe import ForwardArgument, ModuleAttribute
@@ -16,6 +18,8 @@ from shardkit.tensor import TensorSpec
 PLAN_OPTIONS, IN_MODEL = "model_class wrapper_prefix", "in_model"
 MESH_KEYS = "tp_size ep_size pp_size"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
+BLOCK, BLOCKS, QUANTIZATION = "block", "blocks", "quantization"
+OPTIONAL_KEYS = f"{PLAN_OPTIONS} {QUANTIZATION}"
 ATTRIBUTE_KEYS = "module attribute unit per_unit"
 ARGUMENT_KEYS = "module argument dim unit outer"
 
@@ -27,7 +31,15 @@ def plan_to_json(plan: Plan) -> dict[str, object]:
         **{key: value for key, value in options.items() if value},
         "mesh": fields_to_json(plan.mesh, MESH_KEYS),
         "units": {
-            name: {"count": unit.count or 0, "shared_by": unit.shared_by}
+            name: {
+                "count": unit.count or 0,
+                "shared_by": unit.shared_by,
+                **(
+                    {BLOCKS: [[*pair] for pair in sorted(unit.blocks.items())]}
+                    if unit.blocks
+                    else {}
+                ),
+            }
             for name, unit in plan.units.items()
         },
         "module_attributes": [
@@ -37,6 +49,7 @@ def plan_to_json(plan: Plan) -> dict[str, object]:
             fields_to_json(rule, ARGUMENT_KEYS) for rule in plan.forward_arguments
         ],
         "tensors": {p.spec.name: placement_to_json(p) for p in plan.placements},
+        **quantization_to_json(plan.grouping),
     }
 
 
@@ -47,9 +60,29 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
         "shape": list(placement.spec.shape),
         "style": placement.style.name,
         "dim": -1 if placement.dim is None else placement.dim,
-        "sections": [fields_to_json(s, SECTION_KEYS) for s in placement.sections],
+        "sections": [_section_to_json(section) for section in placement.sections],
         **({} if placement.in_model else {IN_MODEL: False}),
     }
+
+
+def _unit_to_json(unit: Unit) -> dict[str, object]:
+    blocks = [[*pair] for pair in sorted(unit.blocks.items())]
+    more = {BLOCKS: blocks} if blocks else {}
+    return {"count": unit.count or 0, "shared_by": unit.shared_by, **more}
+
+
+def _section_to_json(section: Section) -> dict[str, object]:
+    block = {BLOCK: section.block} if section.block > 1 else {}
+    return {**fields_to_json(section, SECTION_KEYS), **block}
+
+
+def quantization_to_json(grouping: Grouping) -> dict[str, object]:
+    """The formats of quantized weights and their numbers, 0 for the whole of an axis."""
+    schemes = [
+        {"format": each.format.name, "numbers": {n: v or 0 for n, v in each.numbers.items()}}
+        for each in grouping.schemes
+    ]
+    return {QUANTIZATION: schemes} if schemes else {}
 
 
 def fields_to_json(value: object, keys: str) -> dict[str, object]:
@@ -63,14 +96,34 @@ def parse_plan(fields: JsonObject, order: list[str]) -> Plan:
     if sorted(order) != sorted(tensors):
         raise JsonError("the source's files do not hold exactly the tensors listed")
     mesh = JsonObject(fields.value("mesh"), "mesh", MESH_KEYS)
+    placements = tuple(_parse_placement(name, tensors[name]) for name in order)
+    schemes = fields.items(QUANTIZATION, _parse_scheme) if QUANTIZATION in fields else ()
+    try:
+        grouping = group_quantized([placement.spec for placement in placements], schemes)
+    except RecipeError as fault:
+        raise JsonError(str(fault)) from None
     return Plan(
         Mesh(*(mesh.integer(key, MAX_TP_SIZE, 1) for key in MESH_KEYS.split())),
-        tuple(_parse_placement(name, tensors[name]) for name in order),
+        placements,
         {name: _parse_unit(value, name) for name, value in fields.table("units").items()},
         fields.items("module_attributes", _parse_attribute),
         fields.items("forward_arguments", _parse_argument),
         **{key: fields.string(key) for key in PLAN_OPTIONS.split() if key in fields},
+        grouping=grouping,
     )
+
+
+def _parse_scheme(value: Any, where: str) -> Scheme:
+    fields = JsonObject(value, where, "format numbers")
+    name = fields.string("format")
+    known = {each.name: each for each in list_formats()}
+    if name not in known:
+        raise JsonError(f"{where}: no format {quote(name)}; it may be of a later release")
+    table = fields.table("numbers")
+    if table.keys() != known[name].numbers.keys():
+        raise JsonError(f"{where}: the numbers are not those of {quote(name)}")
+    numbers = {key: read_integer(table[key], f"{where}: {key}", MAX_DIM) or None for key in table}
+    return Scheme(known[name], numbers)
 
 
 def _parse_placement(name: str, value: Any) -> Placement:
@@ -95,7 +148,7 @@ def _parse_placement(name: str, value: Any) -> Placement:
 
 
 def _parse_section(value: Any, where: str) -> Section:
-    fields = JsonObject(value, where, SECTION_KEYS)
+    fields = JsonObject(value, where, SECTION_KEYS, BLOCK)
     section = Section(
         units=fields.integer("units", MAX_DIM, 1),
         size=fields.integer("size", MAX_DIM),
@@ -103,14 +156,24 @@ def _parse_section(value: Any, where: str) -> Section:
         shared_by=fields.integer("shared_by", MAX_DIM),
         replicated=fields.boolean("replicated"),
         group_tail=fields.integer("group_tail", MAX_DIM),
+        block=fields.integer(BLOCK, MAX_DIM, 2) if BLOCK in fields else 1,
     )
     check_section(section, where)
     return section
 
 
 def _parse_unit(value: Any, name: str) -> Unit:
-    fields = JsonObject(value, f"unit {quote(name)}", "count shared_by")
-    return Unit(fields.integer("count", MAX_DIM) or None, fields.integer("shared_by", MAX_DIM))
+    where = f"unit {quote(name)}"
+    fields = JsonObject(value, where, "count shared_by", BLOCKS)
+    pairs = fields.items(BLOCKS, _parse_block) if BLOCKS in fields else ()
+    count, shared_by = (fields.integer(key, MAX_DIM) for key in ("count", "shared_by"))
+    return Unit(count or None, shared_by, dict(pairs))
+
+
+def _parse_block(value: Any, where: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise JsonError(f"{where}: is not a count and a block")
+    return read_integer(value[0], where, MAX_DIM, 1), read_integer(value[1], where, MAX_DIM, 2)
 
 
 def _parse_attribute(value: Any, where: str) -> ModuleAttribute:

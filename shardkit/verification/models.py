@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError, first_line
+from shardkit.formats import group_checkpoint
 from shardkit.runtime.config import GENERATION_CONFIG, read_source_config
 from shardkit.runtime.engine.controller import RankController
 from shardkit.runtime.engine.messages import (
@@ -28,6 +29,7 @@ from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
 from shardkit.runtime.usage import Usage
+from shardkit.verification.plain_weights import compute_plain_weights
 
 DECODER_INPUTS = ("decoder_input_ids", "encoder_hidden_states")  # which generate makes itself
 
@@ -157,17 +159,17 @@ def locate_weights(folder: Path) -> dict[str, Any]:
     """Where transformers takes a checkpoint's weights from, as arguments of `from_pretrained`.
 
     The folder, or if transformers cannot read its files or its names as they are, the tensors
-    themselves, mapped from the files that the checkpoint is made of.
+    themselves, mapped from the files that the checkpoint is made of. Quantized weights are computed
+    by another path than the runtime's.
     """
     with Checkpoint(folder) as checkpoint:
         files, prefix = [file.name for file in checkpoint.files], checkpoint.wrapper_prefix
-        if checkpoint.has_usual_files and not prefix:
+        grouping = group_checkpoint(checkpoint.specs(), checkpoint.config)
+        if checkpoint.has_usual_files and not prefix and not grouping.weights:
             return {"pretrained_model_name_or_path": folder}
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for file in files
-        for name, tensor in load_file(folder / file).items()
-    }
+    stored = {name: t for file in files for name, t in load_file(folder / file).items()}
+    weights = compute_plain_weights(stored, grouping)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     if not (folder / GENERATION_CONFIG).exists():
         return {"pretrained_model_name_or_path": None, "state_dict": tensors}
     generation = GenerationConfig.from_pretrained(folder)

@@ -12,10 +12,10 @@ from shardkit.authoring.masked_sum import load_reference
 from shardkit.authoring.proof import prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RecipeError
+from shardkit.planning import Plan, make_plan
 from shardkit.planning.collectives import count_collectives
 from shardkit.planning.kv_cache import estimate_kv_cache
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.verification.dummy_inputs import make_inputs
 from shardkit.verification.tolerance import compare_outputs, worst_output

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from shardkit.checkpoint.header import read_header
 from shardkit.dtypes import DTYPES
 from shardkit.output import stream
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Placement, Plan, make_plan
+from shardkit.planning import Mesh, Placement, Plan, make_plan
 from shardkit.planning.summary import summarize_plan
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe

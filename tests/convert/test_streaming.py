@@ -11,7 +11,7 @@ from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.layout import STYLES
 from shardkit.layout.axis import Term
 from shardkit.output import stream
-from shardkit.planning.placement import make_plan
+from shardkit.planning import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 from shardkit.shards import integrity

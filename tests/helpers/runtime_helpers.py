@@ -4,7 +4,7 @@ from pathlib import Path
 
 from shardkit.checkpoint import open_checkpoint
 from shardkit.convert import shard_destination, split_checkpoint
-from shardkit.planning.placement import make_plan
+from shardkit.planning import make_plan
 from shardkit.recipe.catalog import find_recipe, find_recipe_folder
 from shardkit.recipe.parse import load_recipe
 from shardkit.recipe.recipe import Recipe

@@ -13,8 +13,7 @@ from shardkit.convert import (
 )
 from shardkit.dtypes import DTYPES
 from shardkit.files import Progress, ignore_progress
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Placement, make_plan
+from shardkit.planning import Mesh, Placement, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.recipe import Recipe
 from shardkit.shards.manifest import Manifest, rank_file_name

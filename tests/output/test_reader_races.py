@@ -13,7 +13,7 @@ import pytest
 from shardkit.checkpoint import Checkpoint
 from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.errors import ManifestError, VerifyError
-from shardkit.planning.placement import make_plan
+from shardkit.planning import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.shards.integrity import check_ranks
 from shardkit.shards.reader import ShardedCheckpoint

@@ -22,7 +22,7 @@ from shardkit.output.resume import (
     JournalEntry,
     parse_journal,
 )
-from shardkit.planning.placement import make_plan
+from shardkit.planning import make_plan
 from shardkit.recipe.catalog import find_recipe
 from tests.helpers.damage import flip, linked, piped, shorten
 from tests.helpers.split_helpers import merge_folder, reshard_folder, shard_name, split_folder

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from shardkit.planning import Plan, make_plan
 from shardkit.planning.collectives import count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, find_compute_dtype
 from shardkit.planning.kv_copies import KvCopies, find_kv_copies
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Plan, make_plan
 from shardkit.planning.summary import collapse_names, summarize_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe

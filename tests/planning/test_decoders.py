@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from shardkit.planning import Plan, make_plan
 from shardkit.planning.collectives import count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.parse import load_recipe
 from tests.planning.test_costs import specs
 

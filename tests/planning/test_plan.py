@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Placement, Plan, make_plan
+from shardkit.planning import Mesh, Placement, Plan, make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.tensor import TensorSpec
 from tests.helpers.synthetic_checkpoints import FAMILIES, Shapes, llama, llama_config, specs_of

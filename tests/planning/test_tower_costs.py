@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from shardkit.planning import Plan, make_plan
 from shardkit.planning.collectives import count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache, list_kv_units
 from shardkit.planning.parts import generates_text, predicts_tokens, select_text_fields
-from shardkit.planning.placement import Plan, make_plan
 from shardkit.recipe.parse import load_recipe
 from shardkit.tensor import TensorSpec
 

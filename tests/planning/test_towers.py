@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from shardkit.planning import make_plan
 from shardkit.planning.collectives import count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
-from shardkit.planning.placement import make_plan
 from shardkit.recipe.catalog import find_recipe
 from shardkit.recipe.parse import load_recipe
 from tests.planning.test_costs import specs

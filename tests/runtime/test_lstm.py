@@ -11,8 +11,7 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
 from shardkit.layout.style import RECURRENT
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Placement
+from shardkit.planning import Mesh, Placement
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.lstm import ParallelLSTM, make_parallel_lstm
 from shardkit.runtime.models.lstm import LSTMConfig, LSTMForCausalLM

@@ -7,8 +7,7 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout import STYLES
 from shardkit.layout.spans import Section
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Placement, Plan
+from shardkit.planning import Mesh, Placement, Plan
 from shardkit.recipe.recipe import ModuleAttribute
 from shardkit.runtime.parallelize import _set_attribute, keep_local_units
 from shardkit.tensor import TensorSpec

@@ -19,8 +19,7 @@ from shardkit.checkpoint.config import parse_config
 from shardkit.checkpoint.header import Header, parse_header, parse_header_length
 from shardkit.checkpoint.index import encode_index, parse_index
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.planning import Mesh
-from shardkit.planning.placement import Plan, place_tensor
+from shardkit.planning import Mesh, Plan, place_tensor
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
 from shardkit.recipe.recipe import Recipe, compile_module_pattern

@@ -1,0 +1,148 @@
+"""A plan: where every tensor lies on every rank, before any weight is read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from shardkit.errors import LayoutError
+from shardkit.formats import Grouping
+from shardkit.layout import Section, Span, Unit, num_indices, rank_spans
+from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
+from shardkit.planning.placement import Placement
+from shardkit.planning.quantized import view_weights
+from shardkit.recipe import ForwardArgument, ModuleAttribute
+from shardkit.tensor import byte_view
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor's placement over a mesh, and what else is smaller on a rank.
+
+    Attributes:
+        mesh: The ranks.
+        placements: Every tensor's, in the order of the source's files.
+        units: What is divided, counted.
+        module_attributes: Attributes of the model's modules that count units.
+        forward_arguments: Arguments of the model's modules that hold units.
+        model_class: The class of transformers that the checkpoint is of; empty for the one that
+            config.json names.
+        wrapper_prefix: What training wrappers put before every tensor's name; empty if nothing.
+        grouping: Which tensors are quantized weights.
+    """
+
+    mesh: Mesh
+    placements: tuple[Placement, ...]
+    units: Mapping[str, Unit]
+    module_attributes: tuple[ModuleAttribute, ...] = ()
+    forward_arguments: tuple[ForwardArgument, ...] = ()
+    model_class: str = ""
+    wrapper_prefix: str = ""
+    grouping: Grouping = field(default_factory=Grouping)
+
+    @property
+    def tp_size(self) -> int:
+        """The number of tensor-parallel ranks."""
+        return self.mesh.tp_size
+
+    def with_tp_size(self, tp_size: int) -> "Plan":
+        """The same layout over another number of ranks: 1 for a merge. Raises LayoutError."""
+        plan = replace(self, mesh=Mesh(tp_size))
+        plan.check()
+        return plan
+
+    def count_block(self, unit: str, count: int) -> int:
+        """How many of a unit stay together if there are so many."""
+        return self.units[unit].blocks.get(count, 1)
+
+    def check(self) -> None:
+        """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
+        self.mesh.check()
+        if self.tp_size > self.max_tp_size:
+            raise LayoutError(self._describe_limit())
+        for placement in _list_layouts(self.placements):
+            byte_view(placement.spec, placement.dim)
+            try:
+                placement.tiles(self.mesh)
+            except LayoutError as error:
+                raise LayoutError(f"{placement.spec.name}: {error}") from None
+
+    @cached_property
+    def weights(self) -> tuple[Placement, ...]:
+        """The placements of what the model is made of, a quantized weight as it is in 16 bits."""
+        if not self.grouping.weights:
+            return self.placements
+        return tuple(view_weights(self.placements, self.grouping))
+
+    @cached_property
+    def loaded_by_style(self) -> Mapping[str, Sequence[Placement]]:
+        """The loaded tensors by the name of their style."""
+        by_style: dict[str, list[Placement]] = {}
+        for placement in self.weights:
+            if placement.is_loaded:
+                by_style.setdefault(placement.style.name, []).append(placement)
+        return by_style
+
+    @cached_property
+    def paths_by_style(self) -> dict[str, list[list[str]]]:
+        """The names of a style's tensors, cut at their dots, as far as they were asked for."""
+        return {}
+
+    @cached_property
+    def max_tp_size(self) -> int:
+        """The most ranks that each still hold a unit of everything that is divided."""
+        limits = [
+            section.max_tp_size
+            for placement in self.placements
+            if placement.dim is not None
+            for section in placement.sections
+            if not section.replicated
+        ]
+        return min(limits, default=MAX_TP_SIZE)
+
+    def _describe_limit(self) -> str:
+        """Why there are too many ranks: of which tensor there is not a unit for each."""
+        most = self.max_tp_size
+        for p in self.placements:
+            for section in p.sections if p.dim is not None else ():
+                if section.max_tp_size == most and not section.replicated:
+                    what = self.name_unit(p, section.shared_by or section.units, 0)
+                    return (
+                        f"{p.spec.name}: {most} {what} cannot be divided over tp_size"
+                        f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
+                    )
+        return f"tp_size {self.tp_size} is not 1 to {most}"
+
+    def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
+        """What the recipe calls a unit of a tensor, told by its counts; else just units."""
+        counts = (count, shared_by)
+        exact = [
+            name for name, unit in self.units.items() if (unit.count, unit.shared_by) == counts
+        ]
+        any_count = [
+            name for name, unit in self.units.items() if not unit.count and name != "vocab"
+        ]
+        names = ["vocab"] if placement.style.axis == "vocab" else exact or any_count
+        stated = [name for name in names if name in placement.units] or names
+        return stated[0] if len(stated) == 1 else "units"
+
+    def local_spans(self, unit: str, rank: Rank) -> tuple[Span, ...]:
+        """The units of a kind that a rank holds. Raises LayoutError if the unit has no count."""
+        counted = self.units[unit]
+        if counted.count is None:
+            raise LayoutError(f"unit {unit!r} has no count in the config")
+        block = counted.blocks.get(counted.count, 1)
+        section = Section(counted.count, 1, 1, counted.shared_by, block=block)
+        return rank_spans([section], rank.tp_rank, rank.mesh.tp_size)
+
+    def count_local_units(self, unit: str, rank: Rank) -> int:
+        """How many units of a kind a rank holds, copies counted. Raises LayoutError."""
+        return num_indices(self.local_spans(unit, rank))
+
+
+def _list_layouts(placements: Iterable[Placement]) -> list[Placement]:
+    """The first placement of each layout: experts by the ten thousand have one in common."""
+    layouts: dict[object, Placement] = {}
+    for p in placements:
+        key = (p.spec.dtype, p.spec.shape, p.style.name, p.dim, p.sections, p.in_model)
+        layouts.setdefault(key, p)
+    return [*layouts.values()]

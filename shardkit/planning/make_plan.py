@@ -1,0 +1,138 @@
+"""Makes a plan: places every tensor by the one rule that names it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardkit.checkpoint import find_wrapper_prefix
+from shardkit.errors import RecipeError
+from shardkit.formats import Grouping, QuantizedWeight, group_checkpoint, list_weights
+from shardkit.layout import Unit, resolve_sections
+from shardkit.planning.layout_plan import Plan
+from shardkit.planning.loading import decide_loading, is_stated
+from shardkit.planning.mesh import Mesh
+from shardkit.planning.placement import Placement
+from shardkit.planning.quantized import find_blocks, place_parts
+from shardkit.planning.unknown_tensors import describe_unknown_tensor
+from shardkit.recipe import Recipe, Rule, compose_recipe, resolve_counts, resolve_units
+from shardkit.tensor import TensorSpec
+
+
+def make_plan(
+    specs: Iterable[TensorSpec], recipe: Recipe, config: Mapping[str, Any], tp_size: int
+) -> Plan:
+    """Place every tensor by the one rule that names it.
+
+    Args:
+        specs: Every tensor, in the order in which the source's files hold them.
+        recipe: The rules.
+        config: The source's config.json.
+        tp_size: The number of ranks.
+
+    Raises:
+        RecipeError: For a tensor that no rule names, or two rules name.
+        LayoutError: For a `tp_size` that cannot work.
+        CheckpointError: If the checkpoint lacks a head that the class in its config needs.
+    """
+    recipe, whole = compose_recipe(recipe, config), tuple(specs)
+    grouping = group_checkpoint(whole, config)
+    weights = list_weights(whole, grouping)
+    prefix = find_wrapper_prefix([spec.name for spec in whole])
+    units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
+    try:
+        placements = [*_place_tensors(weights, recipe, units, counts, prefix)]
+    except RecipeError:
+        if fault := describe_unknown_tensor([spec.name for spec in weights], recipe, prefix):
+            raise RecipeError(fault) from None
+        raise
+    if grouping.weights:
+        units = _keep_blocks_whole(placements, grouping, recipe, units, prefix)
+        placements = [*_place_tensors(weights, recipe, units, counts, prefix)]
+    names = [spec.name.removeprefix(prefix) for spec in weights]
+    shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
+    loaded = decide_loading(config, shapes)
+    unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
+    placements = [
+        replace(placement, in_model=False) if name in unloaded else placement
+        for placement, name in zip(placements, names, strict=True)
+    ]
+    plan = Plan(
+        Mesh(tp_size),
+        tuple(place_parts(whole, placements, grouping)),
+        units,
+        recipe.module_attributes,
+        recipe.forward_arguments,
+        "" if is_stated(loaded.model_class, config) else loaded.model_class,
+        prefix,
+        grouping,
+    )
+    plan.check()
+    return plan
+
+
+def _keep_blocks_whole(
+    placements: Iterable[Placement],
+    grouping: Grouping,
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    prefix: str,
+) -> dict[str, Unit]:
+    """The units with as many of each together as quantized weights have in a block.
+
+    Raises RecipeError for a weight whose format stores it the other way round than its rule says.
+    """
+    by_name = {weight.name: weight for weight in grouping.weights.values()}
+    alike: dict[object, tuple[QuantizedWeight, Placement, Rule]] = {}
+    for placement in placements:
+        name = placement.spec.name
+        if (weight := by_name.get(name)) is None:
+            continue
+        rule = recipe.rule_for(name.removeprefix(prefix))
+        if placement.dim is not None and rule.fan_in_fan_out != weight.scheme.format.transposed:
+            raise RecipeError(
+                f"{name}: recipe {recipe.name!r} has it stored"
+                f" {'[in, out]' if rule.fan_in_fan_out else '[out, in]'}, which"
+                f" {weight.scheme.format.title} does not; split the 16-bit weights"
+            )
+        alike.setdefault((rule, placement.spec.shape, id(weight.scheme)), (weight, placement, rule))
+    return find_blocks(alike.values(), recipe, units)
+
+
+def _place_tensors(
+    specs: Iterable[TensorSpec],
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int],
+    prefix: str,
+) -> Iterator[Placement]:
+    """Every tensor's placement; those of one name but for its numbers, and one shape, are alike."""
+    alike: dict[tuple[str, tuple[int, ...]], Placement] = {}
+    for spec in specs:
+        key = recipe.generalize(spec.name), spec.shape
+        if (first := alike.get(key)) is None:
+            first = alike[key] = place_tensor(spec, recipe, units, counts, prefix)
+        yield Placement(spec, first.style, first.dim, first.sections, units=first.units)
+
+
+def place_tensor(
+    spec: TensorSpec,
+    recipe: Recipe,
+    units: Mapping[str, Unit],
+    counts: Mapping[str, int] | None = None,
+    wrapper_prefix: str = "",
+) -> Placement:
+    """One tensor's placement, by the rule for its name without a prefix. Raises RecipeError."""
+    rule = recipe.rule_for(spec.name.removeprefix(wrapper_prefix))
+    ndim = len(spec.shape)
+    dim = rule.dim(spec.shape, counts or {})
+    axis = dim
+    if rule.terms and rule.style.divides == "nothing" and ndim:
+        axis = ndim - 1  # what is gathered is the input, which is as wide as the tensor
+    if axis is None:
+        return Placement(spec, rule.style)
+    try:
+        sections = resolve_sections(rule.terms, spec.shape[axis], units, counts)
+    except RecipeError as error:
+        raise RecipeError(f"{spec.name}: {error}") from None
+    names = tuple(dict.fromkeys(term.unit for term in rule.terms if term.unit))
+    return Placement(spec, rule.style, dim, sections, units=names)
