@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit.dtypes import DTYPES
-from shardkit.formats import Format, Scheme, StoredTensor, make_scheme
+from shardkit.formats import Format, Scheme, StoredTensor, find_schemes
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MOST = {"e2m1": 6.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 127.0}
@@ -38,10 +38,13 @@ def quantize_folder(
         options: The suffixes of optional tensors that are written, too.
     """
     path = folder / "model.safetensors"
-    scheme, tensors = make_scheme(form, statement), load_file(path)
+    schemes = find_schemes({"quantization_config": statement})
+    scheme = next(scheme for scheme in schemes if scheme.format is form)
+    tensors = load_file(path)
     stored: Tensors = {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        if tensor.ndim > 1 and chooses(name):
+        is_named = form.codes.suffix[:1] == "_" or name.endswith(".weight")
+        if tensor.ndim == count_dims(form) and chooses(name) and is_named:
             generator = torch.Generator().manual_seed(number)
             stored |= quantize(name, tensor.float(), scheme, generator, options)
         else:
@@ -50,6 +53,11 @@ def quantize_folder(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = dict(statement)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def count_dims(form: Format) -> int:
+    """How many dimensions a weight has that a format quantizes: a stack has one more."""
+    return 3 if form.codes.suffix[:1] == "_" else 2
 
 
 def quantize(
@@ -83,7 +91,7 @@ def quantize(
         value, spread = _make_scale(weight / factor, scale, scheme, groups)
         stored[scale.name_after(base)] = value
         factor = factor / spread if scale.divides else factor * spread
-    codes, zero = weight / factor, 0.0
+    codes, zero = weight / factor, torch.zeros(())
     if form.zero_point is not None and _is_written(form.zero_point, options):
         zero_point, zero = _make_zero_point(form.zero_point, weight, scheme, groups, generator)
         stored[form.zero_point.name_after(base)] = zero_point
@@ -145,7 +153,7 @@ def _reduce(
         return torch.stack(parts, -1)
     for dim, name in ((-2, "out"), (-1, "in")):
         per = pers.get(name, 1) or values.shape[dim]
-        parts = [part.amax(dim) for part in values.split(per, dim)]
+        parts = [part.amax(dim) for part in torch.split(values, per, dim)]
         values = torch.stack(parts, dim)
     return values
 
@@ -196,7 +204,7 @@ def encode(values: torch.Tensor, tensor: StoredTensor, scheme: Scheme) -> torch.
         codes = (nearest + 8 * (values < 0)).to(torch.uint8)
         pairs = (codes[..., 0::2] | (codes[..., 1::2] << 4)).view(dtype)
         tail = [axis.per for axis in tensor.axes if not axis.axis]
-        return pairs.unflatten(-1, (-1, int(tail[0]))) if tail else pairs
+        return pairs.reshape(*pairs.shape[:-1], -1, int(tail[0])) if tail else pairs
     return _pack(_store_axes(values, tensor), tensor, scheme, dtype)
 
 
@@ -209,7 +217,8 @@ def _pack(
     numbers = (values.round() + offset).clamp(0, 2**bits - 1).to(torch.int64)
     dim = next(at for at, axis in enumerate(tensor.axes) if axis.per == "packed") - len(tensor.axes)
     per = scheme.count_packed(tensor, tensor.dtypes[0])
-    words = numbers.movedim(dim, -1).unflatten(-1, (-1, per))
+    words = numbers.movedim(dim, -1)
+    words = words.reshape(*words.shape[:-1], -1, per)
     order = tensor.order or tuple(range(per))
     packed = sum(words[..., element] << (bits * place) for place, element in enumerate(order))
     assert isinstance(packed, torch.Tensor)

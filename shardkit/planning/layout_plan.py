@@ -105,12 +105,21 @@ class Plan:
         for p in self.placements:
             for section in p.sections if p.dim is not None else ():
                 if section.max_tp_size == most and not section.replicated:
-                    what = self.name_unit(p, section.shared_by or section.units, 0)
+                    what = self._describe_units(p, section)
                     return (
-                        f"{p.spec.name}: {most} {what} cannot be divided over tp_size"
+                        f"{p.spec.name}: {what} cannot be divided over tp_size"
                         f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
                     )
         return f"tp_size {self.tp_size} is not 1 to {most}"
+
+    def _describe_units(self, placement: Placement, section: Section) -> str:
+        """What a section is divided by: `8 heads`, or `8 heads in blocks of 4`."""
+        count = section.shared_by or section.units
+        weight = self.grouping.owners.get(placement.spec.name)
+        name = self.name_unit(placement, count, 0)
+        if section.block > 1:
+            return f"{count} {name} in blocks of {section.block} that are quantized together"
+        return f"{count} {'blocks' if weight and name == 'units' else name}"
 
     def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
         """What the recipe calls a unit of a tensor, told by its counts; else just units."""

@@ -6,7 +6,6 @@ looks up its own code, scale and zero point by its indices.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -35,18 +34,16 @@ def compute_weight(weight: QuantizedWeight, tensors: Tensors) -> torch.Tensor:
     """One weight `[..., out, in]` in float32, from its whole stored tensors."""
     form = weight.scheme.format
     stored = {tensor.suffix: tensors[part.name] for tensor, part in weight.parts}
-    groups = stored[form.group_index.suffix].long() if _has(form.group_index, stored) else None
+    groups = None
+    if form.group_index is not None and form.group_index.suffix in stored:
+        groups = stored[form.group_index.suffix].long()
     value = _look_up(weight, form.codes, stored[form.codes.suffix], None)
-    if form.zero_point is not None and _has(form.zero_point, stored):
+    if form.zero_point is not None and form.zero_point.suffix in stored:
         value = value - _look_up(weight, form.zero_point, stored[form.zero_point.suffix], groups)
     for scale in form.scales:
         factor = _look_up(weight, scale, stored[scale.suffix], groups)
         value = value / factor if scale.divides else value * factor
     return value
-
-
-def _has(tensor: StoredTensor | None, stored: Mapping[str, Any]) -> bool:
-    return tensor is not None and tensor.suffix in stored
 
 
 def _look_up(
@@ -63,12 +60,12 @@ def _look_up(
         whole = _read(weight, tensor, stored, torch.zeros(stored.shape, dtype=torch.int64))
         return whole.reshape(*lead, 1, 1)
     at = {"out": torch.arange(num_out)[:, None], "in": torch.arange(num_in)[None, :]}
-    packed = weight.scheme.count_packed(tensor, _dtype_name(weight, tensor))
-    places, element = [], torch.zeros((1, 1), dtype=torch.int64)
-    for number, axis in enumerate(tensor.axes):
-        if axis.axis == NO_AXIS:  # bytes that go on where the axis before them ends
-            per = weight.scheme.resolve(tensor.axes[number - 1].per) or 1
-            inside = at[tensor.axes[number - 1].axis] % per
+    packed = weight.scheme.count_packed(tensor, _find_dtype(weight, tensor))
+    places: list[torch.Tensor] = []
+    element = torch.zeros((1, 1), dtype=torch.int64)
+    for axis, before in zip(tensor.axes, (None, *tensor.axes), strict=False):
+        if axis.axis == NO_AXIS and before is not None:  # bytes that go on where that axis ends
+            inside = at[before.axis] % (weight.scheme.resolve(before.per) or 1)
             places.append(inside // packed)
             element = inside % packed
             continue
@@ -76,20 +73,17 @@ def _look_up(
         per = packed if axis.per == "packed" else weight.scheme.resolve(axis.per)
         if axis.axis == "in" and groups is not None and per != 1:
             places.append(groups[None, :])
-        elif per is None:
-            places.append(torch.zeros_like(index))
         else:
-            places.append(index // per)
-            element = index % per if axis.per == "packed" else element
-    places, element = [*torch.broadcast_tensors(*places, element)[:-1]], element
-    chosen = stored.view(torch.uint8) if stored.dtype is torch.int8 and packed > 1 else stored
-    chosen = _select(chosen, places)
-    return _read(weight, tensor, chosen, element.expand(chosen.shape[-2:]))
-
-
-def _select(stored: torch.Tensor, places: list[torch.Tensor]) -> torch.Tensor:
+            places.append(torch.zeros_like(index) if per is None else index // per)
+        element = index % packed if axis.per == "packed" else element
     raw = stored.float() if stored.is_floating_point() else stored
-    return raw[(..., *places)]
+    raw = raw.view(torch.uint8) if raw.dtype is torch.int8 and packed > 1 else raw
+    lead_places = tuple(
+        torch.arange(size).reshape(-1, *[1] * (len(lead) - number + 1))
+        for number, size in enumerate(lead)
+    )
+    chosen = raw[(*lead_places, *places)]
+    return _read(weight, tensor, chosen, element)
 
 
 def _read(
@@ -118,5 +112,5 @@ def _read_fp4(bits: torch.Tensor) -> torch.Tensor:
     return sign * torch.where(exponent == 0, mantissa / 2, normal)
 
 
-def _dtype_name(weight: QuantizedWeight, tensor: StoredTensor) -> str:
+def _find_dtype(weight: QuantizedWeight, tensor: StoredTensor) -> str:
     return next(part.dtype for each, part in weight.parts if each is tensor)
