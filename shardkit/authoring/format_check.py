@@ -133,7 +133,8 @@ def plant_faults(
     weights = [w for w in manifest.plan.grouping.weights.values() if _is_divided(w, manifest)]
     for name, plant in FAULTS.items():
         with safe_open(path, "pt") as opened:
-            metadata, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}
+            metadata = opened.metadata()
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         damaged = {}
         for weight in weights:
             damaged = plant(weight, tensors)

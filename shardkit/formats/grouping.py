@@ -93,10 +93,11 @@ def group_quantized(specs: Sequence[TensorSpec], schemes: Iterable[Scheme]) -> G
         return Grouping()
     by_name = {spec.name: spec for spec in specs}
     weights: dict[str, QuantizedWeight] = {}
+    alike: dict[object, tuple[tuple[int, ...], str]] = {}
     for spec in specs:
         if DTYPES[spec.dtype].is_compute:
             continue
-        if (weight := _find_weight(spec, by_name, schemes)) is not None:
+        if (weight := _find_weight(spec, by_name, schemes, alike)) is not None:
             weights[spec.name] = weight
     owners = {part.name: codes for codes, w in weights.items() for _, part in w.parts}
     suffixes = {suffix for scheme in schemes for suffix in scheme.format.constants}
@@ -143,29 +144,53 @@ def find_plain_dtype(specs: Iterable[TensorSpec], grouping: Grouping) -> str:
 
 
 def _find_weight(
-    spec: TensorSpec, by_name: Mapping[str, TensorSpec], schemes: Sequence[Scheme]
+    spec: TensorSpec,
+    by_name: Mapping[str, TensorSpec],
+    schemes: Sequence[Scheme],
+    alike: dict[object, tuple[tuple[int, ...], str]],
 ) -> QuantizedWeight | None:
-    """The weight that a tensor holds the codes of, by the first scheme that its like fit."""
+    """The weight that a tensor holds the codes of, by the first scheme that its like fit.
+
+    `alike` has the shape of a weight, and what is wrong, for parts of each dtype and shape.
+    """
     fault = ""
-    for scheme in schemes:
+    for number, scheme in enumerate(schemes):
         codes = scheme.format.codes
         tail = codes.name_after("")
         if spec.dtype not in codes.dtypes or not spec.name.endswith(tail):
             continue
         base = spec.name.removesuffix(tail)
-        named = [(each, by_name.get(each.name_after(base))) for each in scheme.format.tensors]
-        parts = tuple((each, part) for each, part in named if part is not None)
-        if any(part is None and not each.optional for each, part in named):
+        parts = _find_parts(base, by_name, scheme)
+        if parts is None:
             continue
-        if any(each.dtypes and part.dtype not in each.dtypes for each, part in parts):
-            continue
+        key = (number, *((part.shape, part.dtype) for _, part in parts))
         name = base if tail[:1] == "_" else f"{base}.weight"
-        weight = QuantizedWeight(name, scheme, _find_shape(spec, codes, scheme), parts)
-        if not (fault := _find_odd_shape(weight)):
-            return weight
+        if key not in alike:
+            shape = _find_shape(spec, codes, scheme)
+            alike[key] = shape, _find_odd_shape(QuantizedWeight(name, scheme, shape, parts))
+        shape, fault = alike[key]
+        if not fault:
+            return QuantizedWeight(name, scheme, shape, parts)
     if fault:
         raise RecipeError(fault)
     return None
+
+
+def _find_parts(
+    base: str, by_name: Mapping[str, TensorSpec], scheme: Scheme
+) -> tuple[tuple[StoredTensor, TensorSpec], ...] | None:
+    """What is stored of a weight; None if something lacks, or is of another dtype."""
+    parts: list[tuple[StoredTensor, TensorSpec]] = []
+    for each in scheme.format.tensors:
+        part = by_name.get(each.name_after(base))
+        if part is None:
+            if each.optional:
+                continue
+            return None
+        if each.dtypes and part.dtype not in each.dtypes:
+            return None
+        parts.append((each, part))
+    return tuple(parts)
 
 
 def _find_shape(spec: TensorSpec, codes: StoredTensor, scheme: Scheme) -> tuple[int, ...]:
@@ -183,7 +208,7 @@ def _find_shape(spec: TensorSpec, codes: StoredTensor, scheme: Scheme) -> tuple[
     return (*spec.shape[:lead], sizes["out"], sizes["in"])
 
 
-def expected_shapes(weight: QuantizedWeight, tensor: StoredTensor, dtype: str) -> tuple[int, ...]:
+def expect_shape(weight: QuantizedWeight, tensor: StoredTensor, dtype: str) -> tuple[int, ...]:
     """The shape that a stored tensor of a weight has, all of its axes there."""
     sizes = dict(zip(("out", "in"), weight.shape[-2:], strict=True))
     shape = []
@@ -199,7 +224,7 @@ def expected_shapes(weight: QuantizedWeight, tensor: StoredTensor, dtype: str) -
 def _find_odd_shape(weight: QuantizedWeight) -> str:
     """A part whose shape is not what the scheme makes of the weight's, in words; else empty."""
     for tensor, part in weight.parts:
-        expected = expected_shapes(weight, tensor, part.dtype)
+        expected = expect_shape(weight, tensor, part.dtype)
         lead = weight.shape[:-2]
         if part.shape in (expected, (*lead, *expected)) or math.prod(part.shape) == 1:
             continue
@@ -237,6 +262,7 @@ def _check_rest(
 def _list_rest(
     specs: Sequence[TensorSpec], owners: Mapping[str, str], constants: set[str]
 ) -> Iterator[TensorSpec]:
+    known = owners.keys() | constants
     for spec in specs:
-        if not DTYPES[spec.dtype].is_compute and spec.name not in owners.keys() | constants:
+        if not DTYPES[spec.dtype].is_compute and spec.name not in known:
             yield spec

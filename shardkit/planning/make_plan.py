@@ -1,6 +1,6 @@
 """Makes a plan: places every tensor by the one rule that names it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,16 +38,12 @@ def make_plan(
     grouping = group_checkpoint(whole, config)
     weights = list_weights(whole, grouping)
     prefix = find_wrapper_prefix([spec.name for spec in whole])
-    units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
     try:
-        placements = [*_place_tensors(weights, recipe, units, counts, prefix)]
+        placements, units = _place_weights(weights, grouping, recipe, config, prefix)
     except RecipeError:
         if fault := describe_unknown_tensor([spec.name for spec in weights], recipe, prefix):
             raise RecipeError(fault) from None
         raise
-    if grouping.weights:
-        units = _keep_blocks_whole(placements, grouping, recipe, units, prefix)
-        placements = [*_place_tensors(weights, recipe, units, counts, prefix)]
     names = [spec.name.removeprefix(prefix) for spec in weights]
     shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
     loaded = decide_loading(config, shapes)
@@ -70,6 +66,36 @@ def make_plan(
     return plan
 
 
+def _place_weights(
+    weights: Sequence[TensorSpec],
+    grouping: Grouping,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    prefix: str,
+) -> tuple[list[Placement], Mapping[str, Unit]]:
+    """Every weight's placement, and the units, with as many together as blocks need.
+
+    Weights of one name but for its numbers, and one shape, are alike.
+    """
+    units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
+    keys = [(recipe.generalize(spec.name), spec.shape) for spec in weights]
+    firsts = dict(zip(reversed(keys), reversed(weights), strict=True))
+
+    def place_firsts(units: Mapping[str, Unit]) -> dict[object, Placement]:
+        places = (place_tensor(spec, recipe, units, counts, prefix) for spec in firsts.values())
+        return dict(zip(firsts, places, strict=True))
+
+    alike = place_firsts(units)
+    if grouping.weights:
+        units = _keep_blocks_whole(alike.values(), grouping, recipe, units, prefix)
+        alike = place_firsts(units)
+    placements = [
+        Placement(spec, first.style, first.dim, first.sections, units=first.units)
+        for spec, first in zip(weights, map(alike.__getitem__, keys), strict=True)
+    ]
+    return placements, units
+
+
 def _keep_blocks_whole(
     placements: Iterable[Placement],
     grouping: Grouping,
@@ -82,7 +108,7 @@ def _keep_blocks_whole(
     Raises RecipeError for a weight whose format stores it the other way round than its rule says.
     """
     by_name = {weight.name: weight for weight in grouping.weights.values()}
-    alike: dict[object, tuple[QuantizedWeight, Placement, Rule]] = {}
+    quantized: list[tuple[QuantizedWeight, Placement, Rule]] = []
     for placement in placements:
         name = placement.spec.name
         if (weight := by_name.get(name)) is None:
@@ -94,24 +120,8 @@ def _keep_blocks_whole(
                 f" {'[in, out]' if rule.fan_in_fan_out else '[out, in]'}, which"
                 f" {weight.scheme.format.title} does not; split the 16-bit weights"
             )
-        alike.setdefault((rule, placement.spec.shape, id(weight.scheme)), (weight, placement, rule))
-    return find_blocks(alike.values(), recipe, units)
-
-
-def _place_tensors(
-    specs: Iterable[TensorSpec],
-    recipe: Recipe,
-    units: Mapping[str, Unit],
-    counts: Mapping[str, int],
-    prefix: str,
-) -> Iterator[Placement]:
-    """Every tensor's placement; those of one name but for its numbers, and one shape, are alike."""
-    alike: dict[tuple[str, tuple[int, ...]], Placement] = {}
-    for spec in specs:
-        key = recipe.generalize(spec.name), spec.shape
-        if (first := alike.get(key)) is None:
-            first = alike[key] = place_tensor(spec, recipe, units, counts, prefix)
-        yield Placement(spec, first.style, first.dim, first.sections, units=first.units)
+        quantized.append((weight, placement, rule))
+    return find_blocks(quantized, recipe, units)
 
 
 def place_tensor(
