@@ -1,12 +1,14 @@
 """What `shardkit recipes check` runs and prints."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
+from shardkit.authoring.format_sweep import sweep_formats
 from shardkit.authoring.model_classes import write_model_classes
 from shardkit.authoring.publishing import find_proofs_folder
 from shardkit.authoring.rank_pool import RankPool
@@ -91,6 +93,30 @@ def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
     types = {kind for recipe in selected for kind in recipe.model_types}
     write_model_classes(folder.parent / CLASSES_FILE, types)
     print_line(f"{format_count(len(selected), 'recipe')} checked; results in {folder}")
+    return passed
+
+
+def run_format_sweep() -> bool:
+    """Prove quantized formats, plant faults, and publish the results in the checkout.
+
+    Returns:
+        Whether every proof passed and no fault was missed.
+    """
+    passed = True
+    for name, result in sweep_formats(find_proofs_folder()):
+        verdicts = Counter(proof["verdict"] for proof in result.proofs)
+        found = sum(bool(fault["finding"]) for fault in result.faults)
+        print_line(
+            f"{name}: {verdicts['proven']} proven, {verdicts['refused']} refused,"
+            f" {found} of {format_count(len(result.faults), 'planted fault')} found"
+        )
+        for proof in result.proofs:
+            if proof["verdict"] == "failed":
+                print_line(f"  FAILED {proof['model']} at tp {proof['tp_size']}: {proof['detail']}")
+        for fault in result.faults:
+            if not fault["finding"]:
+                print_line(f"  NOT FOUND {fault['fault']}")
+        passed = passed and result.passed
     return passed
 
 

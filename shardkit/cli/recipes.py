@@ -65,6 +65,10 @@ def show(name: str) -> None:
 @click.argument("names", metavar="[NAME|FILE.toml]...", nargs=-1)
 @click.option("--all", "check_all", is_flag=True, help="Check every bundled recipe.")
 @click.option(
+    "--formats", is_flag=True,
+    help="With --write, check every quantized format instead of recipes.",
+)  # fmt: skip
+@click.option(
     "--config", type=FOLDER, metavar="DIR",
     help="Check on random weights of the small config.json in DIR, not on the bundled samples.",
 )  # fmt: skip
@@ -90,6 +94,7 @@ def show(name: str) -> None:
 def check(
     names: Sequence[str],
     check_all: bool,
+    formats: bool,
     config: Path | None,
     tp_sizes: Sequence[int],
     mutants: int | None,
@@ -109,7 +114,9 @@ def check(
       shardkit recipes check llama
       shardkit recipes check my-recipe.toml --config models/small --tp 2 --tp 4
     """
-    if bool(names) == check_all:
+    if formats and (names or check_all or not write):
+        raise click.UsageError("--formats needs --write, and no NAME or --all")
+    if bool(names) + check_all + formats != 1:
         raise click.UsageError("give the NAME of a recipe, or --all")
     if write and (config or tp_sizes or mutants is not None or as_json):
         raise click.UsageError(
@@ -118,6 +125,9 @@ def check(
     if stale and not write:
         raise click.UsageError("--stale needs --write")
     quiet_transformers()
+    if formats:
+        _sweep_formats()
+        return
     if write:
         _sweep(names, stale)
         return
@@ -240,6 +250,14 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
         raise RecipeError(f"{unknown[0]!r} is not a bundled recipe; --write is for those")
     if not run_sweep(names, only_stale):
         raise VerifyError("a recipe does not pass; see the lines above")
+
+
+def _sweep_formats() -> None:
+    """Check the formats and publish. Raises VerifyError if one does not pass."""
+    from shardkit.cli.recipe_checks import run_format_sweep
+
+    if not run_format_sweep():
+        raise VerifyError("a format does not pass; see the lines above")
 
 
 def _draft_all(out: Path | None, limit: int | None, seconds: float, as_json: bool) -> None:
