@@ -28,6 +28,7 @@ slow: $(VENV)/dev
 
 sweep: $(VENV)/dev
 	$(BIN)/shardkit recipes check --all --write
+	$(BIN)/shardkit recipes check --formats --write
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report

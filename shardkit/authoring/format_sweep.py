@@ -152,7 +152,7 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
 def _describe_cell(result: FormatResult, model: str) -> str:
     marks = {"proven": "{}", "refused": "({})", "failed": "**{} failed**"}
     proofs = [proof for proof in result.proofs if proof["model"] == model]
-    return " ".join(marks[p["verdict"]].format(p["tp_size"]) for p in proofs) or "–"
+    return " ".join(marks[p["verdict"]].format(p["tp_size"]) for p in proofs) or "-"
 
 
 def _shorten(finding: str) -> str:
