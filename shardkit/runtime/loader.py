@@ -171,7 +171,7 @@ def load_into(
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
-    weights = {placement.spec.name: placement for placement in plan.weights}
+    weights = manifest.weights
     shapes = loaded_shapes(weights)
     conversions = find_conversions(model, shapes, plan.wrapper_prefix)
     placements = placements_by_parameter(model, weights, conversions)

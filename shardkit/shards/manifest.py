@@ -100,6 +100,11 @@ class Manifest:
         return {placement.spec.name: placement for placement in self.plan.placements}
 
     @cached_property
+    def weights(self) -> dict[str, Placement]:
+        """As `placements`, but each quantized weight as one, as it would be in 16 bits."""
+        return {placement.spec.name: placement for placement in self.plan.weights}
+
+    @cached_property
     def storage_order(self) -> Sequence[Placement]:
         """The placements in the order of a rank's file: wide dtypes first, so that all are aligned.
 

@@ -30,9 +30,9 @@ def describe_divergence(
     expected = reference.trace(inputs, names)
     rounded = unsharded.trace(inputs, names)
     ranks = sharded.trace(inputs, list(expected))
-    shapes = loaded_shapes(manifest.placements)
+    shapes = loaded_shapes(manifest.weights)
     conversions = find_conversions(unsharded.model, shapes, manifest.plan.wrapper_prefix)
-    placements = placements_by_parameter(unsharded.model, manifest.placements, conversions)
+    placements = placements_by_parameter(unsharded.model, manifest.weights, conversions)
     for name in expected:
         for tp_rank, outputs in enumerate(ranks):
             if name not in outputs or name not in rounded:
