@@ -175,6 +175,21 @@ def _rotate_scale(weight: QuantizedWeight, tensors: Tensors) -> Tensors:
     return _changed(part, value, raw.roll(1, dim).view(value.dtype))
 
 
+def _take_other_scale(weight: QuantizedWeight, tensors: Tensors) -> Tensors:
+    """The scale of another weight of the same shape, as of up in the place of gate."""
+    scale = weight.scheme.format.scales[0]
+    part = _find_part(weight, scale)
+    if part is None:
+        return {}
+    alike = [
+        other
+        for name, other in tensors.items()
+        if name != part and name.endswith(scale.suffix) and other.shape == tensors[part].shape
+    ]
+    swaps = (_changed(part, tensors[part], other) for other in alike)
+    return next(filter(None, swaps), {})
+
+
 def _rotate_codes(weight: QuantizedWeight, tensors: Tensors) -> Tensors:
     """The codes as another rank's cut would begin."""
     name = weight.codes.name
@@ -226,6 +241,7 @@ def _find_part(weight: QuantizedWeight, tensor: StoredTensor | None) -> str | No
 
 FAULTS: Mapping[str, Callable[[QuantizedWeight, Tensors], Tensors]] = {
     "scale rotated": _rotate_scale,
+    "scale of another weight": _take_other_scale,
     "codes rotated": _rotate_codes,
     "packed numbers swapped": _swap_nibbles,
     "zero point shifted by one": _shift_zero_point,

@@ -1,5 +1,6 @@
 """`shardkit plan`: what a split would hold and cost, from headers and config alone."""
 
+from collections import Counter
 from typing import Any
 
 import click
@@ -75,6 +76,7 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         "wrapper_prefix": report.plan.wrapper_prefix,
         "model_class": report.plan.model_class or None,
         "not_loaded": list(list_unloaded(report.plan)),
+        "quantization": _quantization_to_json(report.plan),
         **plan_bytes_to_json(report.summary),
         "groups": [_group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
@@ -86,6 +88,19 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
             "blocked_by": report.blocking_tensor,
         },
     }
+
+
+def _quantization_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """Each format with its numbers, 0 for a whole axis, and how many weights are of it."""
+    weights = plan.grouping.weights.values()
+    return [
+        {
+            "format": scheme.format.name,
+            "numbers": {name: number or 0 for name, number in scheme.numbers.items()},
+            "weights": sum(weight.scheme is scheme for weight in weights),
+        }
+        for scheme in plan.grouping.schemes
+    ]
 
 
 def _group_to_json(group: TensorGroup) -> dict[str, Any]:
@@ -157,6 +172,8 @@ def _print_plan(report: PlanReport) -> None:
             " wrapper's: it is ignored, and a merge gives it back"
         )
     _print_loading(plan)
+    if plan.grouping.weights:
+        print_line(f"Quantized    {_describe_quantization(plan)}")
     ranks = format_count(plan.tp_size, "rank")
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
     print_plan_bytes(summary)
@@ -173,6 +190,18 @@ def _print_plan(report: PlanReport) -> None:
             print_line(style.title)
             for group in groups:
                 print_line(f"  {group.pattern}  {_describe_group(group)}")
+
+
+def _describe_quantization(plan: Plan) -> str:
+    """The formats of quantized weights, and what is dealt out together to keep blocks whole."""
+    counts = Counter(weight.scheme.format.title for weight in plan.grouping.weights.values())
+    text = ", ".join(f"{format_count(count, 'weight')} in {name}" for name, count in counts.items())
+    blocks = [
+        f"{count} {name} in blocks of {block}"
+        for name, unit in plan.units.items()
+        for count, block in unit.blocks.items()
+    ]
+    return f"{text}; {', '.join(blocks)}" if blocks else text
 
 
 def _print_loading(plan: Plan) -> None:

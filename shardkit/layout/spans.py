@@ -138,10 +138,9 @@ def kv_head_mode(kv_heads: int, heads: int, tp_size: int, block: int = 1) -> KvH
     """
     if heads % kv_heads:
         raise LayoutError(f"{heads} units cannot share {kv_heads}: not a multiple")
-    if kv_heads % tp_size == 0 and block == 1:
-        return "split"
     group_size = heads // kv_heads
-    if block % group_size == 0:
+    is_even = kv_heads % tp_size == 0 and (block == 1 or heads % (block * tp_size) == 0)
+    if is_even or block % group_size == 0:
         return "split"
     for tp_rank in range(tp_size):
         if len(_heads_per_kv_head(partition(heads, tp_rank, tp_size, block), group_size)) > 1:

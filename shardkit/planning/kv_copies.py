@@ -47,7 +47,9 @@ def find_kv_copies(plan: Plan, config: Mapping[str, Any]) -> KvCopies | None:
     weight_growth = max(copies[name] / (plan.units[name].count or 1) for name in units)
     if weight_growth == 1 and cache_growth == 1:
         return None
-    sizes = _list_even_sizes(counted.count, counted.shared_by, plan)
+    sizes = _list_even_sizes(
+        counted.count, counted.shared_by, plan.count_block(unit, counted.count), plan
+    )
     return KvCopies(counted.count, cache_growth, weight_growth, sizes)
 
 
@@ -68,12 +70,12 @@ def _count_whole_copies(plan: Plan) -> float:
     return float(plan.tp_size) if is_held else 1.0
 
 
-def _list_even_sizes(kv_heads: int, heads: int, plan: Plan) -> tuple[int, ...]:
+def _list_even_sizes(kv_heads: int, heads: int, block: int, plan: Plan) -> tuple[int, ...]:
     """The nearest sizes on both sides that divide kv heads."""
     sizes = [
         size
         for size in range(1, min(plan.max_tp_size, kv_heads) + 1)
-        if kv_head_mode(kv_heads, heads, size) == "split"
+        if kv_head_mode(kv_heads, heads, size, block) == "split"
     ]
     smaller = [size for size in sizes if size < plan.tp_size][-1:]
     return (*smaller, *[size for size in sizes if size > plan.tp_size][:1])

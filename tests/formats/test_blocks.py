@@ -1,0 +1,158 @@
+"""Whole blocks on every rank: how units are dealt out, and where what stores a weight is cut."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkit.errors import LayoutError, RecipeError
+from shardkit.layout import Section, kv_head_mode, num_indices, rank_spans
+from shardkit.planning import Plan, make_plan, summarize_plan
+from shardkit.planning.quantized import scale_section, widen_section
+from shardkit.recipe import find_recipe
+from shardkit.tensor import TensorSpec
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512,
+    "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "vocab_size": 256, "quantization_config": FP8, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make_llama(ffn: int, fields: dict[str, Any], tp_size: int) -> Plan:
+    """A plan of a Llama of one layer in FP8 with blocks of 128, without a weight."""
+    config = {**LLAMA, "intermediate_size": ffn, **fields}
+    hidden, width = config["hidden_size"], config["head_dim"]
+    rows = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    rows["v"] = rows["k"]
+    shapes = {f"self_attn.{n}_proj": (count * width, hidden) for n, count in rows.items()}
+    shapes |= {"self_attn.o_proj": (hidden, rows["q"] * width), "mlp.down_proj": (hidden, ffn)}
+    shapes |= {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden)}
+    specs = [
+        TensorSpec("model.embed_tokens.weight", "BF16", (config["vocab_size"], hidden)),
+        TensorSpec("model.norm.weight", "BF16", (hidden,)),
+        TensorSpec("model.layers.0.input_layernorm.weight", "BF16", (hidden,)),
+        TensorSpec("model.layers.0.post_attention_layernorm.weight", "BF16", (hidden,)),
+    ]
+    for name, (out, inputs) in shapes.items():
+        blocks = -(-out // 128), -(-inputs // 128)
+        specs.append(TensorSpec(f"model.layers.0.{name}.weight", "F8_E4M3", (out, inputs)))
+        specs.append(TensorSpec(f"model.layers.0.{name}.weight_scale_inv", "F32", blocks))
+    return make_plan(specs, find_recipe(config), config, tp_size)
+
+
+def list_local(plan: Plan, name: str) -> list[tuple[int, ...]]:
+    placement = next(p for p in plan.placements if p.spec.name == f"model.layers.0.{name}")
+    shards = [placement.shard_spec(rank) for rank in plan.mesh.ranks()]
+    return [shard.shape for shard in shards if shard]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "tp_size", "rows"),
+    [
+        (1536, 8, [256] * 4 + [128] * 4),  # as MiniMax-M2 over 8, where 192 would cut a block
+        (1536, 4, [384] * 4),
+        (320, 2, [256, 64]),  # the last block is a part of one
+        (320, 3, [128, 128, 64]),
+        (200, 2, [128, 72]),
+        (576, 2, [384, 192]),
+    ],
+)
+def test_blocks_are_dealt_out_whole_and_the_last_may_be_short(
+    ffn: int, tp_size: int, rows: list[int]
+) -> None:
+    fields = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+    plan = make_llama(ffn, fields, tp_size)
+    for name in ("gate_proj", "up_proj"):
+        assert list_local(plan, f"mlp.{name}.weight") == [(size, 512) for size in rows]
+        scales = [(-(-size // 128), 4) for size in rows]
+        assert list_local(plan, f"mlp.{name}.weight_scale_inv") == scales
+    assert list_local(plan, "mlp.down_proj.weight") == [(512, size) for size in rows]
+    assert list_local(plan, "mlp.down_proj.weight_scale_inv") == [(4, -(-s // 128)) for s in rows]
+
+
+def test_heads_that_end_inside_of_a_block_stay_together() -> None:
+    """Two kv heads of 64 are in a block of 128, and the four query heads go with them."""
+    plan = make_llama(512, {}, 2)
+    assert plan.units["heads"].blocks == {8: 4}
+    assert list_local(plan, "self_attn.k_proj.weight") == [(128, 512)] * 2
+    assert [plan.count_local_units("heads", rank) for rank in plan.mesh.ranks()] == [4, 4]
+    with pytest.raises(LayoutError, match="divides over tp_size 1 to 2"):
+        make_llama(512, {}, 4)
+
+
+def test_kv_heads_of_a_whole_block_are_replicated_as_ever() -> None:
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+    plan = make_llama(512, fields, 4)
+    assert list_local(plan, "self_attn.k_proj.weight") == [(128, 512)] * 4
+    assert list_local(plan, "self_attn.k_proj.weight_scale_inv") == [(1, 4)] * 4
+
+
+def test_a_fused_weight_whose_parts_end_inside_of_a_block_is_refused() -> None:
+    """Gate and up of 320 rows in one weight: the third block has rows of both."""
+    with pytest.raises(LayoutError, match="a stretch of 320 is no multiple of the 128"):
+        scale_section(Section(320, 1, repeat=2, block=128), 128, "gate_up_proj", is_last=True)
+
+
+def test_what_is_not_quantized_is_cut_as_ever() -> None:
+    plan = make_llama(512, {"num_key_value_heads": 8}, 2)
+    plain = next(p for p in plan.placements if p.spec.name == "model.embed_tokens.weight")
+    assert all(section.block == 1 for section in plain.sections)
+
+
+def test_a_plan_counts_what_is_stored() -> None:
+    plan = make_llama(512, {}, 2)
+    summary = summarize_plan(plan)
+    assert summary.total_bytes == sum(p.spec.nbytes for p in plan.placements)
+    assert len(plan.weights) == len(plan.placements) - len(plan.grouping.weights)
+
+
+def test_a_weight_stored_the_other_way_round_is_refused() -> None:
+    config = {
+        "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_layer": 1, "vocab_size": 256,
+        "quantization_config": FP8,
+    }  # fmt: skip
+    specs = [
+        TensorSpec("transformer.h.0.attn.c_attn.weight", "F8_E4M3", (256, 768)),
+        TensorSpec("transformer.h.0.attn.c_attn.weight_scale_inv", "F32", (2, 6)),
+    ]
+    with pytest.raises(RecipeError, match=r"stored \[in, out\], which FP8 in blocks does not"):
+        make_plan(specs, find_recipe(config), config, 2)
+
+
+@given(
+    units=st.integers(1, 40), size=st.sampled_from([1, 16, 48, 64, 128, 192]),
+    per=st.sampled_from([1, 8, 16, 32, 128]), tp_size=st.integers(1, 6),
+    factor=st.integers(1, 3),
+)  # fmt: skip
+def test_a_part_is_cut_where_its_weight_is(
+    units: int, size: int, per: int, tp_size: int, factor: int
+) -> None:
+    """Each rank's stored indices stand for exactly the weight's indices that it holds."""
+    block = factor * per
+    section = Section(units, size, block=block)
+    scaled = scale_section(section, per, "w", is_last=True)
+    if section.max_tp_size < tp_size:
+        return
+    for tp_rank in range(tp_size):
+        weight = rank_spans([section], tp_rank, tp_size)
+        part = rank_spans([scaled], tp_rank, tp_size)
+        stands_for = [(a * per, min(b * per, units * size)) for a, b in part]
+        assert [tuple(span) for span in weight] == stands_for
+    if size % per == 0:
+        assert widen_section(scaled, per) == section
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 8), st.integers(1, 8))
+def test_blocks_of_heads_take_their_kv_heads_with_them(
+    kv_heads: int, group_size: int, blocks: int, tp_size: int
+) -> None:
+    heads = kv_heads * group_size
+    section = Section(kv_heads, 1, shared_by=heads, block=blocks * group_size)
+    if section.max_tp_size < tp_size:
+        return
+    assert kv_head_mode(kv_heads, heads, tp_size, section.block) == "split"
+    held = [num_indices(rank_spans([section], rank, tp_size)) for rank in range(tp_size)]
+    assert sum(held) == kv_heads
