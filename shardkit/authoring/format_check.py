@@ -1,6 +1,6 @@
 """Proves quantized formats: split, merged, resharded and run, beside an independent reference.
 
-Faults are planted in a rank's shard as a wrong cut or a wrong reader would make them, and level 3
+Faults are injected into a rank's shard as a wrong cut or a wrong reader would make them, and level 3
 must find each.
 """
 
@@ -25,8 +25,8 @@ from shardkit.convert import (
     split_checkpoint,
 )
 from shardkit.errors import LayoutError, RecipeError, ShardkitError
-from shardkit.formats import QuantizedWeight, StoredTensor
 from shardkit.planning import plan_for
+from shardkit.recipe.formats import QuantizedWeight, StoredPart
 from shardkit.shards import Manifest, ShardedCheckpoint
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
@@ -58,7 +58,7 @@ class FormatProof:
 
 @dataclass(frozen=True)
 class FaultResult:
-    """A planted fault, and what level 3 said of it; empty if it found nothing."""
+    """A injected fault, and what level 3 said of it; empty if it found nothing."""
 
     format: str
     fault: str
@@ -122,21 +122,21 @@ def _prove_shards(
     return check.summary, "; ".join(check.faults)
 
 
-def plant_faults(
+def inject_faults(
     model: Sample, sample: FormatSample, pool: RankPool, scratch: Path
 ) -> Iterator[FaultResult]:
-    """Plant each fault that a format can have in the last rank's shard, and run level 3."""
+    """Inject each fault that a format can have in the last rank's shard, and run level 3."""
     source = make_quantized(model, sample, scratch / "source")
     manifest = _split(source, scratch / "shards", FAULT_TP_SIZE)
     path = scratch / "shards" / manifest.ranks[-1].name
     intact, sharded = path.read_bytes(), ShardedModel(pool.of(FAULT_TP_SIZE))
     weights = [w for w in manifest.plan.grouping.weights.values() if _is_divided(w, manifest)]
-    for name, plant in FAULTS.items():
+    for name, inject in FAULTS.items():
         with safe_open(path, "pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         damaged = {}
         for weight in weights:
-            damaged = plant(weight, tensors)
+            damaged = inject(weight, tensors)
             if damaged:
                 break
         if not damaged:
@@ -235,7 +235,7 @@ def _changed(name: str, before: torch.Tensor, after: torch.Tensor) -> Tensors:
     return {} if torch.equal(*raw) else {name: after.contiguous()}
 
 
-def _find_part(weight: QuantizedWeight, tensor: StoredTensor | None) -> str | None:
+def _find_part(weight: QuantizedWeight, tensor: StoredPart | None) -> str | None:
     return next((part.name for each, part in weight.parts if each is tensor), None)
 
 

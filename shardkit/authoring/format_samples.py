@@ -8,9 +8,9 @@ from typing import Any
 
 from shardkit.authoring.quantize import quantize_folder
 from shardkit.authoring.samples import Sample, make_sample, read_samples
-from shardkit.formats import Format, list_formats
-from shardkit.formats.format import FOLDER
 from shardkit.recipe.catalog import find_recipe_folder
+from shardkit.recipe.formats import Format, list_formats
+from shardkit.recipe.formats.format import FOLDER
 
 OPTIONS = "options"
 PLAIN = ("embed", "lm_head", "norm", "router", ".gate.", "sinks")  # what formats leave in 16 bits

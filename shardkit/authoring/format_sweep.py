@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.check import SCRATCH
-from shardkit.authoring.format_check import FaultResult, FormatProof, plant_faults, prove_format
+from shardkit.authoring.format_check import FaultResult, FormatProof, inject_faults, prove_format
 from shardkit.authoring.format_samples import FormatSample, list_format_models, list_format_samples
 from shardkit.authoring.publishing import format_table
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.formats.format import FOLDER
 from shardkit.recipe.catalog import find_recipe_folder
+from shardkit.recipe.formats.format import FOLDER
 
 RESULTS, PAGE = "formats.json", "FORMATS.md"
 FAULT_MODEL = "grouped-heads"
@@ -28,7 +28,7 @@ class FormatResult:
     Attributes:
         digest: The digest of what they are of.
         proofs: A JSON object for each model and number of ranks.
-        faults: A JSON object for each planted fault.
+        faults: A JSON object for each injected fault.
     """
 
     digest: str
@@ -59,7 +59,7 @@ def sweep_formats(folder: Path) -> Iterator[tuple[str, FormatResult]]:
 
 
 def sweep_format(sample: FormatSample, pool: RankPool) -> FormatResult:
-    """Prove a format on every model, and plant faults in the shards of one."""
+    """Prove a format on every model, and inject faults into the shards of one."""
     proofs: list[FormatProof] = []
     faults: list[FaultResult] = []
     for model in list_format_models():
@@ -69,7 +69,7 @@ def sweep_format(sample: FormatSample, pool: RankPool) -> FormatResult:
     chosen = STACKED_MODEL if is_stacked else FAULT_MODEL
     model = next(model for model in list_format_models() if model.name == chosen)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-        faults += plant_faults(model, sample, pool, Path(scratch))
+        faults += inject_faults(model, sample, pool, Path(scratch))
     digest = digest_format(sample)
     return FormatResult(digest, [asdict(proof) for proof in proofs], [asdict(f) for f in faults])
 
@@ -105,8 +105,6 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
     proven = sum(proof["verdict"] == "proven" for proof in proofs)
     refused = [proof for proof in proofs if proof["verdict"] == "refused"]
     found = sum(bool(fault["finding"]) for fault in faults)
-    models = list(dict.fromkeys(proof["model"] for proof in proofs))
-    titles = {each.name: each.form.title for each in list_format_samples()}
     lines = [
         "# Quantized formats",
         "",
@@ -118,19 +116,13 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
         " bit for bit, and outputs and cached decoding over real ranks in float32, compared with"
         " the unsharded model on weights that another path computes.",
         "",
-        f"{len(faults)} faults were planted in shards, and {found} were found by the numbers.",
+        f"{len(faults)} faults were injected in shards, and {found} were found by the numbers.",
         "",
         "## Formats and models",
         "",
         "The numbers of ranks that are proven; those in brackets are refused.",
         "",
-        *format_table(
-            ["format", "file", *models],
-            [
-                [titles[name], name, *(_describe_cell(result, model) for model in models)]
-                for name, result in results.items()
-            ],
-        ),
+        *_render_table(results),
         "",
         "## Refusals",
         "",
@@ -139,7 +131,7 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
             [[p["format"], p["model"], p["tp_size"], p["detail"]] for p in refused],
         ),
         "",
-        "## Planted faults",
+        "## Injected faults",
         "",
         *format_table(
             ["format", "fault", "found by"],
@@ -147,6 +139,18 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _render_table(results: Mapping[str, FormatResult]) -> Iterator[str]:
+    """Formats and models, and over how many ranks each is proven."""
+    proofs = [proof for result in results.values() for proof in result.proofs]
+    models = list(dict.fromkeys(proof["model"] for proof in proofs))
+    titles = {each.name: each.form.title for each in list_format_samples()}
+    rows = [
+        [titles[name], name, *(_describe_cell(result, model) for model in models)]
+        for name, result in results.items()
+    ]
+    return format_table(["format", "sample", *models], rows)
 
 
 def _describe_cell(result: FormatResult, model: str) -> str:

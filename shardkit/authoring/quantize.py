@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit.dtypes import DTYPES
-from shardkit.formats import Format, Scheme, StoredTensor, find_schemes
+from shardkit.recipe.formats import Format, Scheme, StoredPart, find_schemes
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MOST = {"e2m1": 6.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 127.0}
@@ -46,7 +46,7 @@ def quantize_folder(
         is_named = form.codes.suffix[:1] == "_" or name.endswith(".weight")
         if tensor.ndim == count_dims(form) and chooses(name) and is_named:
             generator = torch.Generator().manual_seed(number)
-            stored |= quantize(name, tensor.float(), scheme, generator, options)
+            stored |= quantize_weight(name, tensor.float(), scheme, generator, options)
         else:
             stored[name] = tensor
     save_file(stored, path, metadata={"format": "pt"})
@@ -60,7 +60,7 @@ def count_dims(form: Format) -> int:
     return 3 if form.codes.suffix[:1] == "_" else 2
 
 
-def quantize(
+def quantize_weight(
     name: str,
     weight: torch.Tensor,
     scheme: Scheme,
@@ -95,13 +95,13 @@ def quantize(
     if form.zero_point is not None and _is_written(form.zero_point, options):
         zero_point, zero = _make_zero_point(form.zero_point, weight, scheme, groups, generator)
         stored[form.zero_point.name_after(base)] = zero_point
-    stored[form.codes.name_after(base)] = encode(codes + zero, form.codes, scheme)
+    stored[form.codes.name_after(base)] = encode_numbers(codes + zero, form.codes, scheme)
     for other in form.others:
         stored[other.name_after(base)] = _make_other(other, weight, scheme)
     return {key: tensor.contiguous() for key, tensor in stored.items()}
 
 
-def _is_written(tensor: StoredTensor, options: Collection[str]) -> bool:
+def _is_written(tensor: StoredPart, options: Collection[str]) -> bool:
     return not tensor.optional or tensor.suffix in options
 
 
@@ -120,7 +120,7 @@ def count_codes(scheme: Scheme) -> float:
 
 
 def _make_scale(
-    weight: torch.Tensor, scale: StoredTensor, scheme: Scheme, groups: torch.Tensor | None
+    weight: torch.Tensor, scale: StoredPart, scheme: Scheme, groups: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A scale as it is stored, and one for each element, as the stored one says."""
     most = count_codes(scheme)
@@ -175,7 +175,7 @@ def _spread(
 
 
 def _make_zero_point(
-    zero_point: StoredTensor,
+    zero_point: StoredPart,
     weight: torch.Tensor,
     scheme: Scheme,
     groups: torch.Tensor | None,
@@ -188,10 +188,10 @@ def _make_zero_point(
     middle = 0 if zero_point.offset == "half" or zero_point.element == "number" else 2 ** (bits - 1)
     numbers = torch.randint(middle - 2, middle + 3, shape, generator=generator).float()
     spread = _spread(numbers, pers, weight.shape, groups)
-    return encode(numbers, zero_point, scheme), spread
+    return encode_numbers(numbers, zero_point, scheme), spread
 
 
-def encode(values: torch.Tensor, tensor: StoredTensor, scheme: Scheme) -> torch.Tensor:
+def encode_numbers(values: torch.Tensor, tensor: StoredPart, scheme: Scheme) -> torch.Tensor:
     """Numbers `[..., out, in]` as a tensor stores them, each the nearest that it can be."""
     dtype = getattr(torch, DTYPES[tensor.dtypes[0]].torch_name)
     if tensor.element == "number":
@@ -209,7 +209,7 @@ def encode(values: torch.Tensor, tensor: StoredTensor, scheme: Scheme) -> torch.
 
 
 def _pack(
-    values: torch.Tensor, tensor: StoredTensor, scheme: Scheme, dtype: torch.dtype
+    values: torch.Tensor, tensor: StoredPart, scheme: Scheme, dtype: torch.dtype
 ) -> torch.Tensor:
     """Integers packed into words along the axis that says so, the first in the lowest bits."""
     bits = scheme.resolve(tensor.bits) or 0
@@ -225,13 +225,13 @@ def _pack(
     return packed.to(torch.int32 if dtype is torch.int32 else dtype).movedim(-1, dim)
 
 
-def _store_axes(values: torch.Tensor, tensor: StoredTensor) -> torch.Tensor:
+def _store_axes(values: torch.Tensor, tensor: StoredPart) -> torch.Tensor:
     """`[..., out, in]` in the order in which a tensor has its axes."""
     names = [axis.axis for axis in tensor.axes if axis.axis]
     return values.mT if names == ["in", "out"] else values
 
 
-def _make_other(other: StoredTensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def _make_other(other: StoredPart, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     dtype = getattr(torch, DTYPES[other.dtypes[0]].torch_name)
     if [axis.axis for axis in other.axes] == ["in"]:  # the group of each input, in order
         per = _count_group(scheme) or weight.shape[-1]

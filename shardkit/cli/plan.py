@@ -193,7 +193,7 @@ def _print_plan(report: PlanReport) -> None:
 
 
 def _describe_quantization(plan: Plan) -> str:
-    """The formats of quantized weights, and what is dealt out together to keep blocks whole."""
+    """The formats of quantized weights, and what stays together to keep blocks whole."""
     counts = Counter(weight.scheme.format.title for weight in plan.grouping.weights.values())
     text = ", ".join(f"{format_count(count, 'weight')} in {name}" for name, count in counts.items())
     blocks = [

@@ -97,7 +97,7 @@ def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
 
 
 def run_format_sweep() -> bool:
-    """Prove quantized formats, plant faults, and publish the results in the checkout.
+    """Prove quantized formats, inject faults, and publish the results in the checkout.
 
     Returns:
         Whether every proof passed and no fault was missed.
@@ -108,7 +108,7 @@ def run_format_sweep() -> bool:
         found = sum(bool(fault["finding"]) for fault in result.faults)
         print_line(
             f"{name}: {verdicts['proven']} proven, {verdicts['refused']} refused,"
-            f" {found} of {format_count(len(result.faults), 'planted fault')} found"
+            f" {found} of {format_count(len(result.faults), 'injected fault')} found"
         )
         for proof in result.proofs:
             if proof["verdict"] == "failed":

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from shardkit.errors import LayoutError
-from shardkit.formats import Grouping
 from shardkit.layout import Section, Span, Unit, num_indices, rank_spans
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.placement import Placement
 from shardkit.planning.quantized import view_weights
 from shardkit.recipe import ForwardArgument, ModuleAttribute
+from shardkit.recipe.formats import Grouping
 from shardkit.tensor import byte_view
 
 
@@ -115,7 +115,7 @@ class Plan:
     def _describe_units(self, placement: Placement, section: Section) -> str:
         """What a section is divided by: `8 heads`, or `8 heads in blocks of 4`."""
         count = section.shared_by or section.units
-        weight = self.grouping.owners.get(placement.spec.name)
+        weight = self.grouping.codes_by_part.get(placement.spec.name)
         name = self.name_unit(placement, count, 0)
         if section.block > 1:
             return f"{count} {name} in blocks of {section.block} that are quantized together"

@@ -6,7 +6,6 @@ from typing import Any
 
 from shardkit.checkpoint import find_wrapper_prefix
 from shardkit.errors import RecipeError
-from shardkit.formats import Grouping, QuantizedWeight, group_checkpoint, list_weights
 from shardkit.layout import Unit, resolve_sections
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.loading import decide_loading, is_stated
@@ -15,6 +14,7 @@ from shardkit.planning.placement import Placement
 from shardkit.planning.quantized import find_blocks, place_parts
 from shardkit.planning.unknown_tensors import describe_unknown_tensor
 from shardkit.recipe import Recipe, Rule, compose_recipe, resolve_counts, resolve_units
+from shardkit.recipe.formats import Grouping, QuantizedWeight, group_checkpoint, list_weights
 from shardkit.tensor import TensorSpec
 
 
@@ -38,12 +38,7 @@ def make_plan(
     grouping = group_checkpoint(whole, config)
     weights = list_weights(whole, grouping)
     prefix = find_wrapper_prefix([spec.name for spec in whole])
-    try:
-        placements, units = _place_weights(weights, grouping, recipe, config, prefix)
-    except RecipeError:
-        if fault := describe_unknown_tensor([spec.name for spec in weights], recipe, prefix):
-            raise RecipeError(fault) from None
-        raise
+    placements, units = _place_weights(weights, grouping, recipe, config, prefix)
     names = [spec.name.removeprefix(prefix) for spec in weights]
     shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
     loaded = decide_loading(config, shapes)
@@ -85,7 +80,12 @@ def _place_weights(
         places = (place_tensor(spec, recipe, units, counts, prefix) for spec in firsts.values())
         return dict(zip(firsts, places, strict=True))
 
-    alike = place_firsts(units)
+    try:
+        alike = place_firsts(units)
+    except RecipeError:
+        if fault := describe_unknown_tensor([spec.name for spec in weights], recipe, prefix):
+            raise RecipeError(fault) from None
+        raise
     if grouping.weights:
         units = _keep_blocks_whole(alike.values(), grouping, recipe, units, prefix)
         alike = place_firsts(units)

@@ -2,7 +2,7 @@
 
 A weight is placed as it would be in 16 bits; each tensor that stores it is divided along the axes
 that it shares with it, at the same places. No block is ever shared by two ranks, so the units that
-are dealt out are made of whole blocks.
+are distributed are made of whole blocks.
 """
 
 import math
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shardkit.errors import LayoutError
-from shardkit.formats import Grouping, QuantizedWeight, StoredTensor, find_plain_dtype
 from shardkit.layout import Section, Unit
 from shardkit.layout.style import REPLICATE
 from shardkit.planning.placement import Placement
 from shardkit.recipe import Recipe, Rule
+from shardkit.recipe.formats import Grouping, QuantizedWeight, StoredPart, find_plain_dtype
 from shardkit.tensor import TensorSpec
 
 
@@ -87,7 +87,7 @@ def place_parts(
     by_name = {placement.spec.name: placement for placement in placements}
     alike: dict[object, Placement] = {}
     for spec in specs:
-        if (owner := grouping.owners.get(spec.name)) is not None:
+        if (owner := grouping.codes_by_part.get(spec.name)) is not None:
             weight = grouping.weights[owner]
             placement = by_name[weight.name]
             tensor = next(tensor for tensor, part in weight.parts if part is spec)
@@ -107,7 +107,7 @@ def place_parts(
 
 
 def place_part(
-    weight: QuantizedWeight, tensor: StoredTensor, part: TensorSpec, placement: Placement
+    weight: QuantizedWeight, tensor: StoredPart, part: TensorSpec, placement: Placement
 ) -> Placement:
     """Where one of the tensors that store a weight lies. Raises LayoutError if blocks are cut."""
     axis = find_axis(weight, placement.dim)
@@ -133,7 +133,7 @@ def place_part(
 
 
 def _count_per_index(
-    weight: QuantizedWeight, tensor: StoredTensor, part: TensorSpec, axis: str
+    weight: QuantizedWeight, tensor: StoredPart, part: TensorSpec, axis: str
 ) -> int | None:
     """How many of the weight's indices one stored index along an axis stands for; None for all.
 
@@ -194,7 +194,7 @@ def view_weights(placements: Sequence[Placement], grouping: Grouping) -> list[Pl
         name = placement.spec.name
         if name in grouping.weights:
             views.append(_view_weight(grouping.weights[name], placement, dtype))
-        elif name not in grouping.owners and name not in grouping.constants:
+        elif name not in grouping.codes_by_part and name not in grouping.constants:
             views.append(placement)
     return views
 

@@ -119,9 +119,7 @@ def find_loaded_tensors(
     full_names = {p: _find_full_name(p, every_module) for p in set(patterns.values())}
     known = {full for full in full_names.values() if any(c.has(full) for c in classes)}
     foreign = set(full_names.values()) - known
-    stated = config.get("architectures")
-    stated = [str(name) for name in stated] if isinstance(stated, list) else []
-    chosen = next((c for name in stated for c in classes if c.name == name), None)
+    chosen = _find_stated_class(classes, config)
     missing = chosen.find_missing(known) if chosen and not foreign else ""
     if chosen and missing.startswith(f"{chosen.prefix}."):
         missing = ""  # of the base model, which may have other names there: who loads it can tell
@@ -138,12 +136,21 @@ def find_loaded_tensors(
     unloaded = {
         name
         for name, pattern in patterns.items()
-        if not places[pattern] and not (pattern in in_doubt and not _skips(chosen, name))
+        if not places[pattern] and (pattern not in in_doubt or _skips(chosen, name))
     }
     better_class = best.name if best and missing else ""
     if missing and not better_class:  # older names, which the class's own table renames
         return LoadedTensors(chosen.name)
     return LoadedTensors(chosen.name, frozenset(unloaded), missing, better_class)
+
+
+def _find_stated_class(
+    classes: Sequence[ModelClass], config: Mapping[str, Any]
+) -> ModelClass | None:
+    """The first class that config.json names and transformers has."""
+    stated = config.get("architectures")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    return next((each for name in names for each in classes if each.name == name), None)
 
 
 def _find_full_name(pattern: str, every_module: frozenset[str]) -> FullName:

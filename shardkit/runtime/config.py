@@ -16,8 +16,8 @@ from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint, check_config, parse_config, read_config
 from shardkit.errors import CheckpointError, ManifestError, first_line
 from shardkit.files import write_all
-from shardkit.formats import group_checkpoint, is_plain, list_weights
 from shardkit.planning import decide_loading
+from shardkit.recipe.formats import group_checkpoint, is_plain, list_weights
 from shardkit.shards import Manifest, read_companion
 from shardkit.strict_json import JsonError
 from shardkit.tensor import TensorSpec

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from shardkit.formats import QuantizedWeight, Scheme, StoredAxis, StoredTensor
+from shardkit.recipe.formats import QuantizedWeight, Scheme, StoredAxis, StoredPart
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
@@ -16,7 +16,9 @@ E8M0_BIAS = 127
 Tensors = Mapping[str, torch.Tensor]
 
 
-def dequantize(weight: QuantizedWeight, tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(
+    weight: QuantizedWeight, tensors: Tensors, dtype: torch.dtype
+) -> torch.Tensor:
     """The weight `[..., out, in]`, or as its format has it in 16 bits.
 
     Args:
@@ -26,8 +28,8 @@ def dequantize(weight: QuantizedWeight, tensors: Tensors, dtype: torch.dtype) ->
     """
     scheme, form = weight.scheme, weight.scheme.format
     parts = {id(tensor): tensors[part.name] for tensor, part in weight.parts}
-    value = decode(form.codes, parts[id(form.codes)], scheme)
-    value = orient(form.codes, value)
+    value = decode_numbers(form.codes, parts[id(form.codes)], scheme)
+    value = orient_axes(form.codes, value)
     index = parts.get(id(form.group_index)) if form.group_index is not None else None
     if form.zero_point is not None and id(form.zero_point) in parts:
         value = value - _expand(form.zero_point, parts, scheme, value.shape, index)
@@ -37,7 +39,7 @@ def dequantize(weight: QuantizedWeight, tensors: Tensors, dtype: torch.dtype) ->
     return (value.transpose(-1, -2).contiguous() if form.transposed else value).to(dtype)
 
 
-def decode(tensor: StoredTensor, stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def decode_numbers(tensor: StoredPart, stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The numbers that a stored tensor holds, in float32, packed ones side by side."""
     if tensor.element == "number":
         return stored.float()
@@ -52,7 +54,7 @@ def decode(tensor: StoredTensor, stored: torch.Tensor, scheme: Scheme) -> torch.
     return _decode_integers(tensor, stored, scheme)
 
 
-def _decode_integers(tensor: StoredTensor, stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def _decode_integers(tensor: StoredPart, stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Unsigned integers out of words, the lowest bits first, along the axis that is packed."""
     bits = scheme.resolve(tensor.bits) or 0
     lead = stored.ndim - len(tensor.axes)
@@ -66,7 +68,7 @@ def _decode_integers(tensor: StoredTensor, stored: torch.Tensor, scheme: Scheme)
     return (numbers.flatten(-2).movedim(-1, dim) - offset).float()
 
 
-def orient(tensor: StoredTensor, value: torch.Tensor) -> torch.Tensor:
+def orient_axes(tensor: StoredPart, value: torch.Tensor) -> torch.Tensor:
     """Decoded numbers as `[..., out, in]`: axes that follow none are the end of the one before."""
     axes: list[StoredAxis] = [*tensor.axes]
     while axes and not axes[-1].axis:
@@ -76,7 +78,7 @@ def orient(tensor: StoredTensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _expand(
-    tensor: StoredTensor,
+    tensor: StoredPart,
     parts: Mapping[int, torch.Tensor],
     scheme: Scheme,
     shape: torch.Size,
@@ -85,10 +87,10 @@ def _expand(
     """Scales or zero points, one for each element of a weight of this shape, or broadcast."""
     stored = parts[id(tensor)]
     if stored.numel() == 1:
-        return decode(tensor, stored.reshape(()), scheme)
+        return decode_numbers(tensor, stored.reshape(()), scheme)
     if stored.ndim < len(shape):  # one for each of a stack
-        return decode(tensor, stored, scheme)[(..., *[None] * (len(shape) - stored.ndim))]
-    value = orient(tensor, decode(tensor, stored, scheme))
+        return decode_numbers(tensor, stored, scheme)[(..., *[None] * (len(shape) - stored.ndim))]
+    value = orient_axes(tensor, decode_numbers(tensor, stored, scheme))
     for dim, name in ((-2, "out"), (-1, "in")):
         axis = next(axis for axis in tensor.axes if axis.axis == name)
         per = None if axis.per == "packed" else scheme.resolve(axis.per)
@@ -101,22 +103,22 @@ def _expand(
 
 def collect_weights(
     tensors: Iterable[tuple[str, torch.Tensor]],
-    owners: Mapping[str, QuantizedWeight],
+    weights_by_part: Mapping[str, QuantizedWeight],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors as they are read, each quantized weight computed once all that stores it is there.
 
     Args:
         tensors: Names on disk and tensors, in any order.
-        owners: For each stored tensor of a quantized weight, the weight.
+        weights_by_part: For each stored tensor of a quantized weight, the weight.
         dtype: What to compute weights in.
     """
     incomplete: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
-        if (weight := owners.get(name)) is None:
+        if (weight := weights_by_part.get(name)) is None:
             yield name, tensor
             continue
         parts = incomplete.setdefault(weight.name, {})
         parts[name] = tensor
         if len(parts) == len(weight.parts):
-            yield weight.name, dequantize(weight, incomplete.pop(weight.name), dtype)
+            yield weight.name, dequantize_weight(weight, incomplete.pop(weight.name), dtype)

@@ -179,14 +179,14 @@ def load_into(
     tied = find_tied_placements(model, placements, missing)
     parallelize_model(model, plan, {**placements, **tied}, group)
     names = {name for conversion in conversions for name, _ in conversion.sources}
-    owners = {
+    by_part = {
         part.name: weight
         for weight in plan.grouping.weights.values()
         if weight.name in names
         for _, part in weight.parts
     }
-    stored = read_tensors(shard.folder, manifest, rank, names | owners.keys(), verify)
-    tensors = collect_weights(stored, owners, model.config.dtype)
+    stored = read_tensors(shard.folder, manifest, rank, names | by_part.keys(), verify)
+    tensors = collect_weights(stored, by_part, model.config.dtype)
 
     def count_lengths(name: str) -> Sequence[int]:
         return weights[name].section_lengths(rank)

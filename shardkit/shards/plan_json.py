@@ -5,10 +5,10 @@ from typing import Any
 from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
-from shardkit.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.layout import STYLES, Section, Unit
 from shardkit.planning import MAX_TP_SIZE, Mesh, Placement, Plan
 from shardkit.recipe import ForwardArgument, ModuleAttribute
+from shardkit.recipe.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.shards.manifest_check import check_placement, check_section
 from shardkit.strict_json import JsonError, JsonObject, quote, read_integer
 from shardkit.tensor import TensorSpec

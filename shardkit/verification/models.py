@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from shardkit import config_fields as fields
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError, first_line
-from shardkit.formats import group_checkpoint
+from shardkit.recipe.formats import group_checkpoint
 from shardkit.runtime.config import GENERATION_CONFIG, read_source_config
 from shardkit.runtime.engine.controller import RankController
 from shardkit.runtime.engine.messages import (

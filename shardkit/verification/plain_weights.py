@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from shardkit.formats import Grouping, QuantizedWeight, StoredTensor
+from shardkit.recipe.formats import Grouping, QuantizedWeight, StoredPart
 
 EXPONENT_BIAS = 127
 NO_AXIS = ""
@@ -22,7 +22,7 @@ def compute_plain_weights(tensors: Tensors, grouping: Grouping) -> dict[str, tor
     weights = {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in grouping.owners and name not in grouping.constants
+        if name not in grouping.codes_by_part and name not in grouping.constants
     }
     for weight in grouping.weights.values():
         value = compute_weight(weight, tensors)
@@ -48,7 +48,7 @@ def compute_weight(weight: QuantizedWeight, tensors: Tensors) -> torch.Tensor:
 
 def _look_up(
     weight: QuantizedWeight,
-    tensor: StoredTensor,
+    tensor: StoredPart,
     stored: torch.Tensor,
     groups: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _look_up(
 
 
 def _read(
-    weight: QuantizedWeight, tensor: StoredTensor, stored: torch.Tensor, element: torch.Tensor
+    weight: QuantizedWeight, tensor: StoredPart, stored: torch.Tensor, element: torch.Tensor
 ) -> torch.Tensor:
     """The numbers at places inside of stored values."""
     if tensor.element == "number" or (tensor.element == "e8m0" and stored.is_floating_point()):
@@ -112,5 +112,5 @@ def _read_fp4(bits: torch.Tensor) -> torch.Tensor:
     return sign * torch.where(exponent == 0, mantissa / 2, normal)
 
 
-def _find_dtype(weight: QuantizedWeight, tensor: StoredTensor) -> str:
+def _find_dtype(weight: QuantizedWeight, tensor: StoredPart) -> str:
     return next(part.dtype for each, part in weight.parts if each is tensor)

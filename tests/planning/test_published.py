@@ -30,7 +30,7 @@ def test_published_checkpoints_plan_over_8(name: str) -> None:
     assert summary.total_bytes == sum(spec.nbytes for spec in specs)
     scales = [spec.name for spec in specs if "scale" in spec.name.rpartition(".")[2]]
     assert {name for name in scales if name.endswith(("_inv", ".scale", "weight_scale"))} <= (
-        plan.grouping.owners.keys()
+        plan.grouping.codes_by_part.keys()
     )
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from shardkit.authoring.format_samples import FormatSample, list_format_samples
-from shardkit.authoring.quantize import quantize
+from shardkit.authoring.quantize import quantize_weight
 from shardkit.dtypes import BY_TORCH_NAME, DTYPES, torch_name
 from shardkit.errors import RecipeError
-from shardkit.formats import QuantizedWeight, find_schemes, group_quantized
-from shardkit.runtime.dequantize import dequantize
+from shardkit.recipe.formats import QuantizedWeight, find_schemes, group_quantized
+from shardkit.runtime.dequantize import dequantize_weight
 from shardkit.tensor import TensorSpec
 from shardkit.verification.plain_weights import compute_weight
 
@@ -24,7 +24,7 @@ def make_weight(
     scheme = next(scheme for scheme in schemes if scheme.format is sample.form)
     name = "experts.up_proj" if sample.form.codes.suffix[:1] == "_" else "up_proj.weight"
     generator = torch.Generator().manual_seed(1)
-    tensors = quantize(name, weight, scheme, generator, sample.options)
+    tensors = quantize_weight(name, weight, scheme, generator, sample.options)
     specs = [
         TensorSpec(name, BY_TORCH_NAME[torch_name(t.dtype)].name, tuple(t.shape))
         for name, t in tensors.items()
@@ -40,7 +40,7 @@ def test_both_ways_compute_the_weight(sample: FormatSample, shape: tuple[int, ..
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight = weight.mT if sample.form.transposed else weight
     quantized, tensors = make_weight(sample, weight)
-    value = dequantize(quantized, tensors, torch.float32)
+    value = dequantize_weight(quantized, tensors, torch.float32)
     plain = compute_weight(quantized, tensors)
     assert torch.equal(value, plain.mT if sample.form.transposed else plain)
     packed = quantized.scheme.count_packed(sample.form.codes, quantized.codes.dtype)
@@ -73,7 +73,9 @@ def test_an_fp4_number_is_its_bits() -> None:
     scale = torch.tensor([[128]], dtype=torch.uint8)  # 2 to the power of 128 - 127
     tensors = {quantized.codes.name: pairs, quantized.parts[1][1].name: scale}
     expected = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]) * 2
-    assert dequantize(quantized, tensors, torch.float32)[0, :16].tolist() == expected.tolist()
+    assert (
+        dequantize_weight(quantized, tensors, torch.float32)[0, :16].tolist() == expected.tolist()
+    )
     assert compute_weight(quantized, tensors)[0, :16].tolist() == expected.tolist()
 
 

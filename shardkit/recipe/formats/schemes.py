@@ -5,7 +5,7 @@ from typing import Any
 
 from shardkit import config_fields as fields
 from shardkit.errors import RecipeError
-from shardkit.formats.format import WHOLE, Format, Scheme, list_formats
+from shardkit.recipe.formats.format import WHOLE, Format, Scheme, list_formats
 from shardkit.strict_json import quote
 
 Statement = Mapping[str, Any]

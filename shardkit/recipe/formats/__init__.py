@@ -1,13 +1,13 @@
 """Quantized formats, as data: which tensors store a weight, and how they follow its axes."""
 
-from shardkit.formats.format import (
+from shardkit.recipe.formats.format import (
     Format,
     Scheme,
     StoredAxis,
-    StoredTensor,
+    StoredPart,
     list_formats,
 )
-from shardkit.formats.grouping import (
+from shardkit.recipe.formats.grouping import (
     Grouping,
     QuantizedWeight,
     find_plain_dtype,
@@ -16,7 +16,7 @@ from shardkit.formats.grouping import (
     is_plain,
     list_weights,
 )
-from shardkit.formats.schemes import find_schemes, make_scheme
+from shardkit.recipe.formats.schemes import find_schemes, make_scheme
 
 __all__ = [
     "Format",
@@ -24,7 +24,7 @@ __all__ = [
     "QuantizedWeight",
     "Scheme",
     "StoredAxis",
-    "StoredTensor",
+    "StoredPart",
     "find_plain_dtype",
     "find_schemes",
     "group_checkpoint",

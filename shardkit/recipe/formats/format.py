@@ -44,7 +44,7 @@ class StoredAxis:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredPart:
     """One of the tensors that store a weight.
 
     Attributes:
@@ -102,17 +102,17 @@ class Format:
     when: Mapping[str, tuple[Any, ...]]
     unless: Mapping[str, tuple[Any, ...]]
     numbers: Mapping[str, tuple[int | str, ...]]
-    codes: StoredTensor
-    scales: tuple[StoredTensor, ...] = ()
-    zero_point: StoredTensor | None = None
-    group_index: StoredTensor | None = None
-    others: tuple[StoredTensor, ...] = ()
+    codes: StoredPart
+    scales: tuple[StoredPart, ...] = ()
+    zero_point: StoredPart | None = None
+    group_index: StoredPart | None = None
+    others: tuple[StoredPart, ...] = ()
     constants: tuple[str, ...] = ()
     transposed: bool = False
     refuse: str = ""
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[StoredPart, ...]:
         """All that is stored of a weight, its codes first."""
         rest = (self.zero_point, self.group_index, *self.others)
         return (self.codes, *self.scales, *(each for each in rest if each is not None))
@@ -131,11 +131,11 @@ class Scheme:
             return value
         return None if value == WHOLE else self.numbers[value]
 
-    def count_per_index(self, tensor: StoredTensor, axis: StoredAxis, dtype: str) -> int | None:
+    def count_per_index(self, tensor: StoredPart, axis: StoredAxis, dtype: str) -> int | None:
         """How many of the weight's indices one stored index stands for; None for all of them."""
         return self.count_packed(tensor, dtype) if axis.per == PACKED else self.resolve(axis.per)
 
-    def count_packed(self, tensor: StoredTensor, dtype: str) -> int:
+    def count_packed(self, tensor: StoredPart, dtype: str) -> int:
         """How many elements one stored value holds. Raises RecipeError if that is no number."""
         if tensor.element in ("number", "e8m0"):
             return 1
@@ -200,18 +200,18 @@ def _parse_number(value: Any, key: str) -> tuple[int | str, ...]:
     return tuple(value)
 
 
-def _parse_optional(table: dict[str, Any], key: str) -> StoredTensor | None:
+def _parse_optional(table: dict[str, Any], key: str) -> StoredPart | None:
     return _parse_tensor(table[key], key) if key in table else None
 
 
-def _parse_tensors(table: dict[str, Any], key: str) -> tuple[StoredTensor, ...]:
+def _parse_tensors(table: dict[str, Any], key: str) -> tuple[StoredPart, ...]:
     value = table.get(key, [])
     if not isinstance(value, list):
         raise RecipeError(f"{key} must be a list of tables")
     return tuple(_parse_tensor(each, key) for each in value)
 
 
-def _parse_tensor(table: Any, key: str) -> StoredTensor:
+def _parse_tensor(table: Any, key: str) -> StoredPart:
     if not isinstance(table, dict):
         raise RecipeError(f"{key} must be a table")
     if wrong := sorted(table.keys() - TENSOR_KEYS):
@@ -222,7 +222,7 @@ def _parse_tensor(table: Any, key: str) -> StoredTensor:
     element = expect_string(table.get("element", "number"), "element")
     if element not in ELEMENTS:
         raise RecipeError(f"{key}: element {element!r} is none of {', '.join(ELEMENTS)}")
-    return StoredTensor(
+    return StoredPart(
         expect_string(table.get("suffix"), f"{key}.suffix"),
         tuple(_parse_axis(text, key) for text in expect_strings(table, "axes")),
         dtypes,

@@ -9,8 +9,8 @@ import pytest
 from shardkit.authoring.format_samples import list_format_samples
 from shardkit.checkpoint import read_config
 from shardkit.errors import RecipeError
-from shardkit.formats import find_schemes, list_formats
-from shardkit.formats.format import parse_format
+from shardkit.recipe.formats import find_schemes, list_formats
+from shardkit.recipe.formats.format import parse_format
 from tests.helpers.published import PUBLISHED, read_published_config
 from tests.helpers.real_inputs import shared
 

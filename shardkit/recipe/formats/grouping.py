@@ -9,8 +9,8 @@ from typing import Any
 
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
-from shardkit.formats.format import Scheme, StoredTensor
-from shardkit.formats.schemes import find_schemes
+from shardkit.recipe.formats.format import Scheme, StoredPart
+from shardkit.recipe.formats.schemes import find_schemes
 from shardkit.tensor import TensorSpec
 
 
@@ -28,7 +28,7 @@ class QuantizedWeight:
     name: str
     scheme: Scheme
     shape: tuple[int, ...]
-    parts: tuple[tuple[StoredTensor, TensorSpec], ...]
+    parts: tuple[tuple[StoredPart, TensorSpec], ...]
 
     @property
     def axes(self) -> tuple[str, str]:
@@ -53,12 +53,12 @@ class Grouping:
 
     Attributes:
         weights: They, by the names of their codes.
-        owners: Of each stored tensor of theirs, the name of the codes.
+        codes_by_part: Of each stored tensor of theirs, the name of the codes.
         constants: Tensors that every rank holds and nothing is computed with.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
-    owners: Mapping[str, str] = field(default_factory=dict)
+    codes_by_part: Mapping[str, str] = field(default_factory=dict)
     constants: frozenset[str] = frozenset()
 
     @cached_property
@@ -99,13 +99,15 @@ def group_quantized(specs: Sequence[TensorSpec], schemes: Iterable[Scheme]) -> G
             continue
         if (weight := _find_weight(spec, by_name, schemes, alike)) is not None:
             weights[spec.name] = weight
-    owners = {part.name: codes for codes, w in weights.items() for _, part in w.parts}
+    codes_by_part = {part.name: codes for codes, w in weights.items() for _, part in w.parts}
     suffixes = {suffix for scheme in schemes for suffix in scheme.format.constants}
     constants = {
-        name for name in by_name if name.rpartition(".")[2] in suffixes and name not in owners
+        name
+        for name in by_name
+        if name.rpartition(".")[2] in suffixes and name not in codes_by_part
     }
-    _check_rest(specs, owners, constants, schemes)
-    return Grouping(weights, owners, frozenset(constants))
+    _check_unmatched(specs, codes_by_part, constants, schemes)
+    return Grouping(weights, codes_by_part, frozenset(constants))
 
 
 def group_checkpoint(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> Grouping:
@@ -128,7 +130,7 @@ def list_weights(specs: Sequence[TensorSpec], grouping: Grouping) -> tuple[Tenso
     for spec in specs:
         if spec.name in grouping.weights:
             weights.append(grouping.weights[spec.name].make_spec(dtype))
-        elif spec.name not in grouping.owners and spec.name not in grouping.constants:
+        elif spec.name not in grouping.codes_by_part and spec.name not in grouping.constants:
             weights.append(spec)
     return tuple(weights)
 
@@ -138,7 +140,7 @@ def find_plain_dtype(specs: Iterable[TensorSpec], grouping: Grouping) -> str:
     stored = Counter(
         spec.dtype
         for spec in specs
-        if spec.name not in grouping.owners and DTYPES[spec.dtype].is_compute
+        if spec.name not in grouping.codes_by_part and DTYPES[spec.dtype].is_compute
     )
     return max(stored, key=stored.__getitem__, default="BF16")
 
@@ -178,9 +180,9 @@ def _find_weight(
 
 def _find_parts(
     base: str, by_name: Mapping[str, TensorSpec], scheme: Scheme
-) -> tuple[tuple[StoredTensor, TensorSpec], ...] | None:
+) -> tuple[tuple[StoredPart, TensorSpec], ...] | None:
     """What is stored of a weight; None if something lacks, or is of another dtype."""
-    parts: list[tuple[StoredTensor, TensorSpec]] = []
+    parts: list[tuple[StoredPart, TensorSpec]] = []
     for each in scheme.format.tensors:
         part = by_name.get(each.name_after(base))
         if part is None:
@@ -193,7 +195,7 @@ def _find_parts(
     return tuple(parts)
 
 
-def _find_shape(spec: TensorSpec, codes: StoredTensor, scheme: Scheme) -> tuple[int, ...]:
+def _find_shape(spec: TensorSpec, codes: StoredPart, scheme: Scheme) -> tuple[int, ...]:
     """The shape `[..., out, in]` of the weight whose codes a tensor holds."""
     lead = len(spec.shape) - len(codes.axes)
     if lead < 0:
@@ -208,7 +210,7 @@ def _find_shape(spec: TensorSpec, codes: StoredTensor, scheme: Scheme) -> tuple[
     return (*spec.shape[:lead], sizes["out"], sizes["in"])
 
 
-def expect_shape(weight: QuantizedWeight, tensor: StoredTensor, dtype: str) -> tuple[int, ...]:
+def expect_shape(weight: QuantizedWeight, tensor: StoredPart, dtype: str) -> tuple[int, ...]:
     """The shape that a stored tensor of a weight has, all of its axes there."""
     sizes = dict(zip(("out", "in"), weight.shape[-2:], strict=True))
     shape = []
@@ -238,15 +240,15 @@ def _find_odd_shape(weight: QuantizedWeight) -> str:
     return ""
 
 
-def _check_rest(
+def _check_unmatched(
     specs: Sequence[TensorSpec],
-    owners: Mapping[str, str],
+    codes_by_part: Mapping[str, str],
     constants: set[str],
     schemes: Sequence[Scheme],
 ) -> None:
     """Raise RecipeError for a quantized weight that lacks what it takes to compute it."""
     titles = " or ".join(dict.fromkeys(scheme.format.title for scheme in schemes))
-    for spec in _list_rest(specs, owners, constants):
+    for spec in _list_unmatched(specs, codes_by_part, constants):
         for scheme in schemes:
             codes = scheme.format.codes
             tail = codes.name_after("")
@@ -259,10 +261,10 @@ def _check_rest(
                 )
 
 
-def _list_rest(
-    specs: Sequence[TensorSpec], owners: Mapping[str, str], constants: set[str]
+def _list_unmatched(
+    specs: Sequence[TensorSpec], codes_by_part: Mapping[str, str], constants: set[str]
 ) -> Iterator[TensorSpec]:
-    known = owners.keys() | constants
+    known = codes_by_part.keys() | constants
     for spec in specs:
         if not DTYPES[spec.dtype].is_compute and spec.name not in known:
             yield spec
