@@ -1,7 +1,7 @@
 """Proves quantized formats: split, merged, resharded and run, beside an independent reference.
 
-Faults are injected into a rank's shard as a wrong cut or a wrong reader would make them, and level 3
-must find each.
+Faults are injected into a rank's shard as a wrong cut or a wrong reader would make them, and level
+3 must find each.
 """
 
 import json

@@ -74,7 +74,9 @@ def _place_weights(
     """
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
     keys = [(recipe.generalize(spec.name), spec.shape) for spec in weights]
-    firsts = dict(zip(reversed(keys), reversed(weights), strict=True))
+    firsts: dict[object, TensorSpec] = {}
+    for key, spec in zip(keys, weights, strict=True):
+        firsts.setdefault(key, spec)
 
     def place_firsts(units: Mapping[str, Unit]) -> dict[object, Placement]:
         places = (place_tensor(spec, recipe, units, counts, prefix) for spec in firsts.values())
