@@ -16,6 +16,8 @@ from shardkit import errors
 from shardkit.authoring.draft.draft_all import list_generative_types, read_records
 from shardkit.authoring.draft.drafts_page import render_drafts
 from shardkit.authoring.families_page import render_families
+from shardkit.authoring.format_samples import list_format_samples
+from shardkit.authoring.format_sweep import digest_format, read_format_results, render_formats
 from shardkit.authoring.sweep import (
     list_alone,
     list_entries,
@@ -285,3 +287,12 @@ def test_the_recipe_example_loads(tmp_path: Path) -> None:
 def test_every_recipe_key_is_documented() -> None:
     documented = set(re.findall(r"^\| `\[?(\w+)\]?` \|", RECIPES, re.MULTILINE))
     assert documented >= KEYS
+
+
+def test_every_format_has_been_swept_as_it_is_and_every_proof_has_passed() -> None:
+    results = read_format_results(PROOFS)
+    samples = list(list_format_samples())
+    stale = [s.name for s in samples if results[s.name].digest != digest_format(s)]
+    assert not stale, "run `shardkit recipes check --formats --write`"
+    assert [name for name, result in results.items() if not result.passed] == []
+    assert (PROOFS / "FORMATS.md").read_text() == render_formats(results)

@@ -5,7 +5,7 @@ Faults are injected into a rank's shard as a wrong cut or a wrong reader would m
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +66,19 @@ class FaultResult:
 
 
 def prove_format(
-    model: Sample, sample: FormatSample, pool: RankPool, scratch: Path
+    model: Sample,
+    sample: FormatSample,
+    pool: RankPool,
+    scratch: Path,
+    tp_sizes: Sequence[int] = TP_SIZES,
 ) -> Iterator[FormatProof]:
-    """Prove a model in a format over every number of ranks."""
+    """Prove a model in a format over each of these numbers of ranks."""
     source = make_quantized(model, sample, scratch / "source")
     with Checkpoint(source) as checkpoint:
         if not plan_for(checkpoint, 1)[1].grouping.weights:
             return  # the format is of nothing that the model has
     earlier: Path | None = None
-    for size in TP_SIZES:
+    for size in tp_sizes:
         shards = scratch / f"tp{size}"
         try:
             manifest = _split(source, shards, size)

@@ -1,0 +1,44 @@
+"""Quantized models over real ranks; `recipes/proofs/FORMATS.md` has all that is proven."""
+
+from pathlib import Path
+
+import pytest
+
+from shardkit.authoring.format_check import FAULTS, inject_faults, prove_format
+from shardkit.authoring.format_samples import list_format_models, list_format_samples
+from shardkit.authoring.rank_pool import RankPool
+
+SAMPLES = {sample.name: sample for sample in list_format_samples()}
+MODELS = {model.name: model for model in list_format_models()}
+
+
+@pytest.fixture(scope="module")
+def pool():  # type: ignore[no-untyped-def]
+    with RankPool() as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    ("sample", "model", "verdicts"),
+    [
+        ("fp8-block", "grouped-heads", ["proven"] * 2),  # 576 rows in blocks of 128
+        ("fp8-block", "latent-attention", ["proven", "refused"]),
+        ("gptq-desc-act", "fused", ["proven"] * 2),
+        ("mxfp4", "stacked-experts", ["proven"] * 2),  # 5 groups of 32
+    ],
+)
+def test_a_model_in_a_format_is_what_it_is_unsharded(
+    sample: str, model: str, verdicts: list[str], pool: RankPool, tmp_path: Path
+) -> None:
+    proofs = list(prove_format(MODELS[model], SAMPLES[sample], pool, tmp_path, (2, 3)))
+    assert [proof.verdict for proof in proofs] == verdicts, proofs
+    for proof in proofs:
+        assert "this checkpoint divides over tp_size" in proof.detail or proof.verdict == "proven"
+
+
+def test_a_wrong_shard_is_found_by_its_numbers(pool: RankPool, tmp_path: Path) -> None:
+    faults = list(inject_faults(MODELS["experts"], SAMPLES["modelopt-nvfp4"], pool, tmp_path))
+    assert {fault.fault for fault in faults} <= FAULTS.keys()
+    assert len(faults) == 5
+    for fault in faults:
+        assert "tensors to blame" in fault.finding
