@@ -208,6 +208,8 @@ def _view_weight(weight: QuantizedWeight, codes: Placement, dtype: str) -> Place
     if codes.dim < lead:
         return replace(codes, spec=spec)
     axis = tensor.axes[codes.dim - lead]
+    if not axis.axis:
+        raise LayoutError(f"{part.name}: dimension {codes.dim} is inside of a block")
     per = weight.scheme.count_per_index(tensor, axis, part.dtype) or 1
     sections = tuple(widen_section(section, per) for section in codes.sections)
     dim = lead + weight.axes.index(axis.axis)

@@ -5,6 +5,7 @@ from collections import Counter
 from shardkit.checkpoint import is_wrapper_prefix
 from shardkit.checkpoint.header import MAX_DIM
 from shardkit.layout import Section
+from shardkit.layout.style import REPLICATE
 from shardkit.planning import Placement, Plan, Rank
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest, rank_file_name
 from shardkit.strict_json import JsonError, quote
@@ -14,6 +15,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise JsonError or LayoutError unless all parts of a manifest agree."""
     _check_files(manifest)
     manifest.plan.check()
+    _check_weights(manifest.plan)
     _check_units(manifest.plan)
     _check_prefix(manifest.plan)
     for rank in manifest.mesh.ranks():
@@ -60,6 +62,15 @@ def _check_files(manifest: Manifest) -> None:
         counts = Counter([*manifest.companion_files, *names])
         if repeated := [name for name, count in counts.items() if count > 1]:
             raise JsonError(f"{quote(repeated[0])} is the name of two files")
+
+
+def _check_weights(plan: Plan) -> None:
+    """Each quantized weight is cut along one of its axes, and what stores it at the same places."""
+    styles = {placement.spec.name: placement.style for placement in plan.placements}
+    assert plan.weights  # a view raises LayoutError
+    for part, codes in plan.grouping.codes_by_part.items():
+        if styles[part] not in (styles[codes], REPLICATE):
+            raise JsonError(f"{quote(part)} is {styles[part].name}, and its weight another style")
 
 
 def _check_units(plan: Plan) -> None:
