@@ -27,6 +27,7 @@ VOCAB_SIZE = ("vocab_size",)
 # Rows that a class's embedding has beyond the vocabulary, by a field that only its config has.
 VOCAB_EXTRA_ROWS = {"cross_attention_layers": 8, "audio_vocab_size": 1}
 VOCAB_FURTHER = ("additional_vocab_size",)  # fields that count such rows
+VOCAB_PROMPTS = ("prompt_types", "prompt_length")  # rows for each token of each kind of prompt
 POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 # Tables of a config that describe a tower beside the language model, and the language model's own.

@@ -16,7 +16,7 @@ from shardkit.authoring.forms import UNKNOWN_CLASS, Form, ModelClassType, write_
 from shardkit.authoring.samples import Sample
 from shardkit.checkpoint import Checkpoint
 from shardkit.convert import shard_destination, split_checkpoint
-from shardkit.errors import MODEL_ERRORS, ShardkitError
+from shardkit.errors import MODEL_ERRORS, ShardkitError, first_line
 from shardkit.planning import plan_for
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.runtime.model_runner import ModelRunner, Tensors
@@ -33,13 +33,19 @@ class FormResult:
 
     Attributes:
         form: The form.
-        loads: Whether transformers loads it without a missing tensor.
+        loads: Whether transformers loads it without a missing tensor, and runs it.
         fault: What went wrong if it does; empty if the shards compute the same.
+        note: Why transformers does not run what it loads; empty if it does.
     """
 
     form: Form
     loads: bool
     fault: str = ""
+    note: str = ""
+
+
+class UnshardedRunError(Exception):
+    """transformers' own model does not run: there is nothing that shards could compute as well."""
 
 
 @dataclass
@@ -67,6 +73,8 @@ class FormChecker:
             return FormResult(form, loads=False)
         try:
             return FormResult(form, True, self._compare(model.eval(), folder, form))
+        except UnshardedRunError as error:
+            return FormResult(form, loads=False, note=str(error))
         except ShardkitError as error:
             return FormResult(form, True, str(error))
         except MODEL_ERRORS as error:
@@ -93,13 +101,19 @@ class FormChecker:
         sharded = ShardedModel(self.ranks)
         sharded.load(shards, None)
         inputs = make_inputs(model)
+        expected = run_unsharded(model.eval(), inputs)
         outputs = sharded.forward(inputs)
-        expected = select_float_outputs(
-            ModelRunner(model.eval(), torch.device("cpu")).forward(inputs)
-        )
         if not (fault := describe_difference(outputs, expected)):
             self.runs.add(run)
         return fault
+
+
+def run_unsharded(model: PreTrainedModel, inputs: Tensors) -> Tensors:
+    """The outputs of transformers' own model. Raises UnshardedRunError if it fails."""
+    try:
+        return select_float_outputs(ModelRunner(model, torch.device("cpu")).forward(inputs))
+    except Exception as error:  # whatever it is: the class and its config are given
+        raise UnshardedRunError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def describe_difference(outputs: Tensors, expected: Tensors) -> str:
@@ -121,6 +135,7 @@ def summarize_forms(sample: Sample, ranks: RankProcesses, scratch: Path) -> dict
         "model_type": sample.model_type,
         "tried": len(results),
         "loaded": sum(result.loads for result in results),
+        "not_run": sorted({f"{r.form.saved_as}: {r.note}" for r in results if r.note}),
         "faults": [
             f"{r.form.saved_as} {r.form.change}, loaded as {r.form.loaded_as}: {r.fault}"
             for r in results

@@ -20,11 +20,13 @@ from shardkit.authoring.masked_sum import WEIGHT_FILE
 from shardkit.authoring.model_classes import build_model, list_classes
 from shardkit.authoring.samples import Sample, perturb
 from shardkit.errors import MODEL_ERRORS
+from shardkit.runtime.conversion import find_conversions
 
 Tensors = dict[str, torch.Tensor]
 ModelClassType = type[PreTrainedModel]
 
 UNKNOWN_CLASS = "ModelOfAnotherLibrary"
+END = 2  # the token that ends texts, where a sample has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class SavedModel:
         model: The model.
         folder: Where it is saved.
         tensors: Its tensors, by the names in the file.
-        others: What the other classes of the type save.
+        others: What the other classes of the type save beside the base model, or as it.
     """
 
     model_class: ModelClassType
@@ -82,16 +84,22 @@ def store_buffers(saved: SavedModel) -> Tensors:
 
 
 def add_heads(saved: SavedModel) -> Tensors:
-    """The heads of the type's other classes stored too."""
+    """The heads of the type's other classes stored too: what goes nowhere in this class.
+
+    Of two heads that share a name and differ in shape, a checkpoint can have but one.
+    """
     prefix = f"{saved.model.base_model_prefix}."
     plain = {name.removeprefix(prefix) for name in saved.tensors}
-    heads = {
-        name: tensor
-        for tensors in saved.others
-        for name, tensor in tensors.items()
-        if name.removeprefix(prefix) not in plain
-    }
-    return {**heads, **saved.tensors}
+    stored = dict(saved.tensors)
+    for tensors in saved.others:
+        if any(stored[n].shape != t.shape for n, t in tensors.items() if n in stored):
+            continue
+        heads = {n: t for n, t in tensors.items() if n.removeprefix(prefix) not in plain}
+        shapes = {name: tuple(tensor.shape) for name, tensor in heads.items()}
+        conversions = find_conversions(saved.model, shapes)
+        own = {name for conversion in conversions for name, _ in conversion.sources}
+        stored = {**{name: heads[name] for name in heads.keys() - own}, **stored}
+    return stored
 
 
 # Loaded as every class of the type: what the others lack or leave out is known of every pair.
@@ -122,6 +130,8 @@ def write_forms(
         is to load it as.
     """
     config = sample.make_config()
+    if getattr(config, "eos_token_id", END) is None:
+        config.eos_token_id = END  # which classifiers of texts look for
     classes = [c for c in list_classes(sample.model_type) if not names or c.__name__ in names]
     models = list(_save_classes(classes, config, scratch))
     for saved in models:
@@ -148,8 +158,19 @@ def _save_classes(
         except MODEL_ERRORS:
             continue  # a class that this config does not suit
     for model, folder, tensors in models:
-        others = [other for _, _, other in models if other is not tensors]
+        prefix = model.base_model_prefix
+        others = [
+            _remove_base(other, each.base_model_prefix, prefix)
+            for each, _, other in models
+            if each is not model
+        ]
         yield SavedModel(type(model), model, folder, tensors, others)
+
+
+def _remove_base(tensors: Tensors, prefix: str, usual: str) -> Tensors:
+    """The tensors without those of a base model under another prefix than is usual."""
+    inside = f"{prefix}."
+    return {n: t for n, t in tensors.items() if prefix == usual or not n.startswith(inside)}
 
 
 def _save(cls: ModelClassType, config: Any, folder: Path) -> PreTrainedModel:

@@ -105,6 +105,9 @@ def _iter_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_hidden(config: Config, specs: Sequence[TensorSpec]) -> None:
+    lists = group_layers(spec.name for spec in specs)
+    if lists and all(TOWER_MODULES & set(name.split(".")) for name in lists):
+        return  # a tower without its language model
     sizes = {size for spec in specs for size in spec.shape}
     for key, stated in _read_counts(_text_fields(config), fields.HIDDEN_SIZE):
         if stated not in sizes:

@@ -5,6 +5,7 @@ so a weight is called missing only if the rest of its module, in this layer and 
 leaves no other.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def _find_missing_rows(plan: Plan, config: Config) -> str:
     rows = [p.spec.shape[p.dim] for p in tables if p.dim is not None]
     more = sum(extra for key, extra in fields.VOCAB_EXTRA_ROWS.items() if key in text)
     more += sum(text[key] for key in fields.VOCAB_FURTHER if type(text.get(key)) is int)
+    prompts = [text.get(key) for key in fields.VOCAB_PROMPTS]
+    more += math.prod(n for n in prompts if type(n) is int) if None not in prompts else 0
     if stated is None or not rows or not {stated, stated + more}.isdisjoint(rows):
         return ""
     return (

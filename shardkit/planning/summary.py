@@ -9,7 +9,7 @@ from shardkit.layout import Section, kv_head_mode
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.mesh import Mesh
 from shardkit.planning.placement import Placement
-from shardkit.recipe.recipe import compile_module_pattern
+from shardkit.recipe import compile_module_pattern
 from shardkit.tensor import TensorSpec
 
 NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")

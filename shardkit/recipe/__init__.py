@@ -3,8 +3,9 @@
 from shardkit.recipe.catalog import find_recipe, is_bundled, list_recipe_files
 from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
-from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors
+from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors, list_words
 from shardkit.recipe.parse import load_recipe, parse_recipe
+from shardkit.recipe.patterns import compile_module_pattern, compile_tensor_pattern
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -12,8 +13,6 @@ from shardkit.recipe.recipe import (
     Recipe,
     Rule,
     UnitRule,
-    compile_module_pattern,
-    compile_tensor_pattern,
 )
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "find_recipe",
     "is_bundled",
     "list_recipe_files",
+    "list_words",
     "load_recipe",
     "matches_config",
     "parse_recipe",

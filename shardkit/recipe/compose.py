@@ -18,6 +18,7 @@ from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_part_config
 from shardkit.recipe.layer_kinds import number_layers
 from shardkit.recipe.model_classes import list_buffers, read_classes
+from shardkit.recipe.patterns import compile_tensor_pattern
 from shardkit.recipe.recipe import (
     ForwardArgument,
     ModuleAttribute,
@@ -25,7 +26,6 @@ from shardkit.recipe.recipe import (
     Recipe,
     Rule,
     UnitRule,
-    compile_tensor_pattern,
 )
 
 VOCAB = "vocab"  # a unit of every recipe
@@ -51,7 +51,7 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
 
 
 def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
-    """The recipe with rules for what it does not name, and any model may have: heads, old buffers.
+    """The recipe with rules for what it does not name: any model's heads, old buffers, old names.
 
     Args:
         recipe: The recipe.
@@ -64,9 +64,21 @@ def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
     bases = tuple(f"{base}." for base in list_alternatives(recipe.base_model_prefix))
     for name in sorted(names, key=lambda name: not name.startswith(bases)):
         if not any(pattern.fullmatch(name) for pattern in buffers.values()):
-            buffers[name] = compile_tensor_pattern(name, *prefixes)
+            pattern = compile_tensor_pattern(name, *prefixes)
+            buffers = {n: p for n, p in buffers.items() if not pattern.fullmatch(n)}
+            buffers[name] = pattern
+    places = {each.place for each in read_classes(model_type)} - {""}
     rules = [Rule(head, REPLICATE) for head in heads] + [Rule(name, IGNORE) for name in buffers]
-    return replace(recipe, rules=(*recipe.rules, *rules))
+    every = [each.renames for each in read_classes(model_type)]
+    pairs = [pair for each in every for pair in each.items()]
+    renames = {own: name for name, own in pairs} | dict(pairs)
+    return replace(
+        recipe,
+        rules=(*recipe.rules, *rules),
+        places=tuple(sorted(places)),
+        renames=every[0] if every else {},
+        other_renames=renames,
+    )
 
 
 def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:

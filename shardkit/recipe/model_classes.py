@@ -8,13 +8,12 @@ so that a plan imports neither torch nor transformers.
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from shardkit.recipe.catalog import find_recipe_folder
-from shardkit.recipe.counts import read_field
 
 CLASSES_FILE = "model_classes.json"
 SETS = ("modules", "needs", "ties", "buffers", "single_rows")
@@ -46,6 +45,10 @@ class ModelClass:
         buffers: Tensors that it makes anew, and that older checkpoints have stored.
         single_rows: Tensors of which it has one row, and another class of the type has more.
         skips: Regular expressions of names that it leaves out on purpose.
+        renames: Names in the checkpoints of other classes, numbers as `*`, and what its own have in
+            their place.
+        place: The module of other classes that it is, such as the decoder alone; empty for most.
+        tie_fields: The config's fields that tie `ties`, if one of them is true, and their defaults.
     """
 
     name: str
@@ -56,17 +59,29 @@ class ModelClass:
     buffers: frozenset[str] = frozenset()
     single_rows: frozenset[str] = frozenset()
     skips: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    tie_fields: Mapping[str, bool] = field(default_factory=dict)
+    place: str = ""
 
     def has(self, name: FullName) -> bool:
         """Whether it has a tensor."""
         return not self.modules.isdisjoint(self._list_owners(name))
 
-    def find_missing(self, names: Iterable[FullName], with_ties: bool = False) -> str:
+    def find_missing(self, names: Iterable[FullName]) -> str:
         """A module that it needs of which there is no tensor; empty if there is none."""
+        every = list(names)
+        owners = {owner for name in every for owner in self._list_owners(name)}
+        owners.update(o for n in every for o in list_ancestors(f"{self.prefix}.{n.pattern}"))
+        return min(self.needs - owners, default="")
+
+    def lacks_head(self, names: Iterable[FullName], config: Mapping[str, Any]) -> bool:
+        """Whether a head is missing that its config does not tie."""
+        fields = self.tie_fields.items()
+        if not fields or any(_read_flag(config, field, default) for field, default in fields):
+            return False
         owners = {owner for name in names for owner in self._list_owners(name)}
         heads = {_last_word(tie) for tie in self.ties & owners}  # one may have several names
-        ties = {tie for tie in self.ties if with_ties and _last_word(tie) not in heads}
-        return min((self.needs | ties) - owners, default="")
+        return any(_last_word(tie) not in heads for tie in self.ties)
 
     def _list_owners(self, name: FullName) -> list[str]:
         """The tensor's name and those of the modules that it is in, as this class has them.
@@ -76,8 +91,9 @@ class ModelClass:
         prefix = f"{self.prefix}." if self.prefix else ""
         if name.lacks_prefix:
             return list_ancestors(f"{prefix}{name.pattern}")
-        plain = name.pattern.removeprefix(prefix)
-        return list_ancestors(name.pattern) + (list_ancestors(plain) if prefix else [])
+        names = [name.pattern, self.renames.get(name.pattern, "")]
+        names += [each.removeprefix(prefix) for each in names]
+        return [owner for each in dict.fromkeys(names) for owner in list_ancestors(each)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +134,8 @@ def find_loaded_tensors(
     patterns = {name: NUMBERS.sub("*", name) for name in names}
     full_names = {p: _find_full_name(p, every_module) for p in set(patterns.values())}
     known = {full for full in full_names.values() if any(c.has(full) for c in classes)}
-    foreign = set(full_names.values()) - known
+    buffers = frozenset[str]().union(*(each.buffers for each in classes))
+    foreign = {full for full in set(full_names.values()) - known if full.pattern not in buffers}
     chosen = _find_stated_class(classes, config)
     missing = chosen.find_missing(known) if chosen and not foreign else ""
     if chosen and missing.startswith(f"{chosen.prefix}."):
@@ -132,11 +149,10 @@ def find_loaded_tensors(
     if chosen is None:
         return LoadedTensors()
     places = {full.pattern: full in known and chosen.has(full) for full in full_names.values()}
-    in_doubt = {full.pattern for full in foreign}
     unloaded = {
         name
         for name, pattern in patterns.items()
-        if not places[pattern] and (pattern not in in_doubt or _skips(chosen, name))
+        if not places[pattern] and (full_names[pattern] not in foreign or _skips(chosen, name))
     }
     better_class = best.name if best and missing else ""
     if missing and not better_class:  # older names, which the class's own table renames
@@ -170,20 +186,27 @@ def _choose_class(
 
     If the names are not the whole checkpoint's, nothing can be said to be missing.
     """
-    known = [each for each in classes if each.needs or len(classes) == 1]
-    complete = [each for each in known if not (is_whole and each.find_missing(names))]
-    if is_whole and any(each.find_missing(names, with_ties=True) for each in complete):
-        table = "text_config." if "text_config" in config else ""
-        if read_field(config, f"{table}tie_word_embeddings") is False:
-            complete = [c for c in complete if not c.find_missing(names, with_ties=True)]
     every_single = frozenset[str]().union(*(each.single_rows for each in classes))
     telling = every_single & {name.pattern for name in names}
     rows = telling & frozenset(single_rows)
+    known = [each for each in classes if each.needs or len(classes) == 1]
+    complete = [c for c in known if not (c.single_rows & telling) - rows]  # which it cannot load
+    if is_whole:
+        complete = [
+            c for c in complete if not c.find_missing(names) and not c.lacks_head(names, config)
+        ]
 
     def count_misfits(each: ModelClass) -> tuple[int, int]:
         return sum(not each.has(n) for n in names), len((each.single_rows & telling) ^ rows)
 
     return min(complete, key=count_misfits, default=None)
+
+
+def _read_flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
+    """A field of a config or of a table in it."""
+    table, _, key = field.rpartition(".")
+    owner = config.get(table) if table else config
+    return bool(owner.get(key, default)) if isinstance(owner, Mapping) else default
 
 
 def _last_word(name: str) -> str:
@@ -217,10 +240,17 @@ def list_buffers(model_type: str) -> list[str]:
     return sorted({name for each in read_classes(model_type) for name in each.buffers})
 
 
+def list_words(model_type: str) -> set[str]:
+    """The words in the names of the modules that a type's classes have or need."""
+    names = {name for each in read_classes(model_type) for name in each.modules | each.needs}
+    return {word for name in names for word in name.split(".")}
+
+
 def _decode_class(name: str, value: Mapping[str, Any]) -> ModelClass:
     modules, needs, ties, buffers, rows = (frozenset(value[key]) for key in SETS)
-    skips = tuple(value["skips"])
-    return ModelClass(name, value["prefix"], modules, needs, ties, buffers, rows, skips)
+    sets = modules, needs, ties, buffers, rows
+    rest = tuple(value["skips"]), value["renames"], value["tie_fields"], value["place"]
+    return ModelClass(name, value["prefix"], *sets, *rest)
 
 
 def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:
@@ -230,6 +260,9 @@ def encode_classes(classes: Iterable[ModelClass]) -> dict[str, Any]:
             "prefix": each.prefix,
             **{key: sorted(getattr(each, key)) for key in SETS},
             "skips": list(each.skips),
+            "renames": dict(sorted(each.renames.items())),
+            "tie_fields": dict(each.tie_fields),
+            "place": each.place,
         }
         for each in classes
     }

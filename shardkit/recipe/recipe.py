@@ -6,12 +6,13 @@ transformers builds them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardkit.errors import RecipeError
 from shardkit.layout import Style, Term
+from shardkit.recipe.patterns import compile_tensor_pattern, rename_tensor
 
 NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")  # a part of a name that is one
 
@@ -144,7 +145,10 @@ class Recipe:
     modules that predict further tokens, which transformers does not load, and for each the module
     whose rules count inside of it. `layer_kinds` has the kinds of layers that patterns name, and
     for each the config's lists that tell it, with the value there. `other_prefixes` are what some
-    classes of the type have in place of `base_model_prefix`.
+    classes of the type have in place of `base_model_prefix`. `renames` are names of other classes'
+    tensors, numbers as `*`, and what the first class has, which the rules know; by `other_renames`
+    go names without a rule. `places` are modules that checkpoints may hold alone, without their
+    names.
     """
 
     name: str
@@ -162,6 +166,9 @@ class Recipe:
     layer_kinds: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     base_model_prefix: str = ""
     other_prefixes: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    other_renames: Mapping[str, str] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
     notes: str = ""
 
     @cached_property
@@ -175,6 +182,7 @@ class Recipe:
         patterns = [rule.pattern for rule in self.rules]
         texts = [*patterns, self.base_model_prefix, *self.other_prefixes, *self.prediction_layers]
         texts += self.prediction_layers.values()
+        texts += [name for name in self.other_renames if "*" not in name]
         return frozenset(number for text in texts for number in re.findall(r"\d+", text))
 
     @cached_property
@@ -199,11 +207,26 @@ class Recipe:
         return rules
 
     def _match_rules(self, tensor: str) -> list[Rule]:
-        rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
-        module = self.find_prediction_module(tensor)
-        if rules or not module:
+        first = rename_tensor(tensor, self.renames)
+        if first != tensor and len(rules := self._match_patterns(first)) == 1:
             return rules
-        return self._match_rules(f"{self.prediction_layers[module]}{tensor.removeprefix(module)}")
+        if rules := self._match_patterns(tensor):
+            return rules
+        if rules := self._match_patterns(rename_tensor(tensor, self.other_renames)):
+            return rules
+        if module := self.find_prediction_module(tensor):
+            tensor = f"{self.prediction_layers[module]}{tensor.removeprefix(module)}"
+            return self._match_rules(tensor)
+        inside = (self._match_patterns(f"{place}.{tensor}") for place in self.places)
+        return next((rules for rules in inside if rules), [])
+
+    def _match_patterns(self, tensor: str) -> list[Rule]:
+        """The rules whose patterns name a tensor as it is, or else without a prefix."""
+        rules = [rule for pattern, rule in self._compiled if pattern.fullmatch(tensor)]
+        if len(rules) > 1:
+            plain = [r for r in rules if compile_tensor_pattern(r.pattern).fullmatch(tensor)]
+            return plain if len(plain) == 1 else rules
+        return rules
 
     def find_prediction_module(self, tensor: str) -> str:
         """The module of `prediction_layers` that a tensor is in; empty if it is in none."""
@@ -220,43 +243,3 @@ class Recipe:
             )
         names = " and ".join(repr(rule.pattern) for rule in rules)
         raise RecipeError(f"{tensor}: {len(rules)} rules of recipe {self.name!r} name it: {names}")
-
-
-def compile_tensor_pattern(
-    pattern: str, base_model_prefix: str = "", other_prefixes: Iterable[str] = ()
-) -> re.Pattern[str]:
-    """The tensors a recipe pattern names: a module's weight and bias, or exactly that tensor.
-
-    A name may lack the base model's prefix, itself a pattern, as checkpoints saved from the base
-    model do, or have another in its place. Old checkpoints call the weight and bias of a norm gamma
-    and beta.
-    """
-    prefixes = [*other_prefixes]
-    if base_model_prefix and not pattern.startswith(base_model_prefix + "."):
-        prefixes = []
-    elif base_model_prefix:
-        prefixes.append(base_model_prefix)
-        pattern = pattern[len(base_model_prefix) + 1 :]
-    head = rf"(?:(?:{'|'.join(map(_translate_pattern, prefixes))})\.)?" if prefixes else ""
-    return re.compile(head + _translate_pattern(pattern) + r"(?:\.(?:weight|bias|gamma|beta))?")
-
-
-def compile_module_pattern(pattern: str) -> re.Pattern[str]:
-    """The modules that a pattern names, wherever the model nests them; a `?` at its end is left."""
-    return re.compile(r"(?:.*\.)?" + _translate_pattern(pattern.removesuffix("?")))
-
-
-def _translate_pattern(pattern: str) -> str:
-    """`*` is one number and `{a,b}` is either; everything else stands for itself.
-
-    `*` is itself too: transformers 5 saves such a name if it undoes a renaming by pattern.
-    """
-    return "".join(map(_translate_part, re.split(r"(\*(?:\[\w+\])?|\{[^{}]*\})", pattern)))
-
-
-def _translate_part(part: str) -> str:
-    if part.startswith("*"):  # of any kind, as long as no config tells which layers are of it
-        return r"(?:\d+|\*)"
-    if part.startswith("{"):
-        return "(?:" + "|".join(map(re.escape, part[1:-1].split(","))) + ")"
-    return re.escape(part)

@@ -124,8 +124,9 @@ def find_conversions(
 ) -> list[Conversion]:
     """The conversions that take tensors into the model.
 
-    As transformers does, it leaves out what the model has no place for. What the model needs and no
-    tensor makes is an error later, so that a wrong name cannot pass for one that is left out.
+    As transformers does, it leaves out what the model has no place for, and of plain tensors of two
+    names, the second. What the model needs and no tensor makes is an error later, so that a wrong
+    name cannot pass for one that is left out.
 
     Args:
         model: The model, its tensors on any device.
@@ -137,15 +138,17 @@ def find_conversions(
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict()
-    groups: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, bool], list[tuple[str, str]]] = defaultdict(list)
     for name in sorted(shapes, key=dot_natural_key):
-        plain = name.removeprefix(wrapper_prefix)
-        target, pattern = rename_source_key(
-            plain, renamings, converters, model.base_model_prefix, state
-        )
+        plain, place = name.removeprefix(wrapper_prefix), (model.base_model_prefix, state)
+        target, pattern = rename_source_key(plain, renamings, converters, *place)
+        if target not in state and plain in state:  # the model's own, which is not to be renamed
+            target, pattern = rename_source_key(plain, [], [], *place)
         if target not in state:
             continue
-        group = ("", name) if pattern is None else (target, "")
+        group = (target, pattern is not None)
+        if pattern is None and group in groups:
+            continue  # stored under two names: the first counts
         groups[group].append((name, target if pattern is None else pattern))
     return [
         _make_conversion(group, sources, by_pattern, shapes) for group, sources in groups.items()
@@ -158,13 +161,13 @@ def loaded_shapes(placements: Mapping[str, Placement]) -> dict[str, tuple[int, .
 
 
 def _make_conversion(
-    group: tuple[str, str],
+    group: tuple[str, bool],
     sources: Sequence[tuple[str, str]],
     by_pattern: Mapping[str, WeightConverter],
     shapes: Mapping[str, Sequence[int]],
 ) -> Conversion:
-    stacked, _ = group
-    if not stacked:
-        return Conversion(sources[0][1], tuple(sources), None)
+    target, is_stacked = group
+    if not is_stacked:
+        return Conversion(target, tuple(sources), None)
     name, pattern = sources[0]
-    return Conversion(stacked, tuple(sources), by_pattern[pattern], tuple(shapes[name]))
+    return Conversion(target, tuple(sources), by_pattern[pattern], tuple(shapes[name]))

@@ -4,6 +4,7 @@ As torch's `parallelize_module`, but from the placements of a manifest.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,12 @@ from shardkit.errors import LayoutError, ManifestError
 from shardkit.layout import Span, Style, partition, rank_spans
 from shardkit.layout.style import COLUMN, GATHER, NORM, PADDED, RECURRENT, ROW, VOCAB
 from shardkit.planning import Placement, Plan, Rank
-from shardkit.recipe import ForwardArgument, ModuleAttribute, compile_module_pattern
+from shardkit.recipe import (
+    ForwardArgument,
+    ModuleAttribute,
+    compile_module_pattern,
+    list_words,
+)
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.embedding import make_vocab_parallel
 from shardkit.runtime.layers.linear import make_column_parallel, make_padded, make_row_parallel
@@ -123,14 +129,26 @@ FORMS: dict[Style, Callable[[_Swap], None]] = {
 
 
 def find_modules(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules a pattern names. Raises ManifestError if it names none, unless by `?`."""
+    """The modules a pattern names.
+
+    Raises ManifestError if it names none, unless by `?`, or in a part of other classes of the type
+    that this one lacks: the encoder, say, of a decoder.
+    """
     compiled, is_empty = compile_module_pattern(pattern), True
     for name, module in model.named_modules():
         if compiled.fullmatch(name):
             is_empty = False
             yield name, module
-    if is_empty and not pattern.endswith("?"):
+    if is_empty and not pattern.endswith("?") and not _is_of_other_class(model, pattern):
         raise ManifestError(f"{type(model).__name__} has no module {pattern!r}")
+
+
+def _is_of_other_class(model: nn.Module, pattern: str) -> bool:
+    """Whether the outermost part of a pattern that a model lacks is known of its type's classes."""
+    present = {part for name, _ in model.named_modules() for part in name.split(".")}
+    lacking = next((word for word in re.findall(r"\w+", pattern) if word not in present), "")
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    return lacking in list_words(model_type)
 
 
 def scale_count(full: int, unit: tuple[int, int], per_unit: tuple[int, int]) -> int:

@@ -165,6 +165,10 @@ def _make_texts(
     longest = max(positions - STEPS, positions // 2, 1)
     generator = torch.Generator().manual_seed(TEXT_SEED)
     plain = _list_plain_tokens(config, int(text.vocab_size))
+    end = getattr(text, "eos_token_id", None)
+    classifies = type(model).__name__.endswith(CLASSIFIES)
+    has_end = classifies and isinstance(end, int) and end < text.vocab_size
+    plain = plain[plain != end] if has_end else plain
 
     def random_ids(length: int) -> torch.Tensor:
         return plain[torch.randint(0, len(plain), (BATCH, length), generator=generator)]
@@ -173,10 +177,10 @@ def _make_texts(
     if placeholders:
         inputs = _insert_placeholders(inputs["input_ids"], placeholders)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    end = getattr(text, "eos_token_id", None)
-    if type(model).__name__.endswith(CLASSIFIES) and type(end) is int:
-        inputs["input_ids"][:, -1] = end  # from whose state some classes tell a text's class
-    if config.is_encoder_decoder:
+    if has_end and end is not None:
+        inputs["input_ids"][:, -1] = end  # the one from whose state some tell a text's class
+    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    if decodes and not classifies:  # which give the decoder the same text
         inputs["decoder_input_ids"] = random_ids(min(LENGTH // 2, longest))
     return inputs
 

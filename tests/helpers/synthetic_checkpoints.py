@@ -163,7 +163,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], Shapes]] = {
     "t5": ({"model_type": "t5", "num_heads": 8, "d_ff": 24}, T5),
     "bert": ({"model_type": "bert", "num_attention_heads": 8, "intermediate_size": 24}, BERT),
     "bart": (
-        {"model_type": "bart", "encoder_attention_heads": 8, "decoder_attention_heads": 4},
+        {
+            "architectures": ["BartForConditionalGeneration"],
+            "model_type": "bart",
+            "encoder_attention_heads": 8,
+            "decoder_attention_heads": 4,
+        },
         BART,
     ),
 }

@@ -109,6 +109,9 @@ WHOLE: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "further rows that the config counts": (
         {"embed.weight": (26, 8)}, {"additional_vocab_size": 6},
     ),
+    "rows for the prompts of each kind": (
+        {"embed.weight": (26, 8)}, {"prompt_types": 2, "prompt_length": 3},
+    ),
     "tied": (
         model(2, HEAD), {"tie_word_embeddings": True, "architectures": ["AnyForCausalLM"]},
     ),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardkit.errors import RecipeError
-from shardkit.recipe import Recipe, compose_recipe, parse_recipe, resolve_units
+from shardkit.recipe import Recipe, compose_recipe, find_recipe, parse_recipe, resolve_units
 from shardkit.recipe.compose import list_alternatives
 
 RECIPE = b"""
@@ -135,3 +135,45 @@ def test_a_part_written_wrong_is_refused_by_its_key(entry: bytes, message: str) 
 def test_the_alternatives_of_a_module() -> None:
     assert list_alternatives("visual") == ("visual",)
     assert list_alternatives("{a,b.c}.d") == ("a.d", "b.c.d")
+
+
+def compose_bundled(model_type: str) -> Recipe:
+    config = {"model_type": model_type}
+    return compose_recipe(find_recipe(config), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("vision_tower.blocks.0.attn.proj.weight", "vision_tower.encoder.blocks.0.wo.weight"),
+        ("vision_tower.blocks.0.mlp.fc1.weight", "vision_tower.encoder.blocks.0.mlp.fc0.weight"),
+        ("vision_tower.blocks.0.mlp.fc2.weight", "vision_tower.encoder.blocks.0.mlp.fc1.weight"),
+    ],
+)
+def test_a_name_that_another_class_stores_has_the_rule_of_the_first_class_s(
+    name: str, other: str
+) -> None:
+    recipe = compose_bundled("kimi_k25")
+    rule, expected = recipe.rule_for(name), recipe.rule_for(other)
+    assert (rule.style, rule.terms) == (expected.style, expected.terms)
+
+
+@pytest.mark.parametrize(("number", "style"), [(0, "column"), (3, "row")])
+def test_a_rule_for_one_number_is_for_it_under_the_other_name_too(number: int, style: str) -> None:
+    name = f"audio_tower.asr_encoder.layers.0.ffn.net.{number}.weight"
+    assert compose_bundled("nemo_speechlm").rule_for(name).style.name == style
+
+
+def test_a_part_of_a_model_that_is_saved_alone_has_the_rules_of_the_part() -> None:
+    rule = compose_bundled("prophetnet").rule_for("layers.0.feed_forward.output.weight")
+    assert rule.style.name == "row"
+
+
+def test_a_rule_for_the_name_as_it_is_goes_before_one_without_its_prefix() -> None:
+    assert compose_bundled("beit").rule_for("layernorm.weight").pattern == "layernorm"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_buffer_that_two_classes_have_has_one_rule(prefix: str) -> None:
+    recipe = compose_bundled("qwen2_vl")
+    assert recipe.rule_for(f"{prefix}visual.rotary_pos_emb.inv_freq").style.name == "ignore"

@@ -76,6 +76,61 @@ def test_a_head_that_is_stored_under_one_of_its_names_is_there() -> None:
     assert load(names, "aria", **config).model_class == "AriaForConditionalGeneration"
 
 
+@pytest.mark.parametrize(
+    ("ties", "text_ties", "model_class"),
+    [
+        (None, None, "Glm4vModel"),  # whose config ties nothing unless it says so
+        (False, True, "Glm4vForConditionalGeneration"),  # older configs say so of the text alone
+        (True, None, "Glm4vForConditionalGeneration"),
+        (False, False, "Glm4vModel"),
+    ],
+)
+def test_a_head_is_tied_by_the_fields_that_its_class_reads(
+    ties: bool | None, text_ties: bool | None, model_class: str
+) -> None:
+    names = ["model.language_model.norm.weight", "model.visual.merger.proj.weight"]
+    tables: list[dict[str, Any]] = [
+        {} if value is None else {"tie_word_embeddings": value} for value in (ties, text_ties)
+    ]
+    config = {**tables[0], "text_config": tables[1]}
+    assert load(names, "glm4v", **config).model_class == model_class
+
+
+def test_a_head_inside_of_a_part_that_all_classes_have_is_missed() -> None:
+    parts = ["audio_tower.layer_norm", "language_model.model.norm", "multi_modal_projector.linear"]
+    names = [f"{part}.weight" for part in parts]
+    assert load(names, "qwen2_audio").model_class == "Qwen2AudioModel"
+
+
+@pytest.mark.parametrize("model_class", ["HunYuanVLModel", "HunYuanVLForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            "model.embed_tokens.weight",
+            "model.layers.0.mlp.up_proj.weight",
+            "vit.perceive.image_sep",
+        ],
+        ["language_model.embed_tokens.weight", "vision_tower.layers.0.layer_norm1.weight"],
+    ],
+)
+def test_a_class_loads_what_another_class_stores_under_other_names(
+    model_class: str, names: list[str]
+) -> None:
+    assert not load(names, "hunyuan_vl", architectures=[model_class]).unloaded
+
+
+def test_old_buffers_tell_nothing_of_what_is_missing() -> None:
+    parts = [
+        "audio_tower.layer_norm",
+        "language_model.model.norm",
+        "multi_modal_projector.linear_1",
+    ]
+    names = [f"{part}.weight" for part in parts]
+    buffers = ["pos_emb.inv_freq"]
+    assert load([*names, *buffers], "musicflamingo").model_class == "MusicFlamingoModel"
+
+
 def test_a_tensor_that_no_class_is_known_to_have_may_be_one_of_the_model() -> None:
     loaded = load([*LLAMA, "lm_head.weight", "v_head.weight"], "llama")
     assert (loaded.model_class, loaded.unloaded) == ("LlamaForCausalLM", frozenset())
@@ -99,3 +154,10 @@ def test_the_rows_of_a_head_tell_classes_of_the_same_names_apart(
     assert (
         find_loaded_tensors({"model_type": "bert"}, names, single_rows).model_class == model_class
     )
+
+
+def test_a_class_whose_head_has_one_row_cannot_load_more() -> None:
+    """Though it has a place for the pooler, which the other class of that head leaves out."""
+    names = [*LAYER, *POOLER, "classifier.weight", "classifier.bias"]
+    names = [name.replace("bert.", "mpnet.") for name in names]
+    assert load(names, "mpnet").model_class == "MPNetForTokenClassification"

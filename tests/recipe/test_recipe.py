@@ -12,7 +12,8 @@ from shardkit.layout import STYLES
 from shardkit.layout.axis import Term
 from shardkit.recipe.catalog import find_recipe, list_recipe_files
 from shardkit.recipe.parse import load_recipe
-from shardkit.recipe.recipe import Recipe, Rule, compile_module_pattern, compile_tensor_pattern
+from shardkit.recipe.patterns import compile_module_pattern, compile_tensor_pattern
+from shardkit.recipe.recipe import Recipe, Rule
 
 SAMPLES = Path(__file__).parent / "samples"
 FAULTS = {
@@ -190,6 +191,7 @@ def test_numbers_that_a_rule_states_keep_their_own_rule() -> None:
         ),
         ("h.{q,k}_proj", ["h.q_proj", "h.k_proj.bias"], ["h.v_proj", "h.q,k_proj"]),
         ("h.{a.b,c}.d", ["h.a.b.d", "h.c.d"], ["h.aXb.d"]),
+        ("{r,p.s,p}.k", ["r.k", "p.s.k", "s.k", "p.k", "k"], ["p.r.k", "s.p.k"]),
         ("p.wte", ["p.wte.weight", "wte.weight"], ["q.wte.weight", "p.p.wte.weight"]),
     ],
 )

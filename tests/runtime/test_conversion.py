@@ -35,6 +35,12 @@ def test_a_tensor_that_the_model_has_no_place_for_is_left_out(model: LlamaForCau
     assert targets == set(model.state_dict())
 
 
+def test_of_a_tensor_under_two_names_the_first_is_loaded(model: LlamaForCausalLM) -> None:
+    shapes = {"norm.weight": (16,), "model.norm.weight": (16,)}  # a base model's, and a whole one's
+    (conversion,) = find_conversions(model, shapes)
+    assert conversion.sources == (("model.norm.weight", "model.norm.weight"),)
+
+
 @pytest.fixture(scope="module")
 def seeing_model() -> PreTrainedModel:
     sample = VARIANTS["kimi_k25"]

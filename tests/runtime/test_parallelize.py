@@ -1,5 +1,8 @@
 """What shrinks on a rank beside the weights: attributes and buffers counted along a tensor."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from shardkit.layout import STYLES
 from shardkit.layout.spans import Section
 from shardkit.planning import Mesh, Placement, Plan
 from shardkit.recipe.recipe import ModuleAttribute
-from shardkit.runtime.parallelize import _set_attribute, keep_local_units
+from shardkit.runtime.parallelize import _set_attribute, find_modules, keep_local_units
 from shardkit.tensor import TensorSpec
 
 # Six heads of width 4, and one group of 3 that all of them share: ranks hold 12 + 3 each.
@@ -59,3 +62,27 @@ def test_a_module_without_the_tensor_keeps_its_attribute_where_it_may_lack_it() 
     rule, model = ModuleAttribute("layers.*.mixer", "conv_dim?", "out_proj.weight"), model_of()
     _set_attribute(model, rule, plan_of(rule), PLACED, Mesh(2).rank(1))
     assert model.get_submodule("layers.0.mixer").conv_dim == 27
+
+
+def decoder_of(model_type: str) -> nn.Module:
+    model: Any = nn.ModuleDict({"decoder": nn.ModuleDict({"layers": nn.ModuleList([Mixer(27)])})})
+    model.config = SimpleNamespace(model_type=model_type)
+    built: nn.Module = model
+    return built
+
+
+def test_a_part_that_only_other_classes_of_the_type_have_may_be_missing() -> None:
+    assert not [*find_modules(decoder_of("bigbird_pegasus"), "encoder.layers.*.self_attn")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "pattern"),
+    [
+        ("bigbird_pegasus", "encodr.layers.*.self_attn"),
+        ("bigbird_pegasus", "decoder.layers.*.self_atn"),
+        ("no-such-type", "encoder.layers.*.self_attn"),
+    ],
+)
+def test_a_misspelt_module_is_an_error(model_type: str, pattern: str) -> None:
+    with pytest.raises(ManifestError, match="has no module"):
+        [*find_modules(decoder_of(model_type), pattern)]

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import save_random_model
@@ -94,3 +104,29 @@ def test_what_transformers_cannot_load_is_one_line_that_names_quantization_confi
     assert "transformers cannot load it" in str(caught.value)
     assert "config.json has quantization_config" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_to_classify_has_one_end_and_the_decoder_reads_the_same() -> None:
+    sizes = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers",)}
+    config = BartConfig(
+        d_model=8, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, pad_token_id=1, **sizes, **SMALL,
+    )  # fmt: skip
+    model = BartForSequenceClassification(config).eval()
+    inputs = make_inputs(model)
+    assert (inputs["input_ids"] == 2).sum(1).tolist() == [1, 1]
+    assert model(**inputs).logits.shape == (2, 3)
+
+
+def test_an_end_outside_of_the_vocabulary_is_no_token_of_a_text() -> None:
+    config = GPT2Config(n_embd=24, n_head=3, n_layer=1, **{**SMALL, "eos_token_id": 50})
+    ids = make_inputs(GPT2ForSequenceClassification(config))["input_ids"]
+    assert int(ids.max()) < 30
+
+
+def test_a_decoder_reads_ids_whatever_its_config_says() -> None:
+    config = MarianConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, is_encoder_decoder=False, pad_token_id=1,
+        decoder_start_token_id=1, **SMALL,
+    )  # fmt: skip
+    assert "decoder_input_ids" in make_inputs(MarianModel(config))

@@ -20,9 +20,9 @@ from shardkit.checkpoint.header import Header, parse_header, parse_header_length
 from shardkit.checkpoint.index import encode_index, parse_index
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.planning import Mesh, Plan, place_tensor
+from shardkit.recipe import Recipe, compile_module_pattern
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
-from shardkit.recipe.recipe import Recipe, compile_module_pattern
 from shardkit.shards import encode_manifest
 from shardkit.shards.manifest_json import manifest_to_json, parse_manifest
 from shardkit.strict_json import JsonError, encode_canonical

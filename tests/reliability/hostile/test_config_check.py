@@ -56,6 +56,13 @@ AGREE: dict[str, tuple[dict[str, Any], Names]] = {
         {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}},
         layers(2, "language_model.model.layers") | VISION,
     ),
+    "a tower alone": (
+        {
+            "text_config": {"num_hidden_layers": 2, "hidden_size": 16},
+            "vision_config": {"num_hidden_layers": 3, "hidden_size": 8},
+        },
+        VISION,
+    ),
     "a tower of more tensors, its config under an unusual name": (
         {"num_hidden_layers": 2, "sight_config": {"layers": 5}},
         layers(2) | layers(5, "sight.blocks"),

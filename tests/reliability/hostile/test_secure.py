@@ -39,6 +39,7 @@ OPENED = {
     "shardkit/recipe/catalog.py": "the bundled recipes",
     "shardkit/recipe/model_classes.py": "the bundled table of classes",
     "shardkit/authoring/model_classes.py": "the bundled table of classes, as measured",
+    "shardkit/authoring/cross_loading.py": "small models that are measured",
     "shardkit/authoring/forms.py": "a small model that it has made",
     "shardkit/authoring/form_check.py": "a small model that forms have made",
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
