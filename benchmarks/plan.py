@@ -1,16 +1,20 @@
 """Time of a plan at the real size of the checkpoints that are most served over several GPUs.
 
-    python benchmarks/plan.py [--configs FOLDER] [--tp 8 --tp 16] [--rounds 3] [NAME ...]
+    python benchmarks/plan.py [--configs FOLDER] [--tp 8 --tp 16] [--rounds 3] [--as-published]
+                              [NAME ...]
 
 Each checkpoint is made of its config alone: the names and shapes that transformers' class saves,
 in bfloat16, as a file with a true header and a hole for the data.  A plan runs in a process of its
 own, beside one that only imports torch, whose time shows how fast the machine is.  A config comes
-from FOLDER/NAME/config.json if it is there, else from the class's defaults.
+from FOLDER/NAME/config.json if it is there, else from the class's defaults.  With --as-published a
+checkpoint has the tensors of the quantization that its published config states.
 """
 
 import argparse
+import fnmatch
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,12 +28,18 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
+from shardkit.authoring.format_samples import choose_weights
 from shardkit.checkpoint.header import encode_header
-from shardkit.errors import MODEL_ERRORS
+from shardkit.errors import MODEL_ERRORS, RecipeError
+from shardkit.recipe.formats import QuantizedWeight, Scheme, find_schemes
+from shardkit.recipe.formats.grouping import expect_shape
 from shardkit.runtime.models.registry import find_model_class
 from shardkit.tensor import TensorSpec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "published"
+LISTS_OF_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FAULTS: tuple[type[Exception], ...] = (*MODEL_ERRORS, RecipeError)
 # A checkpoint, and the class that it is saved from.
 CHECKPOINTS = {
     "deepseek-v4-flash": "DeepseekV4ForCausalLM",
@@ -37,7 +47,7 @@ CHECKPOINTS = {
     "qwen3.5-397b-a17b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
     "glm-5-fp8": "GlmMoeDsaForCausalLM",
     "kimi-k2.5": "Kimi_K25ForConditionalGeneration",
-    "minimax-m3": "MiniMaxM3VLForConditionalGeneration",
+    "minimax-m3-mxfp8": "MiniMaxM3SparseForConditionalGeneration",
     "qwen3.6-35b-a3b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
     "qwen3.8": "Qwen3_5MoeForCausalLM",
     "gpt-oss-120b": "GptOssForCausalLM",
@@ -77,7 +87,79 @@ def list_specs(model: transformers.PreTrainedModel) -> list[TensorSpec]:
     return [TensorSpec(name, "BF16", tuple(t.shape)) for name, t in saved.items()]
 
 
-def write_checkpoint(name: str, configs: Path, folder: Path) -> int:
+def read_quantization(name: str, folder: Path) -> dict[str, Any]:
+    """What the published files of a checkpoint say of quantization, as a config would."""
+    for path in sorted((folder / name).glob("*config*.json"), key=lambda path: len(path.name)):
+        table = json.loads(path.read_text())
+        for part in (table, *(value for value in table.values() if isinstance(value, dict))):
+            if part.get("quantization_config"):
+                return {"quantization_config": part["quantization_config"]}
+    path = folder / name / "hf_quant_config.json"
+    return {"quantization_config": json.loads(path.read_text())} if path.exists() else {}
+
+
+def list_plain_modules(stated: dict[str, Any]) -> list[re.Pattern[str]]:
+    """The modules that a quantization leaves as they are, as every writer spells them."""
+    inner = stated.get("quantization")
+    table = {**stated, **inner} if isinstance(inner, dict) else stated
+    lists = [table.get(key) for key in LISTS_OF_PLAIN]
+    patterns = []
+    for name in (str(each) for names in lists if isinstance(names, list) for each in names):
+        text = name.removeprefix("re:") if name.startswith("re:") else fnmatch.translate(name)
+        patterns.append(re.compile(text))
+    return patterns
+
+
+def quantize_specs(specs: list[TensorSpec], quantization: dict[str, Any]) -> list[TensorSpec]:
+    """The tensors that store these weights by the first scheme of a quantization."""
+    schemes = find_schemes(quantization)
+    plain = list_plain_modules(quantization["quantization_config"])
+    stored: list[TensorSpec] = []
+    for spec in (each for whole in specs for each in unstack_experts(whole, schemes[-1])):
+        module = spec.name.removesuffix(".weight")
+        parts = [module, *module.split(".")]
+        is_plain = any(pattern.match(part) for pattern in plain for part in parts)
+        stored += [spec] if is_plain else store_weight(spec, schemes[-1])
+    return stored
+
+
+def unstack_experts(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    """Experts one by one, as quantized checkpoints have them, unless the format has a stack."""
+    module, _, leaf = spec.name.rpartition(".")
+    if len(spec.shape) != 3 or leaf not in STACKS or scheme.format.codes.suffix[:1] == "_":
+        return [spec]
+    count, out, inputs = spec.shape
+    names = STACKS[leaf]
+    return [
+        TensorSpec(f"{module}.{at}.{name}.weight", spec.dtype, (out // len(names), inputs))
+        for at in range(count)
+        for name in names
+    ]
+
+
+def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    """What a scheme stores of a weight; the weight itself if it is none that formats quantize."""
+    form = scheme.format
+    is_stack = form.codes.suffix[:1] == "_"
+    is_linear = len(spec.shape) == 3 if is_stack else spec.name.endswith(".weight")
+    if not is_linear or len(spec.shape) < 2 or not choose_weights(spec.name):
+        return [spec]
+    base = spec.name if is_stack else spec.name.removesuffix(".weight")
+    out, inputs = spec.shape[-2:] if not form.transposed else spec.shape[:-3:-1]
+    weight = QuantizedWeight(spec.name, scheme, (*spec.shape[:-2], out, inputs), ())
+    lead = spec.shape[:-2]
+    needed = [each for each in form.tensors if not each.optional]
+    return [
+        TensorSpec(
+            each.name_after(base),
+            each.dtypes[0],
+            (*lead, *expect_shape(weight, each, each.dtypes[0])),
+        )
+        for each in needed
+    ]
+
+
+def write_checkpoint(name: str, configs: Path, folder: Path, as_published: bool) -> int:
     """Write the checkpoint of a name, without data. Returns how many tensors it has."""
     model_class = find_model_class(CHECKPOINTS[name])
     if model_class is None:
@@ -86,12 +168,17 @@ def write_checkpoint(name: str, configs: Path, folder: Path) -> int:
     with torch.device("meta"):
         model = model_class(config)
     specs = list_specs(model)
+    quantization = read_quantization(name, configs) if as_published else {}
+    if quantization:
+        specs = quantize_specs(specs, quantization)
     head = encode_header(specs, {"format": "pt"})
     path = folder / "model.safetensors"
     path.write_bytes(head)
     os.truncate(path, len(head) + sum(spec.nbytes for spec in specs))
     config.architectures = [model_class.__name__]
     config.save_pretrained(folder)
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**table, **quantization}))
     return len(specs)
 
 
@@ -105,13 +192,13 @@ def time_command(arguments: list[str], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def measure(name: str, configs: Path, tp_sizes: list[int], rounds: int) -> str:
+def measure(name: str, configs: Path, tp_sizes: list[int], rounds: int, as_published: bool) -> str:
     """A line of the table for one checkpoint."""
     plan = [sys.executable, "-m", "shardkit", "plan"]
     with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
         try:
-            tensors = write_checkpoint(name, configs, Path(scratch))
-        except MODEL_ERRORS as error:
+            tensors = write_checkpoint(name, configs, Path(scratch), as_published)
+        except FAULTS as error:
             return f"{name:34} {str(error).splitlines()[0][:90]}"
         cells = []
         for tp_size in tp_sizes:
@@ -130,12 +217,14 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, default=CONFIGS)
     parser.add_argument("--tp", type=int, action="append")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--as-published", action="store_true")
     options = parser.parse_args()
     tp_sizes = options.tp or [8, 16]
     torch_seconds = time_command([sys.executable, "-c", "import torch"], options.rounds)
     print(f"{'import torch':34} {'':7} {torch_seconds:6.2f} s")
     for name in options.names or CHECKPOINTS:
-        print(measure(name, options.configs, tp_sizes, options.rounds), flush=True)
+        published = options.as_published
+        print(measure(name, options.configs, tp_sizes, options.rounds, published), flush=True)
 
 
 if __name__ == "__main__":

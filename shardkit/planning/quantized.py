@@ -53,7 +53,6 @@ def find_blocks(
             continue
         indices = count_indices_per_cut(weight, axis)
         names = [term.unit for term in rule.terms]
-        names = names if len(names) == len(placement.sections) else ["vocab"]
         for name, section in zip(names, placement.sections, strict=True):
             if name is None or section.group_tail:
                 continue
