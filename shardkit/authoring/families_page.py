@@ -67,13 +67,18 @@ def _summarize_mutants(mutants: Sequence[Mapping[str, Any]]) -> str:
 def _summarize_forms(types: Sequence[Mapping[str, Any]]) -> str:
     tried, loaded = (sum(forms[key] for forms in types) for key in ("tried", "loaded"))
     faults = sum(len(forms["faults"]) for forms in types)
+    unrun = {reason.split(":")[0] for forms in types for reason in forms.get("not_run", ())}
+    rest = (
+        f" {len(unrun)} classes do not run on these inputs in transformers either, and their forms"
+        f" were only split and loaded: {', '.join(sorted(unrun))}."
+    )
     return (
         f"The first model of each of {len(types)} types was saved as every class that transformers"
         " has for the type, and loaded as every other and as one that does not exist: as saved,"
         " under the older names of its conversion table, without the base model's prefix, and with"
         f" ties, buffers and other classes' heads stored too. Of these {tried} forms transformers"
         f" loads {loaded} without a missing tensor, and {loaded - faults} of those are split, run"
-        " and compute the same."
+        f" and compute the same.{rest if unrun else ''}"
     )
 
 

@@ -21,6 +21,7 @@ from shardkit.verification.tolerance import (
 )
 
 WIDER = {torch.float64: torch.float64, torch.float32: torch.float64}
+PLAIN_WEIGHTS = "the unsharded model's quantized weights are computed by a second implementation"
 # What transformers raises if a class cannot do what it is asked for.
 UNSUPPORTED = (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError)
 
@@ -52,8 +53,8 @@ def check_numerics(
     """
     dtype = sharded.load(folder, dtype)
     reference = ReferenceModel(source, WIDER.get(dtype, torch.float32))
-    models = _Models(reference, ReferenceModel(source, dtype), sharded, dtype)
-    inputs = make_inputs(reference.model)
+    inputs, quantized = make_inputs(reference.model), len(manifest.plan.grouping.weights)
+    models = _Models(reference, ReferenceModel(source, dtype), sharded, dtype, quantized)
     expected, rounded, outputs = models.run(lambda model: model.forward(inputs))
     output, result = worst_output(outputs, rounded, expected, dtype)
     models.numbers |= {"output": output, **_comparison_numbers(result)}
@@ -74,17 +75,19 @@ def check_numerics(
 
 @dataclass
 class _Models:
-    """The models of one check, and the numbers measured so far."""
+    """The models of one check, how many weights are quantized, and the numbers so far."""
 
     reference: ReferenceModel
     unsharded: ReferenceModel
     sharded: ShardedModel
     dtype: torch.dtype
+    quantized: int = 0
     numbers: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wider = self.reference.model.dtype
         self.numbers = {"dtype": _dtype_name(self.dtype), "reference_dtype": _dtype_name(wider)}
+        self.numbers |= {"quantized_weights": self.quantized} if self.quantized else {}
 
     def run(
         self, action: Callable[[ReferenceModel | ShardedModel], Tensors]
@@ -132,6 +135,7 @@ class _Models:
             f" {self.numbers['reference_dtype']}; the unsharded model's own is"
             f" {result.unsharded.max:.2g}, allowed {result.allowed.max:.2g}"
             + (f"; greedy decoding is {greedy}" if greedy else "")
+            + (f"; {PLAIN_WEIGHTS}" if self.quantized else "")
         )
 
     def _compare_row(
