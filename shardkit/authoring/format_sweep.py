@@ -42,16 +42,20 @@ class FormatResult:
         return is_proven and all(fault["finding"] for fault in self.faults)
 
 
-def sweep_formats(folder: Path) -> Iterator[tuple[str, FormatResult]]:
+def sweep_formats(folder: Path, only_stale: bool = False) -> Iterator[tuple[str, FormatResult]]:
     """Prove every format and store each result as it is done.
 
     Args:
         folder: Where the results and the page are stored.
+        only_stale: Whether to leave out those whose results are up to date.
     """
     results = read_format_results(folder)
     samples = list(list_format_samples())
     with RankPool() as pool:
         for sample in samples:
+            stored = results.get(sample.name)
+            if only_stale and stored is not None and stored.digest == digest_format(sample):
+                continue
             results[sample.name] = result = sweep_format(sample, pool)
             kept = {each.name: results[each.name] for each in samples if each.name in results}
             write_format_results(folder, kept)

@@ -96,14 +96,17 @@ def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
     return passed
 
 
-def run_format_sweep() -> bool:
+def run_format_sweep(only_stale: bool) -> bool:
     """Prove quantized formats, inject faults, and publish the results in the checkout.
+
+    Args:
+        only_stale: Whether to leave out those whose results are up to date.
 
     Returns:
         Whether every proof passed and no fault was missed.
     """
     passed = True
-    for name, result in sweep_formats(find_proofs_folder()):
+    for name, result in sweep_formats(find_proofs_folder(), only_stale):
         verdicts = Counter(proof["verdict"] for proof in result.proofs)
         found = sum(bool(fault["finding"]) for fault in result.faults)
         print_line(

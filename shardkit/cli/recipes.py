@@ -126,7 +126,7 @@ def check(
         raise click.UsageError("--stale needs --write")
     quiet_transformers()
     if formats:
-        _sweep_formats()
+        _sweep_formats(stale)
         return
     if write:
         _sweep(names, stale)
@@ -252,11 +252,11 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
         raise VerifyError("a recipe does not pass; see the lines above")
 
 
-def _sweep_formats() -> None:
+def _sweep_formats(only_stale: bool) -> None:
     """Check the formats and publish. Raises VerifyError if one does not pass."""
     from shardkit.cli.recipe_checks import run_format_sweep
 
-    if not run_format_sweep():
+    if not run_format_sweep(only_stale):
         raise VerifyError("a format does not pass; see the lines above")
 
 
