@@ -112,7 +112,7 @@ def place_part(
     axis = find_axis(weight, placement.dim)
     own = replace(placement, spec=part, dim=None, sections=())
     if placement.dim is None:
-        return own
+        return _keep_gathered(own, placement) if tensor is weight.scheme.format.codes else own
     whole = Placement(part, REPLICATE, in_model=placement.in_model)
     if len(part.shape) < len(tensor.axes) or math.prod(part.shape) == 1:
         return whole
@@ -129,6 +129,20 @@ def place_part(
         for number, section in enumerate(placement.sections)
     )
     return replace(own, dim=lead + at, sections=sections)
+
+
+def _keep_gathered(codes: Placement, placement: Placement) -> Placement:
+    """The codes of a weight that is not divided, with what its gathered inputs hold, if they are.
+
+    Raises LayoutError if the codes are packed, and so do not show how wide the input is.
+    """
+    width = sum(map(len, placement.sections))
+    if placement.sections and codes.spec.shape[-1:] != (width,):
+        raise LayoutError(
+            f"{codes.spec.name}: runs on inputs gathered from all ranks, and is packed; use tp_size"
+            " 1, or split the 16-bit weights"
+        )
+    return replace(codes, sections=placement.sections)
 
 
 def _count_per_index(

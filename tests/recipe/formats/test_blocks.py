@@ -1,5 +1,6 @@
 """Whole blocks on every rank: how units are dealt out, and where what stores a weight is cut."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import strategies as st
 
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import Section, kv_head_mode, num_indices, rank_spans
-from shardkit.planning import Plan, make_plan, summarize_plan
-from shardkit.planning.quantized import scale_section, widen_section
+from shardkit.layout.style import GATHER
+from shardkit.planning import Placement, Plan, make_plan, summarize_plan
+from shardkit.planning.quantized import place_part, place_parts, scale_section, widen_section
 from shardkit.recipe import find_recipe
+from shardkit.recipe.formats import find_schemes, group_quantized
 from shardkit.tensor import TensorSpec
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -107,6 +110,23 @@ def test_a_plan_counts_what_is_stored() -> None:
     summary = summarize_plan(plan)
     assert summary.total_bytes == sum(p.spec.nbytes for p in plan.placements)
     assert len(plan.weights) == len(plan.placements) - len(plan.grouping.weights)
+
+
+def test_a_weight_that_runs_on_gathered_inputs_keeps_what_they_hold() -> None:
+    """It is on every rank, and the runtime must know which inputs each rank has."""
+    specs = [
+        TensorSpec("a.weight", "F8_E4M3", (64, 256)),
+        TensorSpec("a.weight_scale_inv", "F32", (1, 2)),
+    ]
+    grouping = group_quantized(specs, find_schemes({"quantization_config": FP8}))
+    weight = grouping.weights["a.weight"]
+    sections = (Section(4, 64),)
+    placement = Placement(weight.make_spec("BF16"), GATHER, None, sections)
+    codes, scale = place_parts(specs, [placement], grouping)
+    assert (codes.sections, scale.sections) == (sections, ())
+    packed = replace(weight.codes, shape=(64, 128))
+    with pytest.raises(LayoutError, match="runs on inputs gathered from all ranks, and is packed"):
+        place_part(weight, weight.parts[0][0], packed, placement)
 
 
 def test_a_weight_stored_the_other_way_round_is_refused() -> None:
