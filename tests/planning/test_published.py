@@ -7,6 +7,7 @@ from shardkit.planning import make_plan, summarize_plan
 from shardkit.recipe import find_recipe
 from tests.helpers.published import expand_names, read_published_config, read_published_specs
 from tests.helpers.real_inputs import shared
+from tests.write_published import PAGE, render_published
 
 # The formats, the largest rank over the mean, and what is dealt out in blocks.
 PLANS = {
@@ -50,3 +51,9 @@ def test_published_checkpoints_that_transformers_has_not_are_refused(
 def test_ranges_in_tables_are_names() -> None:
     assert [*expand_names("a.0-2.w")] == ["a.0.w", "a.1.w", "a.2.w"]
     assert [*expand_names("a.2,4,...,8,9-10.w")] == [f"a.{n}.w" for n in (2, 4, 6, 8, 9, 10)]
+
+
+@pytest.mark.slow
+def test_the_page_of_published_checkpoints_is_what_is_planned() -> None:
+    shared("fixtures")
+    assert PAGE.read_text() == render_published()
