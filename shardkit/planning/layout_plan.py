@@ -69,6 +69,10 @@ class Plan:
     @cached_property
     def weights(self) -> tuple[Placement, ...]:
         """The placements of what the model is made of, a quantized weight as it is in 16 bits."""
+        return self.list_weights()
+
+    def list_weights(self) -> tuple[Placement, ...]:
+        """As `weights`. Raises LayoutError for a quantized weight that is cut inside of a block."""
         if not self.grouping.weights:
             return self.placements
         return tuple(view_weights(self.placements, self.grouping))

@@ -67,7 +67,7 @@ def _check_files(manifest: Manifest) -> None:
 def _check_weights(plan: Plan) -> None:
     """Each quantized weight is cut along one of its axes, and what stores it at the same places."""
     styles = {placement.spec.name: placement.style for placement in plan.placements}
-    assert plan.weights  # a view raises LayoutError
+    plan.list_weights()
     for part, codes in plan.grouping.codes_by_part.items():
         if styles[part] not in (styles[codes], REPLICATE):
             raise JsonError(f"{quote(part)} is {styles[part].name}, and its weight another style")

@@ -74,7 +74,11 @@ class ReferenceModel:
     """The unsharded model, in this process, in one dtype."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Load it with transformers. Raises CheckpointError if it fails or a weight is missing."""
+        """Load it with transformers.
+
+        Raises CheckpointError if that fails or a weight is missing, and RecipeError if it is
+        quantized as no format describes.
+        """
         config = read_source_config(folder)
         model_class = resolve_model_class(config)
         try:

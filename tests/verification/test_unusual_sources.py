@@ -21,7 +21,7 @@ from transformers import (
 
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import save_random_model
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, RecipeError
 from shardkit.runtime.config import read_source_config
 from shardkit.verification.dummy_inputs import count_positions, count_steps, make_inputs
 from shardkit.verification.models import ReferenceModel, ShardedModel
@@ -95,7 +95,7 @@ def test_what_a_config_says_of_quantization_is_left_out_for_plain_weights(
 def test_what_transformers_cannot_load_is_one_line_that_names_quantization_config(
     tmp_path: Path,
 ) -> None:
-    source = quantized(tmp_path, STALE["bitsandbytes"])
+    source = quantized(tmp_path, STALE["fp8"])
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.h.0.mlp.c_fc.packed"] = torch.zeros(4, 4, dtype=torch.int8)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -104,6 +104,15 @@ def test_what_transformers_cannot_load_is_one_line_that_names_quantization_confi
     assert "transformers cannot load it" in str(caught.value)
     assert "config.json has quantization_config" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_quantization_that_cannot_be_split_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    source = quantized(tmp_path, STALE["bitsandbytes"])
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.h.0.mlp.c_fc.packed"] = torch.zeros(4, 4, dtype=torch.int8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=r"bitsandbytes: .* split the 16-bit weights"):
+        ReferenceModel(source, torch.float32)
 
 
 def test_a_text_to_classify_has_one_end_and_the_decoder_reads_the_same() -> None:

@@ -38,6 +38,7 @@ OPENED = {
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
     "shardkit/recipe/catalog.py": "the bundled recipes",
     "shardkit/recipe/model_classes.py": "the bundled table of classes",
+    "shardkit/recipe/formats/format.py": "the bundled formats",
     "shardkit/authoring/model_classes.py": "the bundled table of classes, as measured",
     "shardkit/authoring/cross_loading.py": "small models that are measured",
     "shardkit/authoring/forms.py": "a small model that it has made",
@@ -53,6 +54,10 @@ OPENED = {
     "shardkit/authoring/masked_sum.py": "a small model that a proof has made",
     "shardkit/authoring/proof.py": "a small model that a proof has made",
     "shardkit/authoring/samples.py": "the bundled samples",
+    "shardkit/authoring/format_samples.py": "the bundled samples of formats",
+    "shardkit/authoring/format_check.py": "shards of a small model that a proof has made",
+    "shardkit/authoring/format_sweep.py": "the recorded results of the formats' proofs",
+    "shardkit/authoring/quantize.py": "a small model that a proof has made",
     "shardkit/authoring/sweep.py": "the recorded results of the recipes' proofs",
     "shardkit/authoring/draft/draft_all.py": "the record of the drafted types",
 }
