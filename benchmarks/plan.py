@@ -126,7 +126,7 @@ def quantize_specs(specs: list[TensorSpec], quantization: dict[str, Any]) -> lis
 def unstack_experts(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     """Experts one by one, as quantized checkpoints have them, unless the format has a stack."""
     module, _, leaf = spec.name.rpartition(".")
-    if len(spec.shape) != 3 or leaf not in STACKS or scheme.format.codes.suffix[:1] == "_":
+    if len(spec.shape) != 3 or leaf not in STACKS or scheme.format.codes.follows_parameter:
         return [spec]
     count, out, inputs = spec.shape
     names = STACKS[leaf]
@@ -140,7 +140,7 @@ def unstack_experts(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
 def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     """What a scheme stores of a weight; the weight itself if it is none that formats quantize."""
     form = scheme.format
-    is_stack = form.codes.suffix[:1] == "_"
+    is_stack = form.codes.follows_parameter
     is_linear = len(spec.shape) == 3 if is_stack else spec.name.endswith(".weight")
     if not is_linear or len(spec.shape) < 2 or not choose_weights(spec.name):
         return [spec]

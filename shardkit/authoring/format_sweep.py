@@ -69,8 +69,7 @@ def sweep_format(sample: FormatSample, pool: RankPool) -> FormatResult:
     for model in list_format_models():
         with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
             proofs += prove_format(model, sample, pool, Path(scratch))
-    is_stacked = sample.form.codes.suffix[:1] == "_"
-    chosen = STACKED_MODEL if is_stacked else FAULT_MODEL
+    chosen = STACKED_MODEL if sample.form.codes.follows_parameter else FAULT_MODEL
     model = next(model for model in list_format_models() if model.name == chosen)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         faults += inject_faults(model, sample, pool, Path(scratch))
@@ -108,7 +107,7 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
     faults = [fault for result in results.values() for fault in result.faults]
     proven = sum(proof["verdict"] == "proven" for proof in proofs)
     refused = [proof for proof in proofs if proof["verdict"] == "refused"]
-    found = sum(bool(fault["finding"]) for fault in faults)
+    num_detected = sum(bool(fault["finding"]) for fault in faults)
     lines = [
         "# Quantized formats",
         "",
@@ -120,7 +119,8 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
         " bit for bit, and outputs and cached decoding over real ranks in float32, compared with"
         " the unsharded model on weights that another path computes.",
         "",
-        f"{len(faults)} faults were injected in shards, and {found} were found by the numbers.",
+        f"{len(faults)} faults were injected into shards, and {num_detected} were detected by the"
+        " numbers.",
         "",
         "## Formats and models",
         "",

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from shardkit.authoring.masked_sum import WEIGHT_FILE
 from shardkit.dtypes import DTYPES
 from shardkit.recipe.formats import Format, Scheme, StoredPart, find_schemes
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-MOST = {"e2m1": 6.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 127.0}
 TOTAL_SCALE = 0.125  # of a weight that has one for its blocks, too
 
 Tensors = dict[str, torch.Tensor]
@@ -37,13 +37,13 @@ def quantize_folder(
         chooses: Says of a tensor's name whether it is quantized.
         options: The suffixes of optional tensors that are written, too.
     """
-    path = folder / "model.safetensors"
+    path = folder / WEIGHT_FILE
     schemes = find_schemes({"quantization_config": statement})
     scheme = next(scheme for scheme in schemes if scheme.format is form)
     tensors = load_file(path)
     stored: Tensors = {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        is_named = form.codes.suffix[:1] == "_" or name.endswith(".weight")
+        is_named = form.codes.follows_parameter or name.endswith(".weight")
         if tensor.ndim == count_dims(form) and chooses(name) and is_named:
             generator = torch.Generator().manual_seed(number)
             stored |= quantize_weight(name, tensor.float(), scheme, generator, options)
@@ -57,7 +57,7 @@ def quantize_folder(
 
 def count_dims(form: Format) -> int:
     """How many dimensions a weight has that a format quantizes: a stack has one more."""
-    return 3 if form.codes.suffix[:1] == "_" else 2
+    return 3 if form.codes.follows_parameter else 2
 
 
 def quantize_weight(
@@ -78,7 +78,7 @@ def quantize_weight(
     """
     form = scheme.format
     weight = weight.mT if form.transposed else weight
-    is_parameter = form.codes.suffix[:1] == "_"
+    is_parameter = form.codes.follows_parameter
     base = name if is_parameter else name.removesuffix(".weight")
     stored: Tensors = {}
     groups = None
@@ -116,7 +116,14 @@ def count_codes(scheme: Scheme) -> float:
     codes = scheme.format.codes
     if codes.element == "uint":
         return float(2 ** ((scheme.resolve(codes.bits) or 0) - 1) - 1)
-    return MOST[codes.element if codes.element == "e2m1" else codes.dtypes[0]]
+    return float(FP4[-1]) if codes.element == "e2m1" else find_largest(codes.dtypes[0])
+
+
+def find_largest(name: str) -> float:
+    """The largest number of a dtype."""
+    dtype = getattr(torch, DTYPES[name].torch_name)
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return float(info.max)
 
 
 def _make_scale(
@@ -195,7 +202,7 @@ def encode_numbers(values: torch.Tensor, tensor: StoredPart, scheme: Scheme) -> 
     """Numbers `[..., out, in]` as a tensor stores them, each the nearest that it can be."""
     dtype = getattr(torch, DTYPES[tensor.dtypes[0]].torch_name)
     if tensor.element == "number":
-        most = MOST[tensor.dtypes[0]]
+        most = find_largest(tensor.dtypes[0])
         values = values.clamp(-most, most)
         whole = values if dtype.is_floating_point else values.round()
         return _store_axes(whole.to(dtype), tensor)

@@ -142,9 +142,9 @@ def _find_needs(each: SavedNames, saved: Mapping[str, SavedNames], union: set[st
     own = (each.every or set()) - (each.tied if each.may_tie else set())
     needs = _add_prefix(own, each, union)
     for source in each.sources:
-        theirs = _add_prefix(saved[source].some - each.renames.keys(), saved[source], union)
+        source_names = _add_prefix(saved[source].some - each.renames.keys(), saved[source], union)
         renamed = {each.renames[n] for n in saved[source].some & each.renames.keys()}
-        needs &= theirs | _add_prefix(renamed, each, union)
+        needs &= source_names | _add_prefix(renamed, each, union)
     return needs
 
 

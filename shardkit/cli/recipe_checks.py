@@ -108,10 +108,10 @@ def run_format_sweep(only_stale: bool) -> bool:
     passed = True
     for name, result in sweep_formats(find_proofs_folder(), only_stale):
         verdicts = Counter(proof["verdict"] for proof in result.proofs)
-        found = sum(bool(fault["finding"]) for fault in result.faults)
+        num_detected = sum(bool(fault["finding"]) for fault in result.faults)
         print_line(
             f"{name}: {verdicts['proven']} proven, {verdicts['refused']} refused,"
-            f" {found} of {format_count(len(result.faults), 'injected fault')} found"
+            f" {num_detected} of {format_count(len(result.faults), 'injected fault')} found"
         )
         for proof in result.proofs:
             if proof["verdict"] == "failed":

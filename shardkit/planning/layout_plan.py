@@ -143,7 +143,7 @@ class Plan:
         counted = self.units[unit]
         if counted.count is None:
             raise LayoutError(f"unit {unit!r} has no count in the config")
-        block = counted.blocks.get(counted.count, 1)
+        block = self.count_block(unit, counted.count)
         section = Section(counted.count, 1, 1, counted.shared_by, block=block)
         return rank_spans([section], rank.tp_rank, rank.mesh.tp_size)
 

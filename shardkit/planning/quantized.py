@@ -139,8 +139,8 @@ def _keep_gathered(codes: Placement, placement: Placement) -> Placement:
     width = sum(map(len, placement.sections))
     if placement.sections and codes.spec.shape[-1:] != (width,):
         raise LayoutError(
-            f"{codes.spec.name}: runs on inputs gathered from all ranks, and is packed; use tp_size"
-            " 1, or split the 16-bit weights"
+            f"{codes.spec.name}: runs on inputs gathered from all ranks, and is packed;"
+            " split the 16-bit weights"
         )
     return replace(codes, sections=placement.sections)
 
@@ -171,8 +171,9 @@ def scale_section(section: Section, per: int, name: str, is_last: bool) -> Secti
     length, whole = len(section), section.units * section.size
     if (length % per and not is_last) or (section.repeat > 1 and whole % per):
         raise LayoutError(
-            f"{name}: a stretch of {whole if section.repeat > 1 else length} is no multiple of the"
-            f" {per} that are quantized together, so a block would be of two ranks; use tp_size 1"
+            f"{name}: a section of {whole if section.repeat > 1 else length} is not a multiple of"
+            f" the {per} that are quantized together, so a block would be of two ranks;"
+            " split the 16-bit weights"
         )
     if section.replicated:
         return Section(1, -(-length // per), replicated=True)
@@ -185,12 +186,14 @@ def scale_section(section: Section, per: int, name: str, is_last: bool) -> Secti
         ):
             raise LayoutError(
                 f"{name}: {section.units} units of {section.size} cannot be divided between blocks"
-                f" of {per}; use tp_size 1"
+                f" of {per}; split the 16-bit weights"
             )
         size = section.size * merged // per
         return replace(section, units=section.units // merged, size=size)
     if section.block * section.size % per:
-        raise LayoutError(f"{name}: blocks of {per} are cut between units; use tp_size 1")
+        raise LayoutError(
+            f"{name}: blocks of {per} are cut between units; split the 16-bit weights"
+        )
     return Section(-(-whole // per), 1, section.repeat, block=section.block * section.size // per)
 
 

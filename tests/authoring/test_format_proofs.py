@@ -12,12 +12,6 @@ SAMPLES = {sample.name: sample for sample in list_format_samples()}
 MODELS = {model.name: model for model in list_format_models()}
 
 
-@pytest.fixture(scope="module")
-def pool():  # type: ignore[no-untyped-def]
-    with RankPool() as ranks:
-        yield ranks
-
-
 @pytest.mark.parametrize(
     ("sample", "model", "verdicts"),
     [
@@ -28,16 +22,16 @@ def pool():  # type: ignore[no-untyped-def]
     ],
 )
 def test_a_model_in_a_format_is_what_it_is_unsharded(
-    sample: str, model: str, verdicts: list[str], pool: RankPool, tmp_path: Path
+    sample: str, model: str, verdicts: list[str], rank_pool: RankPool, tmp_path: Path
 ) -> None:
-    proofs = list(prove_format(MODELS[model], SAMPLES[sample], pool, tmp_path, (2, 3)))
+    proofs = list(prove_format(MODELS[model], SAMPLES[sample], rank_pool, tmp_path, (2, 3)))
     assert [proof.verdict for proof in proofs] == verdicts, proofs
     for proof in proofs:
         assert "this checkpoint divides over tp_size" in proof.detail or proof.verdict == "proven"
 
 
-def test_a_wrong_shard_is_found_by_its_numbers(pool: RankPool, tmp_path: Path) -> None:
-    faults = list(inject_faults(MODELS["experts"], SAMPLES["modelopt-nvfp4"], pool, tmp_path))
+def test_a_wrong_shard_is_found_by_its_numbers(rank_pool: RankPool, tmp_path: Path) -> None:
+    faults = list(inject_faults(MODELS["experts"], SAMPLES["modelopt-nvfp4"], rank_pool, tmp_path))
     assert {fault.fault for fault in faults} <= FAULTS.keys()
     assert len(faults) == 5
     for fault in faults:

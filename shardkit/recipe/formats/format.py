@@ -48,7 +48,7 @@ class StoredPart:
     """One of the tensors that store a weight.
 
     Attributes:
-        suffix: What its name has after the module's: `weight_scale`. It begins with a dot or
+        suffix: What its name has after the module's: `weight_scale`. It begins with an
             underscore if it follows the name of a parameter, not of a module.
         axes: Its axes, without those before `out` and `in` (a stack of experts).
         dtypes: The dtypes that it may have.
@@ -71,9 +71,14 @@ class StoredPart:
     divides: bool = False
     optional: bool = False
 
+    @property
+    def follows_parameter(self) -> bool:
+        """Whether its suffix follows the name of a parameter, as of a stack, not of a module."""
+        return self.suffix.startswith("_")
+
     def name_after(self, base: str) -> str:
         """The tensor's whole name, after what all tensors of the weight begin with."""
-        return f"{base}{self.suffix}" if self.suffix[:1] in "._" else f"{base}.{self.suffix}"
+        return f"{base}{self.suffix}" if self.follows_parameter else f"{base}.{self.suffix}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def _find_weight(
         if parts is None:
             continue
         key = (number, *((part.shape, part.dtype) for _, part in parts))
-        name = base if tail[:1] == "_" else f"{base}.weight"
+        name = base if codes.follows_parameter else f"{base}.weight"
         if key not in alike:
             shape = _find_shape(spec, codes, scheme)
             alike[key] = shape, _find_odd_shape(QuantizedWeight(name, scheme, shape, parts))

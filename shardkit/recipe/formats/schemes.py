@@ -63,13 +63,13 @@ def _find_number(name: str, values: Sequence[int | str], statement: Statement) -
 
 def _list_statements(config: Mapping[str, Any]) -> Iterator[Statement]:
     """Each distinct thing that a config says of quantized weights, flat."""
-    seen: list[Statement] = []
+    statements: list[Statement] = []
     for table in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in fields.QUANTIZATION:
             if isinstance(stated := table.get(key), Mapping):
                 for statement in _flatten(stated):
-                    if statement not in seen:
-                        seen.append(statement)
+                    if statement not in statements:
+                        statements.append(statement)
                         yield statement
 
 

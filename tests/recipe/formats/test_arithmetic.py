@@ -22,7 +22,7 @@ def make_weight(
 ) -> tuple[QuantizedWeight, dict[str, torch.Tensor]]:
     schemes = find_schemes({"quantization_config": sample.statement})
     scheme = next(scheme for scheme in schemes if scheme.format is sample.form)
-    name = "experts.up_proj" if sample.form.codes.suffix[:1] == "_" else "up_proj.weight"
+    name = "experts.up_proj" if sample.form.codes.follows_parameter else "up_proj.weight"
     generator = torch.Generator().manual_seed(1)
     tensors = quantize_weight(name, weight, scheme, generator, sample.options)
     specs = [

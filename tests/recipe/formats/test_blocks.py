@@ -95,7 +95,7 @@ def test_kv_heads_of_a_whole_block_are_replicated_as_ever() -> None:
 
 def test_a_fused_weight_whose_parts_end_inside_of_a_block_is_refused() -> None:
     """Gate and up of 320 rows in one weight: the third block has rows of both."""
-    with pytest.raises(LayoutError, match="a stretch of 320 is no multiple of the 128"):
+    with pytest.raises(LayoutError, match="a section of 320 is not a multiple of the 128"):
         scale_section(Section(320, 1, repeat=2, block=128), 128, "gate_up_proj", is_last=True)
 
 
@@ -174,5 +174,5 @@ def test_blocks_of_heads_take_their_kv_heads_with_them(
     if section.max_tp_size < tp_size:
         return
     assert kv_head_mode(kv_heads, heads, tp_size, section.block) == "split"
-    held = [num_indices(rank_spans([section], rank, tp_size)) for rank in range(tp_size)]
-    assert sum(held) == kv_heads
+    counts = [num_indices(rank_spans([section], rank, tp_size)) for rank in range(tp_size)]
+    assert sum(counts) == kv_heads
