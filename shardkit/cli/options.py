@@ -35,6 +35,11 @@ RECIPE = click.option(
 REVISION = click.option(
     "--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."
 )
+EXPERT_PARALLEL = click.option(
+    "--expert-parallel",
+    is_flag=True,
+    help="Place whole experts on each rank, instead of a part of every expert.",
+)
 FORCE = click.option(
     "--force",
     is_flag=True,

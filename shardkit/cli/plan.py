@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import ALLOW_PICKLE, JSON, RECIPE, REVISION, TP
+from shardkit.cli.options import ALLOW_PICKLE, EXPERT_PARALLEL, JSON, RECIPE, REVISION, TP
 from shardkit.cli.output import (
     format_bytes,
     format_count,
@@ -15,14 +15,13 @@ from shardkit.cli.output import (
     print_warning,
 )
 from shardkit.cli.plan_bytes import plan_bytes_to_json, print_plan_bytes
-from shardkit.layout import STYLES
+from shardkit.cli.plan_groups import group_to_json, print_groups
 from shardkit.planning import (
     Collectives,
     KvCache,
     KvCopies,
     Plan,
     PlanReport,
-    TensorGroup,
     list_unloaded,
 )
 from shardkit.planning import plan as plan_source
@@ -33,6 +32,7 @@ from shardkit.strict_json import put_off_collection
 @put_off_collection()
 @click.argument("source")
 @TP
+@EXPERT_PARALLEL
 @RECIPE
 @REVISION
 @ALLOW_PICKLE
@@ -40,6 +40,7 @@ from shardkit.strict_json import put_off_collection
 def plan(
     source: str,
     tp_size: int,
+    expert_parallel: bool,
     recipe: str | None,
     revision: str | None,
     allow_pickle: bool,
@@ -56,7 +57,12 @@ def plan(
       shardkit plan models/llama --tp 8 --json
     """
     report = plan_source(
-        source, tp_size, recipe=recipe, revision=revision, allow_pickle=allow_pickle
+        source,
+        tp_size,
+        recipe=recipe,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        expert_parallel=expert_parallel,
     )
     for warning in report.warnings:
         print_warning(warning)
@@ -78,7 +84,7 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         "not_loaded": list(list_unloaded(report.plan)),
         "quantization": _quantization_to_json(report.plan),
         **plan_bytes_to_json(report.summary),
-        "groups": [_group_to_json(group) for group in report.summary.groups],
+        "groups": [group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
         "kv_copies": _kv_copies_to_json(report.kv_copies),
         "collectives": _collectives_to_json(report.collectives),
@@ -101,21 +107,6 @@ def _quantization_to_json(plan: Plan) -> list[dict[str, Any]]:
         }
         for scheme in plan.grouping.schemes
     ]
-
-
-def _group_to_json(group: TensorGroup) -> dict[str, Any]:
-    spec = group.example.spec
-    return {
-        "tensors": group.pattern,
-        "count": group.count,
-        "dtype": spec.dtype,
-        "shape": list(spec.shape),
-        "style": group.example.style.name,
-        "dim": group.example.dim,
-        "treatment": group.treatment,
-        "local_shapes": [list(shard.shape) if shard else None for shard in group.shards],
-        "rank_bytes": list(group.rank_bytes),
-    }
 
 
 def _kv_cache_to_json(cache: KvCache | str) -> dict[str, Any]:
@@ -184,12 +175,7 @@ def _print_plan(report: PlanReport) -> None:
     blocked = report.blocking_tensor
     why = f"; {blocked} divides no further" if blocked else ""
     print_line(f"Possible     tp_size 1 to {report.max_tp_size}{why}")
-    for style in STYLES.values():
-        if groups := [group for group in summary.groups if group.example.style is style]:
-            print_line()
-            print_line(style.title)
-            for group in groups:
-                print_line(f"  {group.pattern}  {_describe_group(group)}")
+    print_groups(summary)
 
 
 def _describe_quantization(plan: Plan) -> str:
@@ -277,17 +263,3 @@ def _describe_collectives(collectives: Collectives, tp_size: int) -> str:
     if collectives.encoder:
         text += f"; {format_count(collectives.encoder, 'all-reduce')} per prompt in the encoder"
     return text
-
-
-def _describe_group(group: TensorGroup) -> str:
-    shape, dim = list(group.example.spec.shape), group.example.dim
-    unloaded = "" if group.example.in_model else ", not loaded"
-    if dim is None:
-        is_bias = group.example.style.is_linear and group.example.style.is_added_once
-        return f"{shape} {group.treatment}" + (", added once after the sum" if is_bias else "")
-    lengths = [shard.shape[dim] for shard in group.shards if shard]
-    low, high = min(lengths), max(lengths)
-    local = [str(n) for n in shape]
-    local[dim] = str(low) if low == high else f"{low}..{high}"
-    treatment = "" if group.treatment == "split" else f", {group.treatment}"
-    return f"dim {dim}  {shape} -> [{', '.join(local)}] each{treatment}{unloaded}"

@@ -7,6 +7,7 @@ import click
 
 from shardkit.cli.options import (
     ALLOW_PICKLE,
+    EXPERT_PARALLEL,
     FOLDER,
     FORCE,
     JSON,
@@ -27,6 +28,7 @@ from shardkit.planning import Plan, summarize_plan
 @click.argument("source")
 @click.argument("out", type=FOLDER)
 @TP
+@EXPERT_PARALLEL
 @RECIPE
 @REVISION
 @FORCE
@@ -43,6 +45,7 @@ def split(
     source: str,
     out: Path,
     tp_size: int,
+    expert_parallel: bool,
     recipe: str | None,
     revision: str | None,
     force: bool,
@@ -62,6 +65,7 @@ def split(
     Example:
       shardkit split Qwen/Qwen3-0.6B qwen-tp2 --tp 2
       shardkit split models/llama llama-tp4 --tp 4 --dry-run
+      shardkit split models/mixtral mixtral-ep4 --tp 4 --expert-parallel
     """
     started = perf_counter()
     with progress_bar("split") as progress:
@@ -72,6 +76,7 @@ def split(
             recipe=recipe,
             revision=revision,
             allow_pickle=allow_pickle,
+            expert_parallel=expert_parallel,
             force=force,
             resume=resume,
             fail_on_nonfinite=fail_on_nonfinite,

@@ -76,6 +76,7 @@ def split(
     recipe: str | Recipe | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    expert_parallel: bool = False,
     force: bool = False,
     resume: bool = False,
     fail_on_nonfinite: bool = False,
@@ -91,6 +92,7 @@ def split(
         recipe: A recipe, or the name or file of one, instead of the one for the model_type.
         revision: A branch, tag or commit of a Hub repository.
         allow_pickle: Whether to convert pickled `.bin` weights if there are no others.
+        expert_parallel: Whether each rank gets whole experts, instead of a part of every one.
         force: Whether to replace a shard folder that is there, in one step.
         resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
         fail_on_nonfinite: Whether to refuse weights of which a value is NaN or infinite.
@@ -105,7 +107,7 @@ def split(
     destination = shard_destination(Path(out), force, resume)
     destination.check()
     with open_source(source, revision, allow_pickle) as checkpoint:
-        used, plan = plan_for(checkpoint, tp_size, recipe)
+        used, plan = plan_for(checkpoint, tp_size, recipe, expert_parallel)
         result = _describe_result(checkpoint, plan, destination.out)
         nbytes = _check_space(checkpoint, plan, destination)
         if dry_run:

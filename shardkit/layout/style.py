@@ -9,8 +9,8 @@ Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3).
 from dataclasses import dataclass
 from typing import Literal
 
-Divides = Literal["nothing", "output", "input", "rows"]
-Axis = Literal["none", "vocab", "stated"]
+Divides = Literal["nothing", "output", "input", "rows", "experts"]
+Axis = Literal["none", "vocab", "stated", "experts"]
 Collective = Literal["none", "all_reduce", "all_gather"]
 
 
@@ -22,9 +22,10 @@ class Style:
         name: What recipes and manifests call it.
         title: What a user reads.
         divides: Which features of a weight `[out, in]` are divided: those of its output, of its
-            input, or the rows of its first dimension, whatever they are.
+            input, or the rows of its first dimension, whatever they are; or the experts that it is
+            of, none of which is cut.
         axis: How a recipe says what the divided dimension holds: not at all, always the
-            vocabulary, or by an axis beside each module's name.
+            vocabulary, by an axis beside each module's name, or by which modules are experts.
         is_linear: Whether a weight may be stored `[in, out]`, and a rule may state its dimension.
         collective: What its module exchanges at each call.
         is_summed: Whether the ranks' outputs of its module, each computed from the rank's part
@@ -62,7 +63,7 @@ class Style:
         """
         if ndim == 0 or self.divides == "nothing":
             return None
-        if self.divides == "rows":
+        if self.divides in ("rows", "experts"):
             return 0
         if ndim == 1:
             return 0 if self.divides == "output" else None
@@ -119,6 +120,14 @@ RECURRENT = Style(
     collective="all_gather",
     needs_full_width=True,
 )
+EXPERT = Style(
+    "expert",
+    "Whole experts on a rank, one all-reduce for each stack",
+    divides="experts",
+    axis="experts",
+    collective="all_reduce",
+    is_summed=True,
+)
 ADD_ONCE = Style("add_once", "Replicated, but added by rank 0 alone", is_added_once=True)
 REPLICATE = Style("replicate", "Replicated")
 IGNORE = Style("ignore", "Stored by rank 0 for a merge, never loaded", is_loaded=False)
@@ -127,7 +136,7 @@ STYLES = {
     style.name: style
     for style in (
         *(VOCAB, COLUMN, PADDED, ROW, NORM),
-        *(GATHER, RECURRENT, ADD_ONCE, REPLICATE, IGNORE),
+        *(GATHER, RECURRENT, EXPERT, ADD_ONCE, REPLICATE, IGNORE),
     )
 }
 COLUMNS = (COLUMN, PADDED)

@@ -9,7 +9,7 @@ from shardkit.planning.loading import decide_loading
 from shardkit.planning.make_plan import make_plan, place_tensor
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Placement
+from shardkit.planning.placement import Expert, Placement
 from shardkit.planning.report import PlanReport, plan
 from shardkit.planning.summary import (
     Imbalance,
@@ -25,6 +25,7 @@ from shardkit.planning.summary import (
 __all__ = [
     "MAX_TP_SIZE",
     "Collectives",
+    "Expert",
     "Imbalance",
     "KvCache",
     "KvCopies",

@@ -9,7 +9,10 @@ from shardkit.recipe import Recipe, find_recipe
 
 
 def plan_for(
-    checkpoint: Checkpoint, tp_size: int, recipe: Recipe | str | None = None
+    checkpoint: Checkpoint,
+    tp_size: int,
+    recipe: Recipe | str | None = None,
+    expert_parallel: bool = False,
 ) -> tuple[Recipe, Plan]:
     """The recipe of a checkpoint, and its plan over `tp_size` ranks.
 
@@ -17,6 +20,7 @@ def plan_for(
         checkpoint: An open checkpoint.
         tp_size: The number of ranks.
         recipe: A recipe, or the name or path of one, instead of the one for its model_type.
+        expert_parallel: Whether each rank has whole experts, instead of a part of every one.
 
     Raises:
         CheckpointError: If the config contradicts the tensors, or a tensor is missing.
@@ -30,7 +34,7 @@ def plan_for(
     plain = {spec.name.removeprefix(prefix): spec for spec in specs}
     if fault := find_empty_tensor(plain, recipe):
         raise CheckpointError(f"{checkpoint.folder}: {fault}")
-    plan = make_plan(specs, recipe, checkpoint.config, tp_size)
+    plan = make_plan(specs, recipe, checkpoint.config, tp_size, expert_parallel)
     if fault := find_missing(plan, recipe, checkpoint.config):
         raise CheckpointError(f"{checkpoint.folder}: {fault}")
     return recipe, plan

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from shardkit import config_fields as fields
-from shardkit.layout.style import GATHER, NORM, RECURRENT, ROW, VOCAB
+from shardkit.layout.style import EXPERT, GATHER, NORM, RECURRENT, ROW, VOCAB
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.parts import (
     Path,
@@ -85,6 +85,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     text = select_text_fields(config)
     makes_text = generates_text(plan, config)
     rows, tower_rows = _part_towers(list_placements(plan, ROW), makes_text)
+    experts, tower_experts = _part_towers([*plan.loaded_by_style.get(EXPERT.name, ())], makes_text)
     norms, tower_norms = _part_towers(list_placements(plan, NORM), makes_text)
     dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
     encoder_sums = _count_encoder_sums(dense)
@@ -97,7 +98,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
     return Collectives(
         row_parallel=int((len(dense) - encoder_sums + _count_repeats(dense, text)) * uses),
-        expert_stacks=_count_expert_sums(rows, config),
+        expert_stacks=_count_expert_sums(rows, config) + _count_whole_stacks(experts),
         embedding=(min(len(tables), 1) if both else len(tables)) + _count_more_lookups(text),
         output=int(has_output),
         norms=len(norms),
@@ -106,6 +107,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         encoder=_count_encoder_uses(encoder_sums, text)
         + len(tower_dense)
         + _count_expert_sums(tower_rows, config)
+        + _count_whole_stacks(tower_experts)
         + len(tower_norms)
         + int(both and reads_ids and any("decoder" not in path for path in tables))
         + int(config.get(fields.EMBEDDED_TWICE) is not None),
@@ -158,6 +160,21 @@ def _count_expert_sums(rows: list[Placement], config: Mapping[str, Any]) -> int:
             is_matrix = len(p.spec.shape) == 2 and any(s.repeat > 1 for s in p.sections)
             sums[tuple(path[: path.index("experts")])] = top_k if is_matrix else 1
     return sum(sums.values())
+
+
+def _count_whole_stacks(experts: list[Placement]) -> int:
+    """The sums after stacks of which each rank has whole experts: one each."""
+    return len({_find_stack_parent(placement) for placement in experts})
+
+
+def _find_stack_parent(placement: Placement) -> tuple[str, ...]:
+    """The module that a stack of experts is in; each of its tensors may be a module's own."""
+    path = placement.spec.name.split(".")
+    if placement.expert is None:
+        leaf = path[-1] in ("weight", "bias")
+        return tuple(path[: -2 - leaf])
+    names = placement.expert.module_names
+    return tuple(path[: max(at for at, name in enumerate(path) if name in names) - 1])
 
 
 def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from shardkit.errors import LayoutError
 from shardkit.layout import Section, Span, Unit, num_indices, rank_spans
+from shardkit.layout.style import EXPERT
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.placement import Placement
 from shardkit.planning.quantized import view_weights
@@ -44,9 +45,14 @@ class Plan:
         """The number of tensor-parallel ranks."""
         return self.mesh.tp_size
 
+    @cached_property
+    def is_expert_parallel(self) -> bool:
+        """Whether each rank has whole experts."""
+        return any(placement.style is EXPERT for placement in self.placements)
+
     def with_tp_size(self, tp_size: int) -> "Plan":
         """The same layout over another number of ranks: 1 for a merge. Raises LayoutError."""
-        plan = replace(self, mesh=Mesh(tp_size))
+        plan = replace(self, mesh=Mesh(tp_size, tp_size if self.is_expert_parallel else 1))
         plan.check()
         return plan
 
@@ -57,6 +63,8 @@ class Plan:
     def check(self) -> None:
         """Raise LayoutError, naming the tensor in the way, unless every rank can hold its part."""
         self.mesh.check()
+        if self.mesh.ep_size != (self.tp_size if self.is_expert_parallel else 1):
+            raise LayoutError(f"ep_size {self.mesh.ep_size}: is not that of the experts' layout")
         if self.tp_size > self.max_tp_size:
             raise LayoutError(self._describe_limit())
         for placement in _list_layouts(self.placements):
@@ -101,24 +109,32 @@ class Plan:
             for section in placement.sections
             if not section.replicated
         ]
+        limits += {p.expert.count for p in self.placements if p.expert is not None}
         return min(limits, default=MAX_TP_SIZE)
 
     def _describe_limit(self) -> str:
         """Why there are too many ranks: of which tensor there is not a unit for each."""
         most = self.max_tp_size
         for p in self.placements:
-            for section in p.sections if p.dim is not None else ():
-                if section.max_tp_size == most and not section.replicated:
-                    what = self._describe_units(p, section)
-                    return (
-                        f"{p.spec.name}: {what} cannot be divided over tp_size"
-                        f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
-                    )
+            limits = {
+                section.max_tp_size: self._describe_units(p, section)
+                for section in (p.sections if p.dim is not None else ())
+                if not section.replicated
+            }
+            if p.expert is not None:
+                limits[p.expert.count] = f"{p.expert.count} experts"
+            if most in limits:
+                return (
+                    f"{p.spec.name}: {limits[most]} cannot be divided over tp_size"
+                    f" {self.tp_size}; this checkpoint divides over tp_size 1 to {most}"
+                )
         return f"tp_size {self.tp_size} is not 1 to {most}"
 
     def _describe_units(self, placement: Placement, section: Section) -> str:
         """What a section is divided by: `8 heads`, or `8 heads in blocks of 4`."""
         count = section.shared_by or section.units
+        if placement.style is EXPERT:
+            return f"{count} experts"
         weight = self.grouping.codes_by_part.get(placement.spec.name)
         name = self.name_unit(placement, count, 0)
         if section.block > 1:
@@ -156,6 +172,7 @@ def _list_layouts(placements: Iterable[Placement]) -> list[Placement]:
     """The first placement of each layout: experts by the ten thousand have one in common."""
     layouts: dict[object, Placement] = {}
     for p in placements:
-        key = (p.spec.dtype, p.spec.shape, p.style.name, p.dim, p.sections, p.in_model)
+        count = p.expert.count if p.expert else 0
+        key = (p.spec.dtype, p.spec.shape, p.style.name, p.dim, p.sections, p.in_model, count)
         layouts.setdefault(key, p)
     return [*layouts.values()]

@@ -7,6 +7,13 @@ from typing import Any
 from shardkit.checkpoint import find_wrapper_prefix
 from shardkit.errors import RecipeError
 from shardkit.layout import Unit, resolve_sections
+from shardkit.planning.experts import (
+    Experts,
+    check_any_expert,
+    find_experts,
+    list_other_attributes,
+    place_expert,
+)
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.loading import decide_loading, is_stated
 from shardkit.planning.mesh import Mesh
@@ -19,7 +26,11 @@ from shardkit.tensor import TensorSpec
 
 
 def make_plan(
-    specs: Iterable[TensorSpec], recipe: Recipe, config: Mapping[str, Any], tp_size: int
+    specs: Iterable[TensorSpec],
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    tp_size: int,
+    expert_parallel: bool = False,
 ) -> Plan:
     """Place every tensor by the one rule that names it.
 
@@ -28,18 +39,22 @@ def make_plan(
         recipe: The rules.
         config: The source's config.json.
         tp_size: The number of ranks.
+        expert_parallel: Whether each rank has whole experts, instead of a part of every one.
 
     Raises:
         RecipeError: For a tensor that no rule names, or two rules name.
-        LayoutError: For a `tp_size` that cannot work.
+        LayoutError: For a `tp_size` that cannot work, or if there are no experts to distribute.
         CheckpointError: If the checkpoint lacks a head that the class in its config needs.
     """
     recipe, whole = compose_recipe(recipe, config), tuple(specs)
     grouping = group_checkpoint(whole, config)
     weights = list_weights(whole, grouping)
     prefix = find_wrapper_prefix([spec.name for spec in whole])
-    placements, units = _place_weights(weights, grouping, recipe, config, prefix)
     names = [spec.name.removeprefix(prefix) for spec in weights]
+    experts = find_experts(names, recipe) if expert_parallel else {}
+    placements, units = _place_weights(weights, grouping, recipe, config, prefix, experts)
+    if expert_parallel:
+        check_any_expert(placements)
     shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
     loaded = decide_loading(config, shapes)
     unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
@@ -48,10 +63,10 @@ def make_plan(
         for placement, name in zip(placements, names, strict=True)
     ]
     plan = Plan(
-        Mesh(tp_size),
+        Mesh(tp_size, tp_size if expert_parallel else 1),
         tuple(place_parts(whole, placements, grouping)),
         units,
-        recipe.module_attributes,
+        list_other_attributes(recipe) if expert_parallel else recipe.module_attributes,
         recipe.forward_arguments,
         "" if is_stated(loaded.model_class, config) else loaded.model_class,
         prefix,
@@ -67,6 +82,7 @@ def _place_weights(
     recipe: Recipe,
     config: Mapping[str, Any],
     prefix: str,
+    experts: Experts,
 ) -> tuple[list[Placement], Mapping[str, Unit]]:
     """Every weight's placement, and the units, with as many together as blocks need.
 
@@ -79,8 +95,13 @@ def _place_weights(
         firsts.setdefault(key, spec)
 
     def place_firsts(units: Mapping[str, Unit]) -> dict[object, Placement]:
-        places = (place_tensor(spec, recipe, units, counts, prefix) for spec in firsts.values())
-        return dict(zip(firsts, places, strict=True))
+        places = {k: place_tensor(s, recipe, units, counts, prefix) for k, s in firsts.items()}
+        return {
+            key: place_expert(placement, experts[name])
+            if (name := placement.spec.name.removeprefix(prefix)) in experts
+            else placement
+            for key, placement in places.items()
+        }
 
     try:
         alike = place_firsts(units)
@@ -92,7 +113,11 @@ def _place_weights(
         units = _keep_blocks_whole(alike.values(), grouping, recipe, units, prefix)
         alike = place_firsts(units)
     placements = [
-        Placement(spec, first.style, first.dim, first.sections, units=first.units)
+        Placement(
+            *(spec, first.style, first.dim, first.sections),
+            units=first.units,
+            expert=experts.get(spec.name.removeprefix(prefix)) if experts else None,
+        )
         for spec, first in zip(weights, map(alike.__getitem__, keys), strict=True)
     ]
     return placements, units

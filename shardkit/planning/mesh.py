@@ -12,11 +12,13 @@ MAX_TP_SIZE = 1024
 class Mesh:
     """How many ranks a model is divided over, in each of three ways.
 
-    As torch's `DeviceMesh`, but without devices. Today `ep_size` and `pp_size` are always 1.
+    As torch's `DeviceMesh`, but without devices. The ranks that share every layer are also those
+    that experts are distributed over, so `ep_size` adds none. Today `pp_size` is always 1.
 
     Attributes:
         tp_size: Tensor parallelism: the ranks that share every layer.
-        ep_size: Expert parallelism: the groups of ranks that hold different experts.
+        ep_size: Expert parallelism: the groups that these ranks are in, each with experts of its
+            own: 1 if all ranks share every expert, `tp_size` if each has whole ones.
         pp_size: Pipeline parallelism: the stages that hold different layers.
 
     Example:
@@ -31,7 +33,7 @@ class Mesh:
     @property
     def world_size(self) -> int:
         """How many ranks there are in all."""
-        return self.tp_size * self.ep_size * self.pp_size
+        return self.tp_size * self.pp_size
 
     def rank(self, index: int) -> "Rank":
         """The rank of an index. Raises LayoutError if there is no such rank."""
@@ -47,14 +49,15 @@ class Mesh:
         """Raise LayoutError if shardkit cannot divide a model over this mesh."""
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise LayoutError(f"tp_size {self.tp_size} is not 1 to {MAX_TP_SIZE}")
-        for name, size in (("ep_size", self.ep_size), ("pp_size", self.pp_size)):
-            if size != 1:
-                raise LayoutError(f"{name} {size}: this shardkit divides over {name} 1 only")
+        if self.ep_size not in (1, self.tp_size):
+            raise LayoutError(f"ep_size {self.ep_size} is neither 1 nor the tp_size {self.tp_size}")
+        if self.pp_size != 1:
+            raise LayoutError(f"pp_size {self.pp_size}: this shardkit divides over pp_size 1 only")
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One rank of a mesh; its index counts tp fastest, then ep, then pp, as torchrun's RANK."""
+    """One rank of a mesh; its index counts tp fastest, then pp, as torchrun's RANK."""
 
     mesh: Mesh
     index: int
@@ -66,13 +69,13 @@ class Rank:
 
     @property
     def ep_rank(self) -> int:
-        """The group of experts."""
-        return self.index // self.mesh.tp_size % self.mesh.ep_size
+        """The group of experts that it has."""
+        return self.tp_rank * self.mesh.ep_size // self.mesh.tp_size
 
     @property
     def pp_rank(self) -> int:
         """The pipeline stage."""
-        return self.index // (self.mesh.tp_size * self.mesh.ep_size)
+        return self.index // self.mesh.tp_size
 
     @property
     def is_first(self) -> bool:

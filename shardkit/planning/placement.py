@@ -9,10 +9,33 @@ from shardkit.layout import (
     Tile,
     cover_axis,
     num_indices,
+    partition,
     rank_spans,
 )
 from shardkit.planning.mesh import Mesh, Rank
 from shardkit.tensor import TensorSpec, byte_view
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One of a stack of experts whose tensors are stored one by one.
+
+    Attributes:
+        number: Which one.
+        count: How many the stack has.
+    """
+
+    number: int
+    count: int
+
+    @property
+    def module_names(self) -> tuple[str, str]:
+        """What a module of this expert alone may be called in its stack."""
+        return str(self.number), f"expert_{self.number}"
+
+    def is_on(self, rank: Rank) -> bool:
+        """Whether a rank has it, of a mesh in which each has whole experts."""
+        return self.number in partition(self.count, rank.ep_rank, rank.mesh.ep_size)
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,7 @@ class Placement:
             holds, though the tensor itself is replicated.
         in_model: Whether the model's class has a place for it.
         units: The names of the units that its rule divides; none if it is read from a manifest.
+        expert: The expert that the whole tensor is of, if each rank has whole ones.
     """
 
     spec: TensorSpec
@@ -35,6 +59,7 @@ class Placement:
     sections: tuple[Section, ...] = ()
     in_model: bool = True
     units: tuple[str, ...] = field(default=(), compare=False)
+    expert: Expert | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -45,6 +70,8 @@ class Placement:
         """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""
         if self.dim is not None:
             return rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
+        if self.expert is not None:
+            return (Span(0, 1),) if self.expert.is_on(rank) else ()
         return (Span(0, 1),) if self.is_loaded or rank.is_first else ()
 
     def section_lengths(self, rank: Rank) -> tuple[int, ...]:

@@ -97,7 +97,8 @@ def place_parts(
             if (first := alike.get(key)) is None:
                 first = alike[key] = place_part(weight, tensor, spec, placement)
             yield Placement(
-                spec, first.style, first.dim, first.sections, first.in_model, first.units
+                *(spec, first.style, first.dim, first.sections, first.in_model, first.units),
+                expert=placement.expert,
             )
         elif spec.name in grouping.constants:
             yield Placement(spec, REPLICATE)

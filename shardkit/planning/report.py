@@ -83,6 +83,7 @@ def plan(
     recipe: str | Recipe | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    expert_parallel: bool = False,
 ) -> PlanReport:
     """Plan a split from headers and the config alone: bytes per rank, KV cache, collectives.
 
@@ -93,6 +94,7 @@ def plan(
             by default the one for the config's model_type.
         revision: A branch, tag or commit of a Hub repository.
         allow_pickle: Whether pickled `.bin` weights may be converted if there are no safetensors.
+        expert_parallel: Whether each rank has whole experts, instead of a part of every one.
 
     Raises:
         CheckpointError: If the source is missing, damaged or not to be trusted.
@@ -104,7 +106,7 @@ def plan(
         >>> report.summary.loaded_bytes, report.max_tp_size  # doctest: +SKIP
     """
     with put_off_collection(), open_source(source, revision, allow_pickle) as checkpoint:
-        used, made_plan = plan_for(checkpoint, tp_size, recipe)
+        used, made_plan = plan_for(checkpoint, tp_size, recipe, expert_parallel)
         return PlanReport(
             checkpoint.name,
             checkpoint.revision,

@@ -1,14 +1,16 @@
 """A plan's tensors grouped by layout, and their bytes. Arithmetic only; nothing is read."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import mul
 
 from shardkit.layout import Section, kv_head_mode
 from shardkit.planning.layout_plan import Plan
-from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Placement
+from shardkit.planning.mesh import Mesh, Rank
+from shardkit.planning.placement import Expert, Placement
 from shardkit.recipe import compile_module_pattern
 from shardkit.tensor import TensorSpec
 
@@ -24,20 +26,23 @@ class TensorGroup:
         pattern: Their names as one: `layers.{0..79}.mlp.up_proj.weight`.
         count: How many they are.
         example: The placement of the first.
-        shards: What each rank stores of one of them.
+        counts: How many of them each rank stores.
+        shards: What a rank stores of one of them.
         treatment: What becomes of each: `split`, `replicated`, or something between.
     """
 
     pattern: str
     count: int
     example: Placement
+    counts: tuple[int, ...]
     shards: tuple[TensorSpec | None, ...]
     treatment: str
 
     @property
     def rank_bytes(self) -> tuple[int, ...]:
         """What each rank stores of all of them, in bytes."""
-        return tuple(self.count * (shard.nbytes if shard else 0) for shard in self.shards)
+        each = (shard.nbytes if shard else 0 for shard in self.shards)
+        return tuple(map(mul, self.counts, each))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +118,28 @@ def summarize_plan(plan: Plan) -> PlanSummary:
             p.dim,
             p.sections,
             p.in_model,
+            p.expert and p.expert.count,
         )
         by_layout.setdefault(key, []).append(p)
     return PlanSummary(plan, tuple(_make_group(same, plan.mesh) for same in by_layout.values()))
 
 
 def _make_group(same: Sequence[Placement], mesh: Mesh) -> TensorGroup:
-    shards = tuple(same[0].shard_spec(rank) for rank in mesh.ranks())
-    pattern = collapse_names([p.spec.name for p in same])
-    return TensorGroup(pattern, len(same), same[0], shards, describe_treatment(same[0], mesh))
+    first, counts = same[0], (len(same),) * mesh.world_size
+    shards = tuple(first.shard_spec(rank) for rank in mesh.ranks())
+    if first.expert is not None:
+        numbers = Counter(p.expert for p in same if p.expert is not None)
+        counts = tuple(_count_on_rank(numbers, rank) for rank in mesh.ranks())
+        shards = (first.spec,) * mesh.world_size
+    pattern, treatment = (
+        collapse_names([p.spec.name for p in same]),
+        describe_treatment(first, mesh),
+    )
+    return TensorGroup(pattern, len(same), first, counts, shards, treatment)
+
+
+def _count_on_rank(experts: Mapping[Expert, int], rank: Rank) -> int:
+    return sum(count for expert, count in experts.items() if expert.is_on(rank))
 
 
 def list_unloaded(plan: Plan) -> tuple[str, ...]:
@@ -138,6 +156,8 @@ def collapse_names(names: Sequence[str]) -> str:
 
 def describe_treatment(placement: Placement, mesh: Mesh) -> str:
     """What becomes of a tensor over a mesh, in a word or two."""
+    if placement.expert is not None:
+        return "whole"
     if placement.dim is None:
         return "replicated" if placement.is_loaded else "rank 0 only"
     modes = {
@@ -164,6 +184,7 @@ def find_blocking_tensor(plan: Plan) -> str | None:
     """The tensor that allows no more than `plan.max_tp_size` ranks; None if nothing is divided."""
     for placement in plan.placements:
         limits = [s.max_tp_size for s in placement.sections if not s.replicated]
+        limits += [placement.expert.count] if placement.expert is not None else []
         if limits and min(limits) == plan.max_tp_size:
             return placement.spec.name
     return None

@@ -93,6 +93,7 @@ def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
         counts={name: count for r in every for name, count in r.counts.items()},
         module_attributes=tuple(a for r in every for a in r.module_attributes),
         forward_arguments=tuple(a for r in every for a in r.forward_arguments),
+        expert_modules=tuple(dict.fromkeys(name for r in every for name in r.expert_modules)),
         parts=(),
     )
 

@@ -24,6 +24,7 @@ from shardkit.recipe.parse_counts import (
     parse_units,
 )
 from shardkit.recipe.recipe import (
+    EXPERTS,
     ForwardArgument,
     ModuleAttribute,
     Recipe,
@@ -86,6 +87,7 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         part_only=expect_flag(table, "part_only"),
         layer_kinds=parse_layer_kinds(expect_table(table, "layer_kinds")),
         prediction_layers=parse_prediction_layers(expect_table(table, "prediction_layers")),
+        expert_modules=_parse_expert_modules(table),
         base_model_prefix=expect_string(table.get("base_model_prefix", ""), "base_model_prefix"),
         notes=expect_string(table.get("notes", ""), "notes"),
     )
@@ -124,6 +126,11 @@ def _parse_rules(
 def _parse_list(table: dict[str, Any], style: Style, terms: tuple[Term, ...]) -> Iterator[Rule]:
     for pattern in expect_strings(table, style.name):
         yield Rule(check_pattern(style.name, pattern), style, terms)
+
+
+def _parse_expert_modules(table: dict[str, Any]) -> tuple[str, ...]:
+    patterns = expect_strings(table, "expert_modules")
+    return tuple(check_pattern("expert_modules", pattern) for pattern in patterns) or EXPERTS
 
 
 def _read_axis_and_dim(

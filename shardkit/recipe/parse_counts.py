@@ -13,7 +13,8 @@ from shardkit.recipe.toml_values import check_pattern, expect_string
 KEYS = {
     "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
     "replicated", "module_attributes", "forward_arguments", "parts", "part_only",
-    "prediction_layers", "layer_kinds", *STYLES,
+    "prediction_layers", "layer_kinds", "expert_modules",
+    *(style.name for style in STYLES.values() if style.axis != "experts"),
 }  # fmt: skip
 FIELD = r"[A-Za-z_]\w*(?:\.(?:\w+|\*\[\w+\]))*"  # a list's entry may be that of a kind of layers
 FIELD_NAME = re.compile(FIELD, re.ASCII)

@@ -53,6 +53,16 @@ def _translate_form(pattern: str, base_model_prefix: str, *other_prefixes: str) 
     return head + _translate_pattern(pattern)
 
 
+def compile_experts_pattern(patterns: Iterable[str]) -> re.Pattern[str]:
+    """The tensors and modules inside of these modules of experts, wherever a model nests them.
+
+    Its group `stack` is the module, and `number` the expert's if each has a module of its own.
+    """
+    modules = "|".join(map(_translate_pattern, patterns))
+    number = r"(?:\.(?:expert_)?(?P<number>\d{1,9})(?=\.))?"
+    return re.compile(rf"(?P<stack>(?:.*\.)?(?:{modules})){number}(?:\..*)?")
+
+
 def compile_module_pattern(pattern: str) -> re.Pattern[str]:
     """The modules that a pattern names, wherever the model nests them; a `?` at its end is left."""
     return re.compile(r"(?:.*\.)?" + _translate_pattern(pattern.removesuffix("?")))

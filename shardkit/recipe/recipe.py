@@ -12,9 +12,14 @@ from functools import cached_property
 
 from shardkit.errors import RecipeError
 from shardkit.layout import Style, Term
-from shardkit.recipe.patterns import compile_tensor_pattern, rename_tensor
+from shardkit.recipe.patterns import (
+    compile_experts_pattern,
+    compile_tensor_pattern,
+    rename_tensor,
+)
 
 NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")  # a part of a name that is one
+EXPERTS = ("experts",)  # what nearly every model calls the module
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,7 @@ class Recipe:
     classes of the type have in place of `base_model_prefix`. `renames` are names of other classes'
     tensors, numbers as `*`, and what the first class has, which the rules know; by `other_renames`
     go names without a rule. `places` are modules that checkpoints may hold alone, without their
-    names.
+    names. `expert_modules` are patterns of the modules that hold a mixture's experts.
     """
 
     name: str
@@ -169,6 +174,7 @@ class Recipe:
     renames: Mapping[str, str] = field(default_factory=dict)
     other_renames: Mapping[str, str] = field(default_factory=dict)
     places: tuple[str, ...] = ()
+    expert_modules: tuple[str, ...] = EXPERTS
     notes: str = ""
 
     @cached_property
@@ -188,6 +194,14 @@ class Recipe:
     @cached_property
     def _rules_by_name(self) -> dict[str, list[Rule]]:
         return {}
+
+    @cached_property
+    def _experts_pattern(self) -> re.Pattern[str]:
+        return compile_experts_pattern(self.expert_modules)
+
+    def match_experts(self, name: str) -> re.Match[str] | None:
+        """Whether a tensor or module lies in a mixture's experts: the `stack`, and the `number`."""
+        return self._experts_pattern.fullmatch(name)
 
     def generalize(self, tensor: str) -> str:
         """A name with `*` for each of its numbers that no rule states: all its like have its rule.

@@ -6,9 +6,9 @@ public API of transformers; this module is the only one that knows them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Conversion:
     sources: tuple[tuple[str, str], ...]
     converter: WeightConverter | None
     whole: tuple[int, ...] = ()
+
+    def select_sources(self, names: Collection[str]) -> "Conversion":
+        """The conversion of those of its sources that have these names."""
+        kept = tuple(source for source in self.sources if source[0] in names)
+        return replace(self, sources=kept)
 
     def run(
         self,

@@ -16,11 +16,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardkit.dtypes import DTYPES, torch_name
 from shardkit.errors import ManifestError, first_line
-from shardkit.layout.style import ADD_ONCE
+from shardkit.layout.style import ADD_ONCE, EXPERT
 from shardkit.planning import Rank
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.dequantize import collect_weights
+from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
@@ -28,7 +29,7 @@ from shardkit.runtime.layers.linear import finish_layer
 from shardkit.runtime.materialize import (
     fill_parameters,
     find_tied_placements,
-    placements_by_parameter,
+    match_conversions,
     tie_and_initialize,
     zero_tensors,
 )
@@ -174,10 +175,14 @@ def load_into(
     weights = manifest.weights
     shapes = loaded_shapes(weights)
     conversions = find_conversions(model, shapes, plan.wrapper_prefix)
-    placements = placements_by_parameter(model, weights, conversions)
+    matched = match_conversions(model, weights, conversions)
+    placements = {name: weights[conversion.sources[0][0]] for name, conversion in matched.items()}
     missing = model.state_dict().keys() - placements.keys()
     tied = find_tied_placements(model, placements, missing)
     parallelize_model(model, plan, {**placements, **tied}, group)
+    distribute_experts(model, matched, weights, rank, group)
+    local = {name for name, p in weights.items() if p.spans(rank)}
+    conversions = [c for each in conversions if (c := each.select_sources(local)).sources]
     names = {name for conversion in conversions for name, _ in conversion.sources}
     by_part = {
         part.name: weight
@@ -189,7 +194,8 @@ def load_into(
     tensors = collect_weights(stored, by_part, model.config.dtype)
 
     def count_lengths(name: str) -> Sequence[int]:
-        return weights[name].section_lengths(rank)
+        placement = weights[name]
+        return () if placement.style is EXPERT else placement.section_lengths(rank)
 
     fill_parameters(model, tensors, conversions, group.device, model.config.dtype, count_lengths)
     if not rank.is_first:

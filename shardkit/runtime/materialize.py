@@ -19,6 +19,17 @@ def placements_by_parameter(
 ) -> dict[str, Placement]:
     """Each of the model's tensors that the shards make, and the placement it is made of.
 
+    Raises as `match_conversions` does.
+    """
+    matched = match_conversions(model, placements, conversions)
+    return {name: placements[conversion.sources[0][0]] for name, conversion in matched.items()}
+
+
+def match_conversions(
+    model: PreTrainedModel, placements: Mapping[str, Placement], conversions: list[Conversion]
+) -> dict[str, Conversion]:
+    """Each of the model's tensors that the shards make, and the conversion that makes it.
+
     Converts tensors of the whole shapes, without data, and raises ManifestError if one has not
     the shape that the model has: a config that is not the weights'.
     """
@@ -33,7 +44,7 @@ def placements_by_parameter(
                     f"{conversion.sources[0][0]}: makes {name} {tuple(tensor.shape)}, but"
                     f" config.json says {have}"
                 )
-            by_parameter[name] = sources[0]
+            by_parameter[name] = conversion
     return by_parameter
 
 

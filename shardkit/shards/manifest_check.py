@@ -5,7 +5,7 @@ from collections import Counter
 from shardkit.checkpoint import is_wrapper_prefix
 from shardkit.checkpoint.header import MAX_DIM
 from shardkit.layout import Section
-from shardkit.layout.style import REPLICATE
+from shardkit.layout.style import EXPERT, REPLICATE
 from shardkit.planning import Placement, Plan, Rank
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest, rank_file_name
 from shardkit.strict_json import JsonError, quote
@@ -26,6 +26,7 @@ def check_placement(placement: Placement) -> None:
     """Raise JsonError unless the sections are those of the dimension that is divided."""
     spec, style, sections = placement.spec, placement.style, placement.sections
     width = sum(map(len, sections))
+    _check_expert(placement)
     if placement.dim is None:
         gathers_input = style.divides == "nothing" and style.axis == "stated"
         if sections and not (gathers_input and spec.shape[-1:] == (width,)):
@@ -35,6 +36,16 @@ def check_placement(placement: Placement) -> None:
         raise JsonError(f"{spec.name}: its sections are not those of a divided dimension")
     if style.divides == "input" and any(s.replicated or s.shared_by for s in sections):
         raise JsonError(f"{spec.name}: ranks share a section, and a sum would count it twice")
+
+
+def _check_expert(placement: Placement) -> None:
+    """Raise JsonError unless what is placed by its expert is of one, or is divided by experts."""
+    sections = placement.sections
+    is_stack = placement.dim == 0 and sections == (Section(sections[0].units, sections[0].size),)
+    is_one = placement.expert is not None and placement.dim is None and not sections
+    wanted = is_one != is_stack if placement.style is EXPERT else placement.expert is None
+    if not wanted:
+        raise JsonError(f"{placement.spec.name}: is neither one expert's nor a stack of experts")
 
 
 def check_section(section: Section, where: str) -> None:

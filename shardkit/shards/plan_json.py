@@ -6,7 +6,7 @@ from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
 from shardkit.layout import STYLES, Section, Unit
-from shardkit.planning import MAX_TP_SIZE, Mesh, Placement, Plan
+from shardkit.planning import MAX_TP_SIZE, Expert, Mesh, Placement, Plan
 from shardkit.recipe import ForwardArgument, ModuleAttribute
 from shardkit.recipe.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.shards.manifest_check import check_placement, check_section
@@ -15,7 +15,7 @@ from shardkit.tensor import TensorSpec
 
 # Left out if they say what is usual: config.json names the class, no wrapper has left a prefix, and
 # a tensor is one of the class's.
-PLAN_OPTIONS, IN_MODEL = "model_class wrapper_prefix", "in_model"
+PLAN_OPTIONS, IN_MODEL, EXPERT = "model_class wrapper_prefix", "in_model", "expert"
 MESH_KEYS = "tp_size ep_size pp_size"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
 BLOCK, BLOCKS, QUANTIZATION = "block", "blocks", "quantization"
@@ -30,18 +30,7 @@ def plan_to_json(plan: Plan) -> dict[str, object]:
     return {
         **{key: value for key, value in options.items() if value},
         "mesh": fields_to_json(plan.mesh, MESH_KEYS),
-        "units": {
-            name: {
-                "count": unit.count or 0,
-                "shared_by": unit.shared_by,
-                **(
-                    {BLOCKS: [[*pair] for pair in sorted(unit.blocks.items())]}
-                    if unit.blocks
-                    else {}
-                ),
-            }
-            for name, unit in plan.units.items()
-        },
+        "units": {name: _unit_to_json(unit) for name, unit in plan.units.items()},
         "module_attributes": [
             fields_to_json(rule, ATTRIBUTE_KEYS) for rule in plan.module_attributes
         ],
@@ -62,6 +51,11 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
         "dim": -1 if placement.dim is None else placement.dim,
         "sections": [_section_to_json(section) for section in placement.sections],
         **({} if placement.in_model else {IN_MODEL: False}),
+        **(
+            {}
+            if placement.expert is None
+            else {EXPERT: [placement.expert.number, placement.expert.count]}
+        ),
     }
 
 
@@ -129,7 +123,7 @@ def _parse_scheme(value: Any, where: str) -> Scheme:
 def _parse_placement(name: str, value: Any) -> Placement:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
         raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
-    fields = JsonObject(value, name, "dtype shape style dim sections", IN_MODEL)
+    fields = JsonObject(value, name, "dtype shape style dim sections", f"{IN_MODEL} {EXPERT}")
     shape = fields.items("shape", lambda size, at: read_integer(size, f"{name}: {at}", MAX_DIM))
     dtype, style = map(fields.string, ("dtype", "style"))
     if dtype not in DTYPES or len(shape) > MAX_RANK:
@@ -142,9 +136,19 @@ def _parse_placement(name: str, value: Any) -> Placement:
         TensorSpec(name, dtype, shape),
         IN_MODEL not in fields or fields.boolean(IN_MODEL),
     )
-    placement = Placement(spec, STYLES[style], None if dim == -1 else dim, sections, in_model)
+    placement = Placement(
+        *(spec, STYLES[style], None if dim == -1 else dim, sections, in_model),
+        expert=_parse_expert(fields.value(EXPERT), name) if EXPERT in fields else None,
+    )
     check_placement(placement)
     return placement
+
+
+def _parse_expert(value: Any, where: str) -> Expert:
+    if not isinstance(value, list) or len(value) != 2:
+        raise JsonError(f"{where}: expert is not [number, count]")
+    count = read_integer(value[1], where, MAX_DIM, 1)
+    return Expert(read_integer(value[0], where, count - 1), count)
 
 
 def _parse_section(value: Any, where: str) -> Section:

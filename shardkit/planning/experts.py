@@ -1,0 +1,80 @@
+"""Expert parallelism: which tensors are a mixture's experts, and where whole ones lie.
+
+The experts of a stack are stored one by one, `experts.3.up_proj.weight`, or as one tensor with a
+dimension of experts before the others.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from shardkit.errors import CheckpointError, LayoutError
+from shardkit.layout import Section
+from shardkit.layout.style import ADD_ONCE, EXPERT
+from shardkit.planning.placement import Expert, Placement
+from shardkit.recipe import ModuleAttribute, Recipe
+
+IN_STACK = None  # what stands for the expert if a tensor has all of a stack
+
+Experts = Mapping[str, Expert | None]
+
+
+def find_experts(names: Iterable[str], recipe: Recipe) -> dict[str, Expert | None]:
+    """The tensors that lie in a recipe's experts, and the expert that each is of.
+
+    Args:
+        names: Every tensor's, without a wrapper's prefix.
+        recipe: What says which modules are experts.
+
+    Raises:
+        CheckpointError: If a stack lacks one of its experts.
+    """
+    matches = {name: match for name in names if (match := recipe.match_experts(name))}
+    numbers: dict[str, set[int]] = {}
+    for match in matches.values():
+        if match["number"] is not None:
+            numbers.setdefault(match["stack"], set()).add(int(match["number"]))
+    for stack, present in numbers.items():
+        missing = next((n for n in range(max(present)) if n not in present), None)
+        if missing is not None:
+            raise CheckpointError(f"{stack}: has expert {max(present)}, but no expert {missing}")
+    return {
+        name: IN_STACK
+        if match["number"] is None
+        else Expert(int(match["number"]), len(numbers[match["stack"]]))
+        for name, match in matches.items()
+    }
+
+
+def place_expert(placement: Placement, expert: Expert | None) -> Placement:
+    """Where a tensor of experts lies if each rank has whole ones.
+
+    Of a tensor that has all of a stack, what no rule divides is the router's, and stays as it is.
+
+    Args:
+        placement: Where the tensor lies if ranks share every expert.
+        expert: The expert that it is of; None if it has all of a stack.
+    """
+    if expert is not None:
+        return replace(placement, style=EXPERT, dim=None, sections=(), expert=expert)
+    if placement.dim is None and placement.style is not ADD_ONCE:
+        return placement
+    length = placement.spec.shape[0]
+    # Experts may be stacked in one axis, `[experts * out, in]`: the blocks of what is divided.
+    count = placement.sections[0].repeat if placement.dim == 0 else length
+    return replace(placement, style=EXPERT, dim=0, sections=(Section(count, length // count),))
+
+
+def check_any_expert(placements: Iterable[Placement]) -> None:
+    """Raise LayoutError unless an expert is among the tensors."""
+    if not any(placement.style is EXPERT for placement in placements):
+        raise LayoutError(
+            "no tensor is an expert's, so experts cannot be distributed; split without expert"
+            " parallelism"
+        )
+
+
+def list_other_attributes(recipe: Recipe) -> tuple[ModuleAttribute, ...]:
+    """The module attributes that count something on a rank that has whole experts."""
+    return tuple(
+        rule for rule in recipe.module_attributes if recipe.match_experts(rule.module) is None
+    )
