@@ -8,6 +8,11 @@ from pathlib import Path
 
 import torch
 
+from shardkit.authoring.expert_faults import (
+    group_stacks,
+    inject_expert_faults,
+    plan_whole_experts,
+)
 from shardkit.authoring.mutations import Mutant, list_mutants
 from shardkit.authoring.proof import Proof, prove_recipe
 from shardkit.authoring.rank_pool import RankPool
@@ -25,11 +30,15 @@ SCRATCH = "shardkit-"  # how the temporary folders are named
 
 @dataclass(frozen=True)
 class ModelProof:
-    """The proof of a recipe on one model over one number of ranks."""
+    """The proof of a recipe on one model over one number of ranks.
+
+    With `expert_parallel`, each rank had whole experts.
+    """
 
     model: str
     tp_size: int
     proof: Proof
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,20 @@ def make_model(config_folder: Path, folder: Path) -> Path:
 def prove_on_models(
     recipe: Recipe, models: Mapping[str, Path], tp_sizes: Iterable[int], pool: RankPool
 ) -> Iterator[ModelProof]:
-    """Prove a recipe on each model over each number of ranks; yield each proof as it is done."""
+    """Prove a recipe on each model over each number of ranks; yield each proof as it is done.
+
+    A mixture is also proven with whole experts on each rank, if it has so many.
+    """
     for tp_size in tp_sizes:
         for name, source in models.items():
-            with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
-                proof = prove_recipe(source, recipe, pool.of(tp_size), Path(scratch), BEAMS, True)
-            yield ModelProof(name, tp_size, proof)
+            for expert_parallel in (False, True):
+                if expert_parallel and plan_whole_experts(source, recipe, tp_size) is None:
+                    continue
+                ranks = pool.of(tp_size)
+                with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+                    options = (BEAMS, True, expert_parallel)
+                    proof = prove_recipe(source, recipe, ranks, Path(scratch), *options)
+                yield ModelProof(name, tp_size, proof, expert_parallel)
 
 
 def run_mutants(
@@ -133,6 +150,8 @@ def run_mutants(
 ) -> Iterator[MutantResult]:
     """Try mutants of a recipe, each on the models that use its rule until a check fails.
 
+    Before them, the experts of the first model that has some are distributed wrongly.
+
     Args:
         recipe: The right recipe.
         models: Checkpoints, and the rules that each uses, with the tensors that they name.
@@ -140,6 +159,7 @@ def run_mutants(
         pool: The ranks.
         limit: How many mutants to try at most.
     """
+    yield from run_expert_faults(recipe, models, tp_size, pool)
     composed = {source: compose_recipe(recipe, read_config(source)) for source in models}
     for mutant, sources in islice(_list_mutants(composed, models), limit):
         for source in sources:
@@ -148,6 +168,21 @@ def run_mutants(
             if not proof.passed:
                 break  # some models have no bias, and many need no attribute
         yield MutantResult(mutant, proof)
+
+
+def run_expert_faults(
+    recipe: Recipe, models: Iterable[Path], tp_size: int, pool: RankPool
+) -> Iterator[MutantResult]:
+    """Distribute the experts of the first model that has some wrongly; nothing if none has."""
+    for source in models:
+        if (plan := plan_whole_experts(source, recipe, tp_size)) is None:
+            continue
+        stack = next(iter(group_stacks(plan)))
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+            faults = inject_expert_faults(source, recipe, plan, pool.of(tp_size), Path(scratch))
+            for fault, check in faults:
+                yield MutantResult(Mutant(fault, stack, recipe), Proof((check,)))
+        return
 
 
 def _list_mutants(

@@ -42,6 +42,7 @@ def _render_head(entries: Sequence[Entry]) -> Iterator[str]:
         " and 4 ranks, and those with sizes that divide unevenly over 3, too:"
         f" {sum(proof['passed'] for proof in proofs)} of {len(proofs)} proofs, in float32, from"
         " checkpoints that `save_pretrained` writes."
+        f" In {sum(map(_is_expert_parallel, proofs))} of them each rank has whole experts (*ep*)."
     )
     yield ""
     yield _summarize_mutants([mutant for _, entry in entries for mutant in entry["mutants"]])
@@ -125,12 +126,21 @@ def _count_forms(types: Sequence[Mapping[str, Any]]) -> str:
     return f"{loaded - faults} of {loaded}" if types else ""
 
 
+def _is_expert_parallel(proof: Mapping[str, Any]) -> bool:
+    return bool(proof.get("expert_parallel"))
+
+
+def _name_layout(proof: Mapping[str, Any]) -> str:
+    return f"{proof['tp_size']}{' ep' if _is_expert_parallel(proof) else ''}"
+
+
 def _list_samples(entry: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(proof["sample"] for proof in entry["proofs"]))
 
 
 def _format_shares(proofs: Sequence[Mapping[str, Any]], sample: str) -> str:
-    shares = {p["tp_size"]: p["share"] for p in proofs if p["sample"] == sample}
+    own = [p for p in proofs if p["sample"] == sample and not _is_expert_parallel(p)]
+    shares = {p["tp_size"]: p["share"] for p in own}
     return " / ".join(f"{shares[size]:.0%}" for size in (2, 4) if size in shares)
 
 
@@ -159,7 +169,8 @@ def _render_replicated(entries: Sequence[Entry]) -> Iterator[str]:
 
 def _least_divided(proofs: Sequence[Mapping[str, Any]]) -> str:
     """The first sample with the largest share on one rank."""
-    largest = max(proofs, key=lambda proof: float(proof["share"]))
+    shared = [proof for proof in proofs if not _is_expert_parallel(proof)]
+    largest = max(shared, key=lambda proof: float(proof["share"]))
     return str(largest["sample"])
 
 
@@ -213,7 +224,7 @@ def _usage_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
     ]
     return (
         proof["sample"],
-        proof["tp_size"],
+        _name_layout(proof),
         " + ".join(_format_usage(count) for count in counts if count),
         _format_usage(plan.get("cache bytes")),
         _format_usage(plan.get("weight bytes")),
@@ -232,7 +243,7 @@ def _proof_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
     return (
         proof["sample"] + ("\\*" if proof["limitation"] else ""),
         proof["model_type"],
-        proof["tp_size"],
+        _name_layout(proof),
         "passed" if proof["passed"] else f"FAILED {proof['fault'][:80]}",
         _format_number(proof["masked_sum"]),
         _format_number(numbers.get("error", {}).get("max")),

@@ -24,7 +24,7 @@ from shardkit.authoring.hooks import Hook, first_output, run_with_hooks
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
 from shardkit.layout import Style
-from shardkit.planning import Mesh, Placement, Plan, make_plan
+from shardkit.planning import Placement, Plan, Rank, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
@@ -38,7 +38,7 @@ Outputs = dict[str, list[torch.Tensor]]
 
 
 def masked_sum_errors(
-    source: Path, recipe: Recipe, tp_size: int, scratch: Path
+    source: Path, recipe: Recipe, tp_size: int, scratch: Path, expert_parallel: bool = False
 ) -> dict[str, float]:
     """The error of the masked sum of each layer that is summed over the ranks.
 
@@ -47,6 +47,7 @@ def masked_sum_errors(
         recipe: The recipe to prove.
         tp_size: The number of ranks.
         scratch: An empty folder for each rank's masked checkpoint.
+        expert_parallel: Whether each rank has whole experts.
 
     Returns:
         By module, the largest difference of the sum from the unsharded model's output, relative to
@@ -55,7 +56,7 @@ def masked_sum_errors(
     Raises:
         VerifyError: The model does not run a layer that has a weight to sum.
     """
-    model, plan = load_reference(source), plan_folder(source, recipe, tp_size)
+    model, plan = load_reference(source), plan_folder(source, recipe, tp_size, expert_parallel)
     layers = find_owners(model, plan, lambda style: style.is_summed)
     names = [*layers, *find_owners(model, plan, lambda style: style.needs_full_width)]
     inputs = make_inputs(model)
@@ -63,8 +64,8 @@ def masked_sum_errors(
     if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
         raise VerifyError(f"{source}: nothing ran {idle[0]}, so its layout is not proven")
     sums = {name: [torch.zeros_like(t) for t in truth[name]] for name in layers if name in truth}
-    for tp_rank in range(tp_size):
-        local = load_reference(write_masked(source, plan, tp_rank, scratch / str(tp_rank)))
+    for rank in plan.mesh.ranks():
+        local = load_reference(write_masked(source, plan, rank, scratch / str(rank.index)))
         outputs = record_outputs(local, inputs, names, truth)
         for name, totals in sums.items():
             for total, part in zip(totals, outputs[name], strict=True):
@@ -81,10 +82,10 @@ def load_reference(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def plan_folder(source: Path, recipe: Recipe, tp_size: int) -> Plan:
+def plan_folder(source: Path, recipe: Recipe, tp_size: int, expert_parallel: bool = False) -> Plan:
     """The plan of a checkpoint folder, from its headers and config alone."""
     with Checkpoint(source) as checkpoint:
-        return make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size)
+        return make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size, expert_parallel)
 
 
 def match_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, Placement]:
@@ -109,28 +110,28 @@ def find_owners(
     }
 
 
-def write_masked(source: Path, plan: Plan, tp_rank: int, folder: Path) -> Path:
-    """Write the checkpoint again with zeros wherever `tp_rank` holds nothing. Returns `folder`."""
+def write_masked(source: Path, plan: Plan, rank: Rank, folder: Path) -> Path:
+    """Write the checkpoint again with zeros wherever `rank` holds nothing. Returns `folder`."""
     tensors = load_file(source / WEIGHT_FILE)
     for placement in plan.placements:
         name = placement.spec.name
-        tensors[name] = mask_tensor(tensors[name], placement, tp_rank, plan.tp_size)
+        tensors[name] = mask_tensor(tensors[name], placement, rank)
     folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
     save_file(tensors, folder / WEIGHT_FILE, {"format": "pt"})
     return folder
 
 
-def mask_tensor(
-    tensor: torch.Tensor, placement: Placement, tp_rank: int, tp_size: int
-) -> torch.Tensor:
+def mask_tensor(tensor: torch.Tensor, placement: Placement, rank: Rank) -> torch.Tensor:
     """The tensor, zero outside the rank's spans; a row-parallel bias is only on rank 0."""
     if placement.dim is None:
-        return tensor * 0 if placement.style.is_added_once and tp_rank else tensor
+        is_absent = placement.is_loaded and not placement.spans(rank)
+        is_added = placement.style.is_added_once and not rank.is_first
+        return tensor * 0 if is_absent or is_added else tensor
     shape = [1] * tensor.ndim
     shape[placement.dim] = -1
     kept = torch.zeros(tensor.shape[placement.dim], dtype=torch.bool)
-    for start, stop in placement.spans(Mesh(tp_size).rank(tp_rank)):
+    for start, stop in placement.spans(rank):
         kept[start:stop] = True
     return tensor * kept.view(shape)
 

@@ -56,6 +56,7 @@ def prove_recipe(
     scratch: Path,
     beams: int = 0,
     with_plan: bool = False,
+    expert_parallel: bool = False,
 ) -> Proof:
     """Check a recipe on a small checkpoint of one file; stop at the first check that fails.
 
@@ -66,9 +67,10 @@ def prove_recipe(
         scratch: An empty folder for the shards.
         beams: If not 0, also compare beam search over so many beams, if the model has it.
         with_plan: Also measure what the plan predicts: collectives, cache and weights.
+        expert_parallel: Whether each rank has whole experts.
     """
     recipe = compose_recipe(recipe, read_config(source))
-    run = _ProofRun(source, recipe, ranks, scratch, beams)
+    run = _ProofRun(source, recipe, ranks, scratch, beams, expert_parallel)
     steps = run.steps | ({"plan": run.check_plan} if with_plan else {})
     checks: list[Check] = []
     for name, step in steps.items():
@@ -87,6 +89,7 @@ class _ProofRun:
     ranks: RankProcesses
     scratch: Path
     beams: int
+    expert_parallel: bool
 
     @property
     def steps(self) -> dict[str, Callable[[], Check]]:
@@ -104,7 +107,8 @@ class _ProofRun:
     @cached_property
     def plan(self) -> Plan:
         with Checkpoint(self.source) as checkpoint:
-            return make_plan(checkpoint.specs(), self.recipe, checkpoint.config, self.ranks.size)
+            specs, config = checkpoint.specs(), checkpoint.config
+            return make_plan(specs, self.recipe, config, self.ranks.size, self.expert_parallel)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -132,8 +136,8 @@ class _ProofRun:
 
     def check_masked_sum(self) -> Check:
         """Ranks that keep only their own spans sum to the whole model, by transformers alone."""
-        folder = self.scratch / "masked"
-        errors = masked_sum_errors(self.source, self.recipe, self.ranks.size, folder)
+        folder, size = self.scratch / "masked", self.ranks.size
+        errors = masked_sum_errors(self.source, self.recipe, size, folder, self.expert_parallel)
         worst = max(errors, key=lambda name: errors[name], default="")
         error = errors.get(worst, 0.0)
         fault = "" if error < MAX_ROUNDING else f"the masked sum of {worst} is off by {error:.1e}"

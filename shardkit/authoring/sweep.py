@@ -88,7 +88,7 @@ def sweep_recipe(recipe: Recipe, pool: RankPool) -> SweepResult:
             source = models[sample.name]
             for proof in prove_on_models(recipe, {sample.name: source}, sizes, pool):
                 proofs.append(_proof_to_json(proof, sample))
-                if proof.tp_size == MUTANT_TP_SIZE:
+                if proof.tp_size == MUTANT_TP_SIZE and not proof.expert_parallel:
                     rules[source] = proof.proof.rules
         results = run_mutants(recipe, rules, MUTANT_TP_SIZE, pool, MAX_MUTANTS)
         mutants = [result.to_json() for result in results]
@@ -204,4 +204,5 @@ def _proof_to_json(proof: ModelProof, sample: Sample) -> dict[str, Any]:
         "masked_sum": numbers.get("masked sum", {}).get("error"),
         "numerics": numbers.get("numerics", {}),
         "plan": numbers.get("plan", {}),
+        **({"expert_parallel": True} if proof.expert_parallel else {}),
     }

@@ -45,9 +45,9 @@ def run_checks(
         proofs = []
         for proof in prove_on_models(recipe, models, tp_sizes, pool):
             proofs.append(proof)
-            report(f"{len(proofs)} of {len(models) * len(tp_sizes)} proofs: {proof.model}")
+            report(f"{format_count(len(proofs), 'proof')} of {format_count(len(models), 'model')}")
         is_proven = all(proof.proof.passed for proof in proofs)
-        rules = {models[proof.model]: proof.proof.rules for proof in proofs}
+        rules = {models[p.model]: p.proof.rules for p in proofs if not p.expert_parallel}
         limit = mutants if is_proven else 0
         results = [*run_mutants(recipe, rules, tp_sizes[0], pool, limit)]
     return {
@@ -139,7 +139,8 @@ def _print_sweep(recipe: Recipe, result: SweepResult) -> None:
 
 def _print_proof(proof: dict[str, Any]) -> None:
     last = proof["checks"][-1]
-    title = f"{proof['model']} at tp {proof['tp_size']}"
+    whole = " with whole experts" if proof["expert_parallel"] else ""
+    title = f"{proof['model']} at tp {proof['tp_size']}{whole}"
     if proof["passed"]:
         print_line(
             f"passed {title}: largest rank {proof['share']:.0%} of the bytes; {last['summary']}"
@@ -166,6 +167,7 @@ def _proof_to_json(proof: ModelProof) -> dict[str, Any]:
     return {
         "model": proof.model,
         "tp_size": proof.tp_size,
+        "expert_parallel": proof.expert_parallel,
         "passed": proof.proof.passed,
         "share": round(proof.proof.share, 4),
         "checks": [asdict(check) for check in proof.proof.checks],

@@ -86,9 +86,11 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     makes_text = generates_text(plan, config)
     rows, tower_rows = _part_towers(list_placements(plan, ROW), makes_text)
     experts, tower_experts = _part_towers([*plan.loaded_by_style.get(EXPERT.name, ())], makes_text)
+    stacks, tower_stacks = _find_whole_stacks(experts), _find_whole_stacks(tower_experts)
     norms, tower_norms = _part_towers(list_placements(plan, NORM), makes_text)
     dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
     encoder_sums = _count_encoder_sums(dense)
+    encoder_stacks = sum(map(is_encoder, stacks)) if has_both_halves([*dense, *stacks]) else 0
     uses = _count_uses(text, dense)
     vocab = list_placements(plan, VOCAB)
     outputs = _list_outputs(vocab)
@@ -98,7 +100,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
     return Collectives(
         row_parallel=int((len(dense) - encoder_sums + _count_repeats(dense, text)) * uses),
-        expert_stacks=_count_expert_sums(rows, config) + _count_whole_stacks(experts),
+        expert_stacks=_count_expert_sums(rows, config) + len(stacks) - encoder_stacks,
         embedding=(min(len(tables), 1) if both else len(tables)) + _count_more_lookups(text),
         output=int(has_output),
         norms=len(norms),
@@ -107,7 +109,8 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         encoder=_count_encoder_uses(encoder_sums, text)
         + len(tower_dense)
         + _count_expert_sums(tower_rows, config)
-        + _count_whole_stacks(tower_experts)
+        + encoder_stacks
+        + len(tower_stacks)
         + len(tower_norms)
         + int(both and reads_ids and any("decoder" not in path for path in tables))
         + int(config.get(fields.EMBEDDED_TWICE) is not None),
@@ -162,19 +165,20 @@ def _count_expert_sums(rows: list[Placement], config: Mapping[str, Any]) -> int:
     return sum(sums.values())
 
 
-def _count_whole_stacks(experts: list[Placement]) -> int:
-    """The sums after stacks of which each rank has whole experts: one each."""
-    return len({_find_stack_parent(placement) for placement in experts})
+def _find_whole_stacks(experts: list[Placement]) -> list[Path]:
+    """The modules with a stack of which each rank has whole experts, and sums once.
 
-
-def _find_stack_parent(placement: Placement) -> tuple[str, ...]:
-    """The module that a stack of experts is in; each of its tensors may be a module's own."""
-    path = placement.spec.name.split(".")
-    if placement.expert is None:
-        leaf = path[-1] in ("weight", "bias")
-        return tuple(path[: -2 - leaf])
-    names = placement.expert.module_names
-    return tuple(path[: max(at for at, name in enumerate(path) if name in names) - 1])
+    Each tensor of a stack may be that of a module of its own.
+    """
+    parents: dict[tuple[str, ...], None] = {}
+    for placement in experts:
+        path = placement.spec.name.split(".")
+        end = len(path) - 1 - (path[-1] in ("weight", "bias"))
+        if placement.expert is not None:
+            names = placement.expert.module_names
+            end = max(at for at, name in enumerate(path) if name in names)
+        parents.setdefault(tuple(path[: end - 1]))
+    return [[*parent] for parent in parents]
 
 
 def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:

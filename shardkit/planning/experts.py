@@ -64,12 +64,12 @@ def place_expert(placement: Placement, expert: Expert | None) -> Placement:
     return replace(placement, style=EXPERT, dim=0, sections=(Section(count, length // count),))
 
 
-def check_any_expert(placements: Iterable[Placement]) -> None:
+def check_any_expert(placements: Iterable[Placement], recipe: Recipe) -> None:
     """Raise LayoutError unless an expert is among the tensors."""
     if not any(placement.style is EXPERT for placement in placements):
         raise LayoutError(
-            "no tensor is an expert's, so experts cannot be distributed; split without expert"
-            " parallelism"
+            f"no tensor is of an expert that recipe {recipe.name!r} can place whole on a rank;"
+            " split without --expert-parallel"
         )
 
 

@@ -54,7 +54,7 @@ def make_plan(
     experts = find_experts(names, recipe) if expert_parallel else {}
     placements, units = _place_weights(weights, grouping, recipe, config, prefix, experts)
     if expert_parallel:
-        check_any_expert(placements)
+        check_any_expert(placements, recipe)
     shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
     loaded = decide_loading(config, shapes)
     unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from shardkit.runtime.conversion import Conversion
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.expert_parallel import (
     LocalExperts,
+    empty_parameter,
     find_expert_form,
     keep_local_experts,
     make_expert_parallel,
@@ -56,8 +56,10 @@ def distribute_experts(
             continue
         local = find_local_experts(conversion, placements, rank)
         stacks.setdefault(_find_stack_module(model, name), []).append(local)
+        _check_count(model, name, local, first)
         if not local.numbers:
-            _empty_stack(model, name, group.device)
+            module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            empty_parameter(module, leaf, (0, *getattr(module, leaf).shape[1:]), group.device)
     for path, names in containers.items():
         keep_local_experts(model.get_submodule(path), group, names)
     for path, every in stacks.items():
@@ -77,6 +79,16 @@ def find_local_experts(conversion: Conversion, placements: Placements, rank: Ran
     if not numbers:
         return LocalExperts(range(0), len(own))
     return LocalExperts(range(numbers[0], numbers[-1] + 1), len(own))
+
+
+def _check_count(model: nn.Module, name: str, local: LocalExperts, placement: Placement) -> None:
+    """Raise ManifestError if experts stored one by one make more than one of a model's stacks."""
+    length = model.get_parameter(name).shape[0]
+    if placement.expert is not None and length != local.count:
+        raise ManifestError(
+            f"{name}: is of {length} of the {local.count} experts that {placement.spec.name} is one"
+            " of, which cannot be whole on a rank; split without --expert-parallel"
+        )
 
 
 def _find_container(model: nn.Module, name: str, placement: Placement) -> tuple[str, str]:
@@ -112,13 +124,3 @@ def _is_last(path: str, model: nn.Module, stacks: Mapping[str, object]) -> bool:
     parent = path.rpartition(".")[0]
     names = [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children()]
     return path == [name for name in names if name in stacks][-1]
-
-
-def _empty_stack(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    """Make a stack of which this rank has no expert one of none."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    full = getattr(module, leaf)
-    none = torch.empty(0, *full.shape[1:], dtype=full.dtype, device=device)
-    none._is_hf_initialized = True  # type: ignore[attr-defined]
-    module._parameters[leaf] = nn.Parameter(none, requires_grad=False)

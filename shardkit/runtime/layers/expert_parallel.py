@@ -7,6 +7,7 @@ that takes rows ordered by expert runs on its experts' rows.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class LocalExperts:
 
 
 class AbsentExpert(nn.Module):
-    """Stands for an expert that another rank has: adds nothing to a sum of their outputs."""
+    """Mixed into an expert that another rank has: adds nothing to a sum of their outputs."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Zeros of the shape of its input `[..., hidden]`."""
@@ -64,9 +65,22 @@ class RoutedExperts(nn.Module):
                 own < self.local.count, own - numbers.start, own - self.local.count + len(numbers)
             )
             share = weights.reshape(index.shape)[token, place]
-            parts = super().forward(tokens[token], number[:, None], share[:, None])
+            parts = super().forward(tokens[token], *self._pad_pairs(number, share))
             output.index_add_(0, token, parts.reshape(len(token), -1).to(output.dtype))
         return self.group.all_reduce(output).reshape(hidden.shape)
+
+    def _pad_pairs(
+        self, number: torch.Tensor, share: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert for each token, `[pairs, 1]`, and its weight.
+
+        If experts that pass their input through end the stack, the last one is added, with no
+        weight: the loop over such a stack fails for one expert per token.
+        """
+        if not (total := getattr(self, "total_experts", 0)):
+            return number[:, None], share[:, None]
+        last = torch.full_like(number, total - 1)
+        return torch.stack((number, last), -1), torch.stack((share, torch.zeros_like(share)), -1)
 
 
 class StackedExperts(nn.Module):
@@ -137,6 +151,15 @@ def make_expert_parallel(
             setattr(module, name, full - local.count + len(local.numbers))
 
 
+def empty_parameter(
+    module: nn.Module, leaf: str, shape: Sequence[int], device: torch.device
+) -> None:
+    """Give a parameter that this rank has nothing of a shape without elements."""
+    nothing = torch.empty(*shape, dtype=getattr(module, leaf).dtype, device=device)
+    module._parameters[leaf] = parameter = nn.Parameter(nothing, requires_grad=False)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
 def keep_local_experts(container: nn.Module, group: TensorParallelGroup, local: set[str]) -> None:
     """Of a module that holds a module for each expert, keep a rank's own; sum its output.
 
@@ -145,9 +168,12 @@ def keep_local_experts(container: nn.Module, group: TensorParallelGroup, local: 
         group: The ranks.
         local: The names in it of the experts that this rank has.
     """
-    for name, _ in list(container.named_children()):
+    for name, expert in container.named_children():
         if name not in local:
-            setattr(container, name, AbsentExpert())
+            convert_class(expert, mix_class(AbsentExpert, type(expert)))
+            for module in expert.modules():
+                for leaf, tensor in module.named_parameters(recurse=False):
+                    empty_parameter(module, leaf, (0, *tensor.shape[1:]), group.device)
 
     def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return group.all_reduce(output)
