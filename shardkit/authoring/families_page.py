@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from shardkit.authoring.publishing import format_table
+from shardkit.authoring.publishing import format_table, name_layout
 from shardkit.recipe.recipe import Recipe
 
 Entry = tuple[Recipe, Mapping[str, Any]]  # a recipe and its stored results
@@ -130,10 +130,6 @@ def _is_expert_parallel(proof: Mapping[str, Any]) -> bool:
     return bool(proof.get("expert_parallel"))
 
 
-def _name_layout(proof: Mapping[str, Any]) -> str:
-    return f"{proof['tp_size']}{' ep' if _is_expert_parallel(proof) else ''}"
-
-
 def _list_samples(entry: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(proof["sample"] for proof in entry["proofs"]))
 
@@ -224,7 +220,7 @@ def _usage_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
     ]
     return (
         proof["sample"],
-        _name_layout(proof),
+        name_layout(proof),
         " + ".join(_format_usage(count) for count in counts if count),
         _format_usage(plan.get("cache bytes")),
         _format_usage(plan.get("weight bytes")),
@@ -243,7 +239,7 @@ def _proof_row(proof: Mapping[str, Any]) -> tuple[object, ...]:
     return (
         proof["sample"] + ("\\*" if proof["limitation"] else ""),
         proof["model_type"],
-        _name_layout(proof),
+        name_layout(proof),
         "passed" if proof["passed"] else f"FAILED {proof['fault'][:80]}",
         _format_number(proof["masked_sum"]),
         _format_number(numbers.get("error", {}).get("max")),

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from shardkit.authoring.expert_faults import plan_whole_experts
 from shardkit.authoring.format_samples import FormatSample, make_quantized
 from shardkit.authoring.masked_sum import WEIGHT_FILE
 from shardkit.authoring.rank_pool import RankPool
@@ -26,12 +27,14 @@ from shardkit.convert import (
 )
 from shardkit.errors import LayoutError, RecipeError, ShardkitError
 from shardkit.planning import plan_for
+from shardkit.recipe import compose_recipe, find_recipe
 from shardkit.recipe.formats import QuantizedWeight, StoredPart
 from shardkit.shards import Manifest, ShardedCheckpoint
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 
 TP_SIZES = (2, 3, 4)
+EXPERT_TP_SIZES = (2, 3)  # with whole experts
 FAULT_TP_SIZE = 2
 
 Tensors = dict[str, torch.Tensor]
@@ -45,6 +48,7 @@ class FormatProof:
         model: The model's name.
         format: The format sample's name.
         tp_size: The number of ranks.
+        expert_parallel: Whether each has whole experts.
         verdict: `proven`; or `refused`, before anything is written; or `failed`.
         detail: The largest error beside what is allowed, the refusal, or the fault.
     """
@@ -52,6 +56,7 @@ class FormatProof:
     model: str
     format: str
     tp_size: int
+    expert_parallel: bool
     verdict: str
     detail: str
 
@@ -71,32 +76,58 @@ def prove_format(
     pool: RankPool,
     scratch: Path,
     tp_sizes: Sequence[int] = TP_SIZES,
+    expert_tp_sizes: Sequence[int] = EXPERT_TP_SIZES,
 ) -> Iterator[FormatProof]:
-    """Prove a model in a format over each of these numbers of ranks."""
+    """Prove a model in a format over each of these numbers of ranks, without whole experts first.
+
+    Args:
+        model: The model, of 16 bits.
+        sample: The format.
+        pool: The ranks.
+        scratch: An empty folder.
+        tp_sizes: The numbers of ranks.
+        expert_tp_sizes: Those over which a mixture has whole experts on each.
+    """
     source = make_quantized(model, sample, scratch / "source")
     with Checkpoint(source) as checkpoint:
         if not plan_for(checkpoint, 1)[1].grouping.weights:
             return  # the format is of nothing that the model has
+        recipe, config = find_recipe(checkpoint.config), checkpoint.config
+    yield from _prove_sizes(model, sample, pool, scratch, tp_sizes, False)
+    if plan_whole_experts(source, compose_recipe(recipe, config), 1) is not None:
+        yield from _prove_sizes(model, sample, pool, scratch, expert_tp_sizes, True)
+
+
+def _prove_sizes(
+    model: Sample,
+    sample: FormatSample,
+    pool: RankPool,
+    scratch: Path,
+    tp_sizes: Sequence[int],
+    expert_parallel: bool,
+) -> Iterator[FormatProof]:
     earlier: Path | None = None
+    source, layouts = scratch / "source", scratch / ("ep" if expert_parallel else "tp")
+    layouts.mkdir()
     for size in tp_sizes:
-        shards = scratch / f"tp{size}"
+        shards, stated = layouts / str(size), (model.name, sample.name, size, expert_parallel)
         try:
-            manifest = _split(source, shards, size)
+            manifest = _split(source, shards, size, expert_parallel)
         except (LayoutError, RecipeError) as refusal:
-            yield FormatProof(model.name, sample.name, size, "refused", str(refusal))
+            yield FormatProof(*stated, "refused", str(refusal))
             continue
         try:
-            detail, fault = _prove_shards(source, shards, manifest, earlier, pool, scratch)
+            detail, fault = _prove_shards(source, shards, manifest, earlier, pool, layouts)
         except ShardkitError as error:
             detail, fault = "", str(error)
         earlier = shards
         verdict = "failed" if fault else "proven"
-        yield FormatProof(model.name, sample.name, size, verdict, fault or detail)
+        yield FormatProof(*stated, verdict, fault or detail)
 
 
-def _split(source: Path, shards: Path, size: int) -> Manifest:
+def _split(source: Path, shards: Path, size: int, expert_parallel: bool = False) -> Manifest:
     with Checkpoint(source) as checkpoint:
-        recipe, plan = plan_for(checkpoint, size)
+        recipe, plan = plan_for(checkpoint, size, None, expert_parallel)
         return split_checkpoint(checkpoint, plan, recipe, shard_destination(shards))
 
 

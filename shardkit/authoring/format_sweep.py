@@ -11,7 +11,7 @@ from typing import Any
 from shardkit.authoring.check import SCRATCH
 from shardkit.authoring.format_check import FaultResult, FormatProof, inject_faults, prove_format
 from shardkit.authoring.format_samples import FormatSample, list_format_models, list_format_samples
-from shardkit.authoring.publishing import format_table
+from shardkit.authoring.publishing import format_table, name_layout
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.recipe.formats.format import FOLDER
@@ -124,7 +124,8 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
         "",
         "## Formats and models",
         "",
-        "The numbers of ranks that are proven; those in brackets are refused.",
+        "The numbers of ranks that are proven; *ep*: with whole experts on each; in brackets:"
+        " refused.",
         "",
         *_render_table(results),
         "",
@@ -132,7 +133,7 @@ def render_formats(results: Mapping[str, FormatResult]) -> str:
         "",
         *format_table(
             ["format", "model", "tp:", "why"],
-            [[p["format"], p["model"], p["tp_size"], p["detail"]] for p in refused],
+            [[p["format"], p["model"], name_layout(p), p["detail"]] for p in refused],
         ),
         "",
         "## Injected faults",
@@ -160,7 +161,7 @@ def _render_table(results: Mapping[str, FormatResult]) -> Iterator[str]:
 def _describe_cell(result: FormatResult, model: str) -> str:
     marks = {"proven": "{}", "refused": "({})", "failed": "**{} failed**"}
     proofs = [proof for proof in result.proofs if proof["model"] == model]
-    return " ".join(marks[p["verdict"]].format(p["tp_size"]) for p in proofs) or "-"
+    return " ".join(marks[p["verdict"]].format(name_layout(p)) for p in proofs) or "-"
 
 
 def _shorten(finding: str) -> str:

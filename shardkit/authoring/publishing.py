@@ -1,7 +1,8 @@
 """Where a checkout publishes the proofs of recipes, and the tables of these pages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shardkit.errors import OutputError
 from shardkit.recipe.catalog import find_recipe_folder
@@ -28,3 +29,8 @@ def format_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Ite
     yield f"|{'|'.join('---:' if title.endswith(':') else '---' for title in titles)}|"
     for row in rows:
         yield f"| {' | '.join(map(str, row))} |"
+
+
+def name_layout(proof: Mapping[str, Any]) -> str:
+    """A proof's number of ranks, and `ep` if each had whole experts."""
+    return f"{proof['tp_size']}{' ep' if proof.get('expert_parallel') else ''}"

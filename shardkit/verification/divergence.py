@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shardkit.layout import Span
-from shardkit.layout.style import COLUMN, PADDED, REPLICATE
+from shardkit.layout.style import COLUMN, EXPERT, PADDED, REPLICATE
 from shardkit.planning import Placement, Rank
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
@@ -39,7 +39,7 @@ def describe_divergence(
                 continue
             spans = _output_spans(placements.get(f"{name}.weight"), manifest.mesh.rank(tp_rank))
             parts = [_select_part(t[name], outputs[name], spans) for t in (rounded, expected)]
-            if parts[0] is None or parts[1] is None or _is_padded(name, placements):
+            if parts[0] is None or parts[1] is None or _is_partial(name, placements):
                 continue
             result = compare_outputs(outputs[name], parts[0], parts[1], outputs[name].dtype)
             if not result.ok:
@@ -51,10 +51,17 @@ def describe_divergence(
     return NO_MODULE
 
 
-def _is_padded(module: str, placements: Mapping[str, Placement]) -> bool:
-    """Whether a rank's output of a module has zeros where other ranks' features are."""
+def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether a rank's output of a module has zeros in the place of what other ranks have."""
     placement = placements.get(f"{module}.weight")
-    return placement is not None and placement.style is PADDED
+    if placement is not None and placement.style in (PADDED, EXPERT):
+        return True
+    leaf = module.rpartition(".")[2]
+    return any(
+        p.expert is not None and leaf in p.expert.module_names
+        for name, p in placements.items()
+        if name.startswith(f"{module}.")
+    )
 
 
 def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:
