@@ -24,6 +24,7 @@ from shardkit.authoring.hooks import Hook, first_output, run_with_hooks
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import VerifyError
 from shardkit.layout import Style
+from shardkit.layout.style import EXPERT
 from shardkit.planning import Placement, Plan, Rank, make_plan
 from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
@@ -64,13 +65,28 @@ def masked_sum_errors(
     if idle := sorted(set(layers.values()) - {layers[name] for name in truth if name in layers}):
         raise VerifyError(f"{source}: nothing ran {idle[0]}, so its layout is not proven")
     sums = {name: [torch.zeros_like(t) for t in truth[name]] for name in layers if name in truth}
+    unshared = _record_without_experts(source, plan, scratch / "none", inputs, truth)
     for rank in plan.mesh.ranks():
         local = load_reference(write_masked(source, plan, rank, scratch / str(rank.index)))
         outputs = record_outputs(local, inputs, names, truth)
         for name, totals in sums.items():
-            for total, part in zip(totals, outputs[name], strict=True):
-                total += part
+            for at, (total, part) in enumerate(zip(totals, outputs[name], strict=True)):
+                total += part - unshared[name][at] if rank.index and name in unshared else part
     return {name: max(map(relative_error, totals, truth[name])) for name, totals in sums.items()}
+
+
+def _record_without_experts(
+    source: Path, plan: Plan, folder: Path, inputs: Mapping[str, torch.Tensor], truth: Outputs
+) -> Outputs:
+    """What mixtures output without any expert's weights: the part of what passes through them.
+
+    Rank 0 alone adds it; nothing if ranks share every expert.
+    """
+    if not plan.is_expert_parallel:
+        return {}
+    model = load_reference(write_masked(source, plan, None, folder))
+    names = [n for n in find_owners(model, plan, lambda style: style is EXPERT) if n in truth]
+    return record_outputs(model, inputs, names, truth)
 
 
 def load_reference(folder: Path) -> PreTrainedModel:
@@ -110,8 +126,11 @@ def find_owners(
     }
 
 
-def write_masked(source: Path, plan: Plan, rank: Rank, folder: Path) -> Path:
-    """Write the checkpoint again with zeros wherever `rank` holds nothing. Returns `folder`."""
+def write_masked(source: Path, plan: Plan, rank: Rank | None, folder: Path) -> Path:
+    """Write the checkpoint again with zeros wherever `rank` holds nothing. Returns `folder`.
+
+    Without a rank, experts alone are zero.
+    """
     tensors = load_file(source / WEIGHT_FILE)
     for placement in plan.placements:
         name = placement.spec.name
@@ -122,8 +141,10 @@ def write_masked(source: Path, plan: Plan, rank: Rank, folder: Path) -> Path:
     return folder
 
 
-def mask_tensor(tensor: torch.Tensor, placement: Placement, rank: Rank) -> torch.Tensor:
+def mask_tensor(tensor: torch.Tensor, placement: Placement, rank: Rank | None) -> torch.Tensor:
     """The tensor, zero outside the rank's spans; a row-parallel bias is only on rank 0."""
+    if rank is None:
+        return tensor * 0 if placement.style is EXPERT else tensor
     if placement.dim is None:
         is_absent = placement.is_loaded and not placement.spans(rank)
         is_added = placement.style.is_added_once and not rank.is_first

@@ -40,11 +40,11 @@ def check_placement(placement: Placement) -> None:
 
 def _check_expert(placement: Placement) -> None:
     """Raise JsonError unless what is placed by its expert is of one, or is divided by experts."""
-    sections = placement.sections
-    is_stack = placement.dim == 0 and sections == (Section(sections[0].units, sections[0].size),)
-    is_one = placement.expert is not None and placement.dim is None and not sections
-    wanted = is_one != is_stack if placement.style is EXPERT else placement.expert is None
-    if not wanted:
+    expert, dim, sections = placement.expert, placement.dim, placement.sections
+    plain = tuple(Section(section.units, section.size) for section in sections)
+    is_stack = expert is None and dim == 0 and len(sections) == 1 and sections == plain
+    is_one = expert is not None and dim is None and not sections
+    if not (is_one or is_stack if placement.style is EXPERT else expert is None):
         raise JsonError(f"{placement.spec.name}: is neither one expert's nor a stack of experts")
 
 
