@@ -65,7 +65,6 @@ def split(
     Example:
       shardkit split Qwen/Qwen3-0.6B qwen-tp2 --tp 2
       shardkit split models/llama llama-tp4 --tp 4 --dry-run
-      shardkit split models/mixtral mixtral-ep4 --tp 4 --expert-parallel
     """
     started = perf_counter()
     with progress_bar("split") as progress:

@@ -83,7 +83,7 @@ def split(
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
 ) -> SplitResult:
-    """Split a checkpoint into one file per rank, in constant memory.
+    """Split a checkpoint, in constant memory: `shardkit.split("models/llama", "llama-tp4", 4)`.
 
     Args:
         source: A folder of safetensors files with its config.json, or a Hub id.
@@ -101,8 +101,6 @@ def split(
 
     Raises:
         ShardkitError: A CheckpointError, RecipeError, LayoutError, OutputError or SourceChanged.
-
-    Example: `shardkit.split("models/llama", "llama-tp4", tp_size=4).plan.max_tp_size`
     """
     destination = shard_destination(Path(out), force, resume)
     destination.check()

@@ -64,9 +64,11 @@ def place_expert(placement: Placement, expert: Expert | None) -> Placement:
     return replace(placement, style=EXPERT, dim=0, sections=(Section(count, length // count),))
 
 
-def check_any_expert(placements: Iterable[Placement], recipe: Recipe) -> None:
-    """Raise LayoutError unless an expert is among the tensors."""
-    if not any(placement.style is EXPERT for placement in placements):
+def check_any_expert(
+    placements: Iterable[Placement], recipe: Recipe, expert_parallel: bool
+) -> None:
+    """Raise LayoutError if experts are to be distributed and none is among the tensors."""
+    if expert_parallel and not any(placement.style is EXPERT for placement in placements):
         raise LayoutError(
             f"no tensor is of an expert that recipe {recipe.name!r} can place whole on a rank;"
             " split without --expert-parallel"

@@ -1,6 +1,6 @@
 """Makes a plan: places every tensor by the one rule that names it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,15 +53,11 @@ def make_plan(
     names = [spec.name.removeprefix(prefix) for spec in weights]
     experts = find_experts(names, recipe) if expert_parallel else {}
     placements, units = _place_weights(weights, grouping, recipe, config, prefix, experts)
-    if expert_parallel:
-        check_any_expert(placements, recipe)
+    check_any_expert(placements, recipe, expert_parallel)
     shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
     loaded = decide_loading(config, shapes)
     unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
-    placements = [
-        replace(placement, in_model=False) if name in unloaded else placement
-        for placement, name in zip(placements, names, strict=True)
-    ]
+    placements = list(_mark_unloaded(placements, names, unloaded))
     plan = Plan(
         Mesh(tp_size, tp_size if expert_parallel else 1),
         tuple(place_parts(whole, placements, grouping)),
@@ -74,6 +70,14 @@ def make_plan(
     )
     plan.check()
     return plan
+
+
+def _mark_unloaded(
+    placements: Iterable[Placement], names: Iterable[str], unloaded: Collection[str]
+) -> Iterator[Placement]:
+    """The placements, those of these names marked as not the model's."""
+    for placement, name in zip(placements, names, strict=True):
+        yield replace(placement, in_model=False) if name in unloaded else placement
 
 
 def _place_weights(

@@ -78,7 +78,7 @@ HOSTILE: dict[str, tuple[Callable[[Table], None], str]] = {
     "tp_size huge": (changed("mesh", "tp_size", to=BIG), "tp_size: is 1099511627776"),
     "tp_size float": (changed("mesh", "tp_size", to=2.0), "tp_size: is 2.0"),
     "tp_size true": (changed("mesh", "tp_size", to=True), "tp_size: is True"),
-    "ep_size 2": (changed("mesh", "ep_size", to=2), "2 ranks, but"),
+    "ep_size 2": (changed("mesh", "ep_size", to=2), "ep_size 2: is not that of the experts'"),
     "tp_size other": (changed("mesh", "tp_size", to=3), "2 ranks, but tp_size 3"),
     "tp_size 1024": (changed("mesh", "tp_size", to=1024), "2 ranks, but tp_size 1024"),
     "too many ranks": (add_rank, "3 ranks, but tp_size 2"),
