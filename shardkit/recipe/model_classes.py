@@ -145,6 +145,8 @@ def find_loaded_tensors(
         rows = {NUMBERS.sub("*", name) for name in single_rows}
         best = _choose_class(classes, config, known, rows, is_whole=not foreign)
         closest = min(classes, key=lambda each: sum(not each.has(n) for n in known), default=None)
+        if chosen and best and any(chosen.has(n) and not best.has(n) for n in known):
+            missing = ""  # its own names in memory, which transformers loads too
         chosen = chosen or best or (closest if known else None)
     if chosen is None:
         return LoadedTensors()
