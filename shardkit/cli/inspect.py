@@ -51,6 +51,7 @@ def _shards_to_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "split_id": manifest.split_id,
         "signing_sha256": _signing_sha256(folder, manifest),
         "tp_size": manifest.tp_size,
+        "expert_parallel": manifest.plan.is_expert_parallel,
         "shardkit": manifest.shardkit,
         "recipe": {"name": manifest.recipe, "sha256": manifest.recipe_sha256},
         "source": {
@@ -81,6 +82,7 @@ def _print_shards(folder: Path, manifest: Manifest) -> None:
     source, recipe = summary["source"], summary["recipe"]
     revision = f" at {source['revision']}" if source["revision"] else ""
     ranks = format_count(manifest.tp_size, "rank")
+    ranks += " with whole experts" if manifest.plan.is_expert_parallel else ""
     print_line(f"{folder}: shards for {ranks}, by shardkit {summary['shardkit']}")
     print_line(f"Split id  {summary['split_id']}")
     print_line(

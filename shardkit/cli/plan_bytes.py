@@ -10,6 +10,7 @@ def plan_bytes_to_json(summary: PlanSummary) -> dict[str, Any]:
     """A plan's bytes as JSON values: exact integers, and one ratio."""
     return {
         "tp_size": summary.plan.tp_size,
+        "expert_parallel": summary.plan.is_expert_parallel,
         "tensors": len(summary.plan.placements),
         "bytes": summary.total_bytes,
         "replicated_bytes": summary.replicated_bytes,

@@ -133,8 +133,6 @@ class Plan:
     def _describe_units(self, placement: Placement, section: Section) -> str:
         """What a section is divided by: `8 heads`, or `8 heads in blocks of 4`."""
         count = section.shared_by or section.units
-        if placement.style is EXPERT:
-            return f"{count} experts"
         weight = self.grouping.codes_by_part.get(placement.spec.name)
         name = self.name_unit(placement, count, 0)
         if section.block > 1:
@@ -143,6 +141,8 @@ class Plan:
 
     def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
         """What the recipe calls a unit of a tensor, told by its counts; else just units."""
+        if placement.style is EXPERT:
+            return "experts"
         counts = (count, shared_by)
         exact = [
             name for name, unit in self.units.items() if (unit.count, unit.shared_by) == counts

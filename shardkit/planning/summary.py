@@ -176,6 +176,8 @@ def describe_treatment(placement: Placement, mesh: Mesh) -> str:
 
 def describe_units(plan: Plan, placement: Placement) -> str:
     """What a tensor is divided by, in the recipe's words: `9 heads`, `3 kv_heads shared by 9`."""
+    if placement.expert is not None:
+        return f"{placement.expert.count} experts"
     divided = [section for section in placement.sections if not section.replicated]
     return " + ".join(_describe_section(plan, placement, section) for section in divided)
 
