@@ -1,13 +1,15 @@
 """Time of a plan at the real size of the checkpoints that are most served over several GPUs.
 
-    python benchmarks/plan.py [--configs FOLDER] [--tp 8 --tp 16] [--rounds 3] [--as-published]
+    python -m benchmarks.plan [--configs FOLDER] [--tp 8 --tp 16] [--rounds 3] [--as-published]
                               [NAME ...]
 
 Each checkpoint is made of its config alone: the names and shapes that transformers' class saves,
-in bfloat16, as a file with a true header and a hole for the data.  A plan runs in a process of its
-own, beside one that only imports torch, whose time shows how fast the machine is.  A config comes
-from FOLDER/NAME/config.json if it is there, else from the class's defaults.  With --as-published a
-checkpoint has the tensors of the quantization that its published config states.
+in bfloat16, as files with true headers and holes for the data, and an index of them.  A plan runs
+in a process of its own, beside one that only imports torch, whose time shows how fast the machine
+is.  Times are of the clock, and of the processor, which other work on the machine changes less.  A
+config comes from FOLDER/NAME/config.json if it is there, else from the class's defaults.  With
+--as-published a checkpoint has the tensors that are published, if there is a table of them, or else
+those of the quantization that its published config states.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import fnmatch
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,14 +33,19 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from shardkit.authoring.format_samples import choose_weights
 from shardkit.checkpoint.header import encode_header
+from shardkit.config_fields import AUDIO_MODULES, PROJECTORS, VISION_MODULES
 from shardkit.errors import MODEL_ERRORS, RecipeError
-from shardkit.recipe.formats import QuantizedWeight, Scheme, find_schemes
+from shardkit.recipe.formats import Scheme, WeightKind, find_schemes
 from shardkit.recipe.formats.grouping import expect_shape
 from shardkit.runtime.models.registry import find_model_class
 from shardkit.tensor import TensorSpec
+from tests.helpers.published import PUBLISHED, read_published_config, read_published_specs
 
-CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "published"
+CONFIGS = PUBLISHED
+FILE_BYTES = 5_000_000_000  # as much as a published file has; some have ten times as much
+TABLES = ("hf_ckpt_params_map.json.gz", "tensor_table.tsv")
 LISTS_OF_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
+TOWERS = VISION_MODULES | AUDIO_MODULES | PROJECTORS  # which publishers leave as they are
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FAULTS: tuple[type[Exception], ...] = (*MODEL_ERRORS, RecipeError)
 # A checkpoint, and the class that it is saved from.
@@ -119,6 +127,7 @@ def quantize_specs(specs: list[TensorSpec], quantization: dict[str, Any]) -> lis
         module = spec.name.removesuffix(".weight")
         parts = [module, *module.split(".")]
         is_plain = any(pattern.match(part) for pattern in plain for part in parts)
+        is_plain = is_plain or not TOWERS.isdisjoint(parts)
         stored += [spec] if is_plain else store_weight(spec, schemes[-1])
     return stored
 
@@ -142,11 +151,13 @@ def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     form = scheme.format
     is_stack = form.codes.follows_parameter
     is_linear = len(spec.shape) == 3 if is_stack else spec.name.endswith(".weight")
-    if not is_linear or len(spec.shape) < 2 or not choose_weights(spec.name):
+    block = max((number for number in scheme.numbers.values() if number), default=1)
+    is_whole = min(spec.shape[-2:], default=0) >= block  # what is less than a block is left plain
+    if not is_linear or not is_whole or len(spec.shape) < 2 or not choose_weights(spec.name):
         return [spec]
     base = spec.name if is_stack else spec.name.removesuffix(".weight")
     out, inputs = spec.shape[-2:] if not form.transposed else spec.shape[:-3:-1]
-    weight = QuantizedWeight(spec.name, scheme, (*spec.shape[:-2], out, inputs), ())
+    weight = WeightKind(scheme, (*spec.shape[:-2], out, inputs))
     lead = spec.shape[:-2]
     needed = [each for each in form.tensors if not each.optional]
     return [
@@ -159,37 +170,70 @@ def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     ]
 
 
-def write_checkpoint(name: str, configs: Path, folder: Path, as_published: bool) -> int:
-    """Write the checkpoint of a name, without data. Returns how many tensors it has."""
+def make_checkpoint(name: str, configs: Path) -> tuple[list[TensorSpec], dict[str, Any]]:
+    """The tensors of a name's class in bfloat16, and its config."""
     model_class = find_model_class(CHECKPOINTS[name])
     if model_class is None:
         raise ValueError(f"transformers has no {CHECKPOINTS[name]}")
     config = make_config(name, model_class, configs)
     with torch.device("meta"):
         model = model_class(config)
-    specs = list_specs(model)
-    quantization = read_quantization(name, configs) if as_published else {}
-    if quantization:
-        specs = quantize_specs(specs, quantization)
-    head = encode_header(specs, {"format": "pt"})
-    path = folder / "model.safetensors"
-    path.write_bytes(head)
-    os.truncate(path, len(head) + sum(spec.nbytes for spec in specs))
     config.architectures = [model_class.__name__]
-    config.save_pretrained(folder)
-    table = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**table, **quantization}))
-    return len(specs)
+    return list_specs(model), json.loads(config.to_json_string(use_diff=False))
 
 
-def time_command(arguments: list[str], rounds: int) -> float:
-    """The median seconds of a command in a process of its own. Raises CalledProcessError."""
-    seconds = []
+def make_published(name: str, configs: Path) -> tuple[list[TensorSpec], dict[str, Any]]:
+    """The tensors of a name as they are published, and the config that says how."""
+    if configs == PUBLISHED and any((configs / name / table).exists() for table in TABLES):
+        config = read_published_config(name)
+        if "model_type" not in config:  # it has what is said of quantization only
+            config = make_checkpoint(name, configs)[1] | config
+        return read_published_specs(name), config
+    specs, config = make_checkpoint(name, configs)
+    quantization = read_quantization(name, configs)
+    return (quantize_specs(specs, quantization) if quantization else specs), config | quantization
+
+
+def write_checkpoint(specs: list[TensorSpec], config: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint without data, in as many files as its bytes need."""
+    files: list[list[TensorSpec]] = [[]]
+    used = 0
+    for spec in specs:
+        if files[-1] and used + spec.nbytes > FILE_BYTES:
+            files.append([])
+            used = 0
+        files[-1].append(spec)
+        used += spec.nbytes
+    weight_map: dict[str, str] = {}
+    for at, each in enumerate(files):
+        path = folder / f"model-{at + 1:05}-of-{len(files):05}.safetensors"
+        head = encode_header(each, {"format": "pt"})
+        path.write_bytes(head)
+        os.truncate(path, len(head) + sum(spec.nbytes for spec in each))
+        weight_map |= {spec.name: path.name for spec in each}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def time_command(arguments: list[str], rounds: int) -> tuple[float, float]:
+    """The median seconds of a command in a process of its own, by the clock and the processor.
+
+    Raises CalledProcessError.
+    """
+    clock, processor = [], []
     for _ in range(rounds):
-        start = time.perf_counter()
+        used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(arguments, check=True, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        clock.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor.append(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
+    return statistics.median(clock), statistics.median(processor)
+
+
+def show_seconds(seconds: tuple[float, float]) -> str:
+    """A cell of the table."""
+    return f"{seconds[0]:6.2f} s ({seconds[1]:5.2f} s)"
 
 
 def measure(name: str, configs: Path, tp_sizes: list[int], rounds: int, as_published: bool) -> str:
@@ -197,17 +241,19 @@ def measure(name: str, configs: Path, tp_sizes: list[int], rounds: int, as_publi
     plan = [sys.executable, "-m", "shardkit", "plan"]
     with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
         try:
-            tensors = write_checkpoint(name, configs, Path(scratch), as_published)
+            make = make_published if as_published else make_checkpoint
+            specs, config = make(name, configs)
+            write_checkpoint(specs, config, Path(scratch))
         except FAULTS as error:
             return f"{name:34} {str(error).splitlines()[0][:90]}"
         cells = []
         for tp_size in tp_sizes:
             try:
                 seconds = time_command([*plan, scratch, "--tp", str(tp_size)], rounds)
-                cells.append(f"{seconds:6.2f} s")
+                cells.append(show_seconds(seconds))
             except subprocess.CalledProcessError as error:
-                cells.append(error.stderr.strip().splitlines()[-1][:90])
-    return f"{name:34} {tensors:7} {'  '.join(cells)}"
+                cells.append(error.stderr.strip().splitlines()[-1])
+    return f"{name:34} {len(specs):7} {'  '.join(cells)}"
 
 
 def main() -> None:
@@ -221,7 +267,7 @@ def main() -> None:
     options = parser.parse_args()
     tp_sizes = options.tp or [8, 16]
     torch_seconds = time_command([sys.executable, "-c", "import torch"], options.rounds)
-    print(f"{'import torch':34} {'':7} {torch_seconds:6.2f} s")
+    print(f"{'import torch':34} {'':7} {show_seconds(torch_seconds)}")
     for name in options.names or CHECKPOINTS:
         published = options.as_published
         print(measure(name, options.configs, tp_sizes, options.rounds, published), flush=True)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MODEL_ERRORS
-from shardkit.recipe.model_classes import NUMBERS
 from shardkit.runtime.conversion import find_conversions
+from shardkit.tensor import generalize_name
 
 TIE = "tie_word_embeddings"
 TIE_FIELDS = (TIE, f"text_config.{TIE}")  # of a config, which may tie a head to the embeddings
@@ -43,7 +43,7 @@ def load_other(cls: type[PreTrainedModel], folder: Path, own: Path) -> CrossLoad
         return None
     places = _find_places(model, folder)
     is_whole = not report["missing_keys"] and not report["mismatched_keys"]
-    names = frozenset(NUMBERS.sub("*", name) for names in places.values() for name in names)
+    names = frozenset(generalize_name(name) for names in places.values() for name in names)
     return CrossLoading(names, find_renames(places, _find_places(model, own)), is_whole)
 
 
@@ -59,18 +59,22 @@ def find_renames(theirs: Places, own: Places) -> dict[str, str]:
     }
     others: defaultdict[str, set[str]] = defaultdict(set)
     for pair in pairs:
-        plain, plain_other = (NUMBERS.sub("*", name) for name in pair)
-        is_alike = NUMBERS.findall(pair[0]) == NUMBERS.findall(pair[1])
+        plain, plain_other = map(generalize_name, pair)
+        is_alike = _list_numbers(pair[0]) == _list_numbers(pair[1])
         others[plain].add(plain_other if is_alike else pair[1])
         others[plain_other].add(plain if is_alike else pair[0])
     renames = {}
     for name, other in pairs:
-        plain, plain_other = NUMBERS.sub("*", name), NUMBERS.sub("*", other)
+        plain, plain_other = generalize_name(name), generalize_name(other)
         if others[plain] == {plain_other} and others[plain_other] == {plain}:
             renames[plain] = plain_other
         else:
             renames[name] = other
     return {name: other for name, other in renames.items() if name != other}
+
+
+def _list_numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
 
 
 def _find_places(model: PreTrainedModel, folder: Path) -> Places:

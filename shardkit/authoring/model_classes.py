@@ -23,8 +23,9 @@ from shardkit.authoring.samples import Sample, list_samples
 from shardkit.authoring.saved_names import SavedNames, make_classes
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MODEL_ERRORS
-from shardkit.recipe.model_classes import NUMBERS, ModelClass, encode_classes
+from shardkit.recipe.model_classes import ModelClass, encode_classes
 from shardkit.runtime.models.registry import find_model_class
+from shardkit.tensor import generalize_name
 
 FEW_CLASSES = 4  # of a type, each of which is loaded as each other one
 # transformers' mappings from types to classes, those of models that generate first: of classes
@@ -144,4 +145,4 @@ def list_stored_names(folder: Path, single_rows: bool = False) -> set[str]:
     """The names of a checkpoint's tensors, or of those with a single row, numbers as `*`."""
     with Checkpoint(folder) as checkpoint:
         specs = [s for s in checkpoint.specs() if not single_rows or s.shape[:1] == (1,)]
-        return {NUMBERS.sub("*", spec.name) for spec in specs}
+        return {generalize_name(spec.name) for spec in specs}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from shardkit.authoring.cross_loading import find_tie_fields
-from shardkit.recipe.model_classes import NUMBERS, ModelClass, list_ancestors
+from shardkit.recipe.model_classes import ModelClass, list_ancestors
+from shardkit.tensor import generalize_name
 
 
 @dataclass
@@ -54,11 +55,11 @@ class SavedNames:
         """Count a model of the class in, and the names that it saves."""
         ties = tuple(model._tied_weights_keys or ())
         self.tie_fields = find_tie_fields(model.config) if ties else None
-        stored = {NUMBERS.sub("*", name) for name in model.state_dict()} | names
+        stored = {generalize_name(name) for name in model.state_dict()} | names
         self.tied |= {name for name in stored if any(re.search(tie, name) for tie in ties)}
         self.some |= names | self.tied
         self.every = names if self.every is None else self.every & names
-        self.buffers |= {NUMBERS.sub("*", n) for n, _ in model.named_buffers()} - stored
+        self.buffers |= {generalize_name(n) for n, _ in model.named_buffers()} - stored
         self.skips |= set(model._keys_to_ignore_on_load_unexpected or ())
 
 

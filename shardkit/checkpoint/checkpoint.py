@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from shardkit import strict_json
@@ -32,7 +33,7 @@ from shardkit.files import (
     resolve_file,
 )
 from shardkit.strict_json import quote
-from shardkit.tensor import TensorSpec
+from shardkit.tensor import TensorTable
 
 MAX_COMPANION = 256 << 20
 FINGERPRINT_BYTES = 4096  # of each end of a tensor
@@ -48,13 +49,6 @@ class SourceFile:
     tensors: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    file: int
-    start: int
-    spec: TensorSpec
-
-
 class Checkpoint:
     """An open checkpoint folder: an open resource, to be closed or used in a `with`."""
 
@@ -65,7 +59,7 @@ class Checkpoint:
         self.name = name or name_of_folder(folder)
         self.config = read_config(folder)
         self.index, names = find_weight_files(folder, list_names(folder))
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[int, header.Entry]] = {}  # the number of its file, and where
         self._fds: list[int] = []
         self._names: list[str] = []
         self._stats: list[os.stat_result] = []
@@ -108,7 +102,7 @@ class Checkpoint:
                 f"{where}: {what}, but the {len(self.files)} weights files are a whole set without"
                 " it; they are taken, and a merge writes an index of them",
             )
-        stated, total = self.index.total_size, sum(spec.nbytes for spec in self.specs())
+        stated, total = self.index.total_size, self.specs().nbytes
         if stated in (None, 0, total):
             return ()
         return (
@@ -124,7 +118,7 @@ class Checkpoint:
     @property
     def has_true_index(self) -> bool:
         """Whether the index names each tensor in the file that has it, or none is needed."""
-        return self.index is None or self.index.weight_map == self._locate_tensors()
+        return self.index is None or self.index.weight_map == self._files_by_tensor
 
     @property
     def has_usual_files(self) -> bool:
@@ -149,16 +143,20 @@ class Checkpoint:
         """
         check_config(self.config, self.specs(), self.folder)
 
-    def specs(self) -> Sequence[TensorSpec]:
+    def specs(self) -> TensorTable:
         """Every tensor, file by file, in the order its bytes lie."""
-        return [place.spec for place in self._places.values()]
+        return self._table
+
+    @cached_property
+    def _table(self) -> TensorTable:
+        return TensorTable(entry.spec for _, entry in self._places.values())
 
     def read_into(self, name: str, offset: int, view: memoryview) -> None:
         """Fill `view` with the tensor's bytes from `offset` on. Raises SourceChanged."""
-        place = self._places[name]
-        path = self.folder / self.files[place.file].name
+        number, entry = self._places[name]
+        path = self.folder / self.files[number].name
         try:
-            read_exactly(self._fds[place.file], view, place.start + offset)
+            read_exactly(self._fds[number], view, entry.start + offset)
         except ShortRead:
             raise SourceChanged(f"{path}: became shorter while it was read") from None
         except OSError as failure:
@@ -224,25 +222,25 @@ class Checkpoint:
         path = self.folder / name  # which the user knows, whatever it is a link to
         head = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
-        for entry in head.entries:
-            tensor = entry.spec.name
-            if tensor in self._places:
-                other = self._names[self._places[tensor].file]
-                raise CheckpointError(
-                    f"{path}: {quote(tensor)} is in {other} as well; the checkpoint is ambiguous"
-                )
-            self._places[tensor] = _Place(len(self._fds) - 1, entry.start, entry.spec)
+        number = len(self._fds) - 1
+        places = {entry.spec.name: (number, entry) for entry in head.entries}
+        if (tensor := next(filter(self._places.__contains__, places), None)) is not None:
+            other = self._names[self._places[tensor][0]]
+            raise CheckpointError(
+                f"{path}: {quote(tensor)} is in {other} as well; the checkpoint is ambiguous"
+            )
+        self._places |= places
         self._names.append(name)
-        tensors = tuple(entry.spec.name for entry in head.entries)
-        return SourceFile(name, self._stats[-1].st_size, head.metadata, tensors)
+        return SourceFile(name, self._stats[-1].st_size, head.metadata, tuple(places))
 
-    def _locate_tensors(self) -> dict[str, str]:
+    @cached_property
+    def _files_by_tensor(self) -> dict[str, str]:
         return {tensor: file.name for file in self.files for tensor in file.tensors}
 
     def _check_index(self) -> None:
         if self.index is not None:
             is_whole = self._names == [SINGLE] or is_whole_set(self._names)
-            check_index(self.index, self._locate_tensors(), is_whole, self.folder)
+            check_index(self.index, self._files_by_tensor, is_whole, self.folder)
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:

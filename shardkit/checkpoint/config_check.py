@@ -13,9 +13,11 @@ from shardkit import config_fields as fields
 from shardkit.dtypes import DTYPES
 from shardkit.errors import CheckpointError
 from shardkit.strict_json import quote
-from shardkit.tensor import TensorSpec
+from shardkit.tensor import TensorSpec, TensorTable
 
 Config = Mapping[str, Any]
+# How many tensors each module of a list has, by the list's name and the module's number.
+ModuleLists = Mapping[str, Mapping[int, int]]
 
 MAX_LAYERS = 10_000
 MANY = 1000  # layers, experts or labels that need no proof: a model's class makes them in a second
@@ -26,7 +28,8 @@ POSITIVE = frozenset(
     + fields.DECODER_HEADS + fields.ENCODER_HEADS + fields.KV_HEADS
 )  # fmt: skip
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
-FIRST_NUMBER = re.compile(r"([^.]+?(?:\.[^.]+?)*?)\.(\d{1,9})(?![^.])")  # of a list of modules
+# A name up to the number of the first list of modules that it is in.
+FIRST_NUMBER = re.compile(r"[^.]+(?:\.(?!\d{1,9}(?![^.]))[^.]+)*\.\d{1,9}(?![^.])")
 REPEATED = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?)$")
 INTEGER_KINDS = ("int", "bool")
 LISTED = re.compile(r"experts$|num_labels")
@@ -40,12 +43,14 @@ def check_config(config: Config, specs: Sequence[TensorSpec], where: object) -> 
     `specs` are the whole tensors; without any, every number is held to a cap. `where` is the
     folder, for the message.
     """
-    check_numbers(config, specs, where)
+    table = TensorTable.of(specs)
+    check_numbers(config, table, where)
     try:
-        if specs:
-            _check_hidden(config, specs)
-            _check_layers(config, specs)
-            _check_dtypes(config, specs)
+        if table:
+            lists = group_layers(table.names)
+            _check_hidden(config, table, lists)
+            _check_layers(config, lists)
+            _check_dtypes(config, table)
     except _Disagreement as fault:
         raise CheckpointError(f"{where}/config.json: {fault}") from None
 
@@ -56,7 +61,7 @@ def check_numbers(config: Config, specs: Sequence[TensorSpec], where: object) ->
     It needs to know nothing of the model, and so it says nothing wrong of an unknown one.
     """
     try:
-        _check_numbers(config, specs)
+        _check_numbers(config, TensorTable.of(specs))
     except _Disagreement as fault:
         raise CheckpointError(f"{where}/config.json: {fault}") from None
 
@@ -65,8 +70,8 @@ class _Disagreement(ValueError):
     """What a config says and the tensors do not."""
 
 
-def _check_numbers(config: Config, specs: Sequence[TensorSpec]) -> None:
-    largest = max((size for spec in specs for size in spec.shape), default=0)
+def _check_numbers(config: Config, specs: TensorTable) -> None:
+    largest = max((size for spec in specs.examples for size in spec.shape), default=0)
     most = min(max(MANY, len(specs)), MAX_LAYERS)
     for key in fields.LAYERS:
         if isinstance(value := _text_fields(config).get(key), list | dict):
@@ -104,21 +109,19 @@ def _iter_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _check_hidden(config: Config, specs: Sequence[TensorSpec]) -> None:
-    lists = group_layers(spec.name for spec in specs)
+def _check_hidden(config: Config, specs: TensorTable, lists: ModuleLists) -> None:
     if lists and all(TOWER_MODULES & set(name.split(".")) for name in lists):
         return  # a tower without its language model
-    sizes = {size for spec in specs for size in spec.shape}
+    sizes = {size for spec in specs.examples for size in spec.shape}
     for key, stated in _read_counts(_text_fields(config), fields.HIDDEN_SIZE):
         if stated not in sizes:
             raise _Disagreement(f"{key} is {stated}, but no tensor has a dimension of that size")
 
 
-def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
+def _check_layers(config: Config, lists: ModuleLists) -> None:
     """Each count of layers against the list of layers it is of: none missing, none too many."""
     text = _text_fields(config)
     towers = [config[key] for key in fields.TOWER_TABLES if key in config]
-    lists = group_layers(spec.name for spec in specs)
     in_towers = {n: at for n, at in lists.items() if TOWER_MODULES & set(n.split("."))}
     in_text = {n: at for n, at in lists.items() if n not in in_towers or not towers}
     in_decoder = {n: at for n, at in in_text.items() if "decoder" in n.split(".")}
@@ -136,9 +139,7 @@ def _check_layers(config: Config, specs: Sequence[TensorSpec]) -> None:
         _check_list(_read_counts(towers[0], fields.LAYERS + fields.DEPTH)[:1], in_towers, 0)
 
 
-def _check_list(
-    counts: Iterable[tuple[str, int]], lists: Mapping[str, Mapping[int, int]], extra: int
-) -> None:
+def _check_list(counts: Iterable[tuple[str, int]], lists: ModuleLists, extra: int) -> None:
     """Compare a count with some lists: one is as long, or else it is of that of the most tensors.
 
     A checkpoint of one half of a model has none of the other half's. A tower whose config has an
@@ -170,17 +171,20 @@ def group_layers(names: Iterable[str]) -> dict[str, dict[int, int]]:
 
     Of each list, how many tensors each number has.
     """
-    places = Counter(match.groups() for name in names if (match := FIRST_NUMBER.match(name)))
+    places = Counter(match[0] for name in names if (match := FIRST_NUMBER.match(name)))
     lists: dict[str, dict[int, int]] = {}
-    for (name, number), count in places.items():
+    for place, count in places.items():
+        name, _, number = place.rpartition(".")
         lists.setdefault(name, {})[int(number)] = count
     return lists
 
 
-def _check_dtypes(config: Config, specs: Sequence[TensorSpec]) -> None:
+def _check_dtypes(config: Config, specs: TensorTable) -> None:
     """Integers in place of a weight or a bias need a config that says how they are quantized."""
     tables = (config, _text_fields(config))
     if any(table.get(key) for table in tables for key in fields.QUANTIZATION):
+        return
+    if not any(DTYPES[spec.dtype].kind in INTEGER_KINDS for spec in specs.examples):
         return
     for spec in specs:
         weighs = spec.name.endswith(".weight") or (

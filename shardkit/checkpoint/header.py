@@ -8,10 +8,11 @@ safetensors library refuses, and duplicate names, which it accepts.
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardkit import strict_json
 from shardkit.dtypes import DTYPES
@@ -28,11 +29,12 @@ MAX_RANK = 64
 MAX_DIM = 1 << 48
 METADATA = "__metadata__"  # the one key of a header that is not a tensor
 LFS_POINTER = b"version https://git-lfs"
-_KEYS = frozenset(("dtype", "shape", "data_offsets"))
+DtypeAndShape = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
+_FIELDS = ("dtype", "shape", "data_offsets")
+_KEYS, _read_fields = frozenset(_FIELDS), itemgetter(*_FIELDS)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor in a file; its bytes are `[start, stop)` of the file."""
 
     spec: TensorSpec
@@ -101,11 +103,10 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise JsonError("__metadata__ is not a table of strings")
     _check_count(len(table))
-    base = 8 + len(raw)
-    entries = sorted(
-        (_parse_entry(name, value, base) for name, value in table.items()),
-        key=lambda e: (e.start, e.stop, e.spec.name),
-    )
+    _check_names(table)
+    base, sizes = 8 + len(raw), dict[DtypeAndShape, int]()
+    entries = [_parse_entry(name, value, base, sizes) for name, value in table.items()]
+    entries.sort(key=attrgetter("start", "stop", "spec.name"))
     covered = base
     for entry in entries:
         if entry.start != covered:
@@ -142,31 +143,49 @@ def check_name(name: str) -> None:
         raise JsonError(f"tensor name {quote(name)} is empty, reserved, too long or unprintable")
 
 
+def _check_names(names: Collection[str]) -> None:
+    """Check all names at once; which one is wrong is asked only if one is."""
+    if (
+        "" in names
+        or not all(map(str.isprintable, names))
+        or max(map(len, names), default=0) > MAX_NAME
+    ):
+        for name in names:
+            check_name(name)
+
+
 def _check_count(tensors: int) -> None:
     if tensors > MAX_TENSORS:
         raise JsonError(f"{tensors} tensors, more than the {MAX_TENSORS} allowed")
 
 
-def _parse_entry(name: str, value: Any, base: int) -> Entry:
-    check_name(name)
+def _parse_entry(name: str, value: Any, base: int, sizes: dict[DtypeAndShape, int]) -> Entry:
+    """A tensor's entry; `sizes` has the bytes of what dtypes and shapes came before it."""
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise JsonError(f"tensor {quote(name)}: entry is not dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else None
-    if known is None:
+    dtype, shape, offsets = _read_fields(value)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise JsonError(f"tensor {quote(name)}: unknown dtype {quote(dtype)}")
     if not _are_sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
         raise JsonError(f"tensor {quote(name)}: shape is not a list of sizes")
-    if not _are_sizes(offsets, 1 << 63) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not isinstance(offsets, list) or len(offsets) != 2:
         raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
     start, stop = offsets
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop < 1 << 63:
+        raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
     spec = TensorSpec(name, dtype, tuple(shape))
-    bits = math.prod(shape) * known.bits
-    if (bits or math.prod(filter(None, shape)) * known.bits) >= 1 << 64:
-        raise JsonError(f"tensor {quote(name)}: shape is too large, zeros left aside")
-    if bits != 8 * (stop - start) and (needed := spec.nbytes) != stop - start:
+    if (needed := sizes.get((dtype, spec.shape))) is None:
+        needed = sizes[dtype, spec.shape] = _count_bytes(spec)
+    if needed != stop - start:
         raise JsonError(f"tensor {quote(name)}: {stop - start} bytes, but its shape needs {needed}")
     return Entry(spec, base + start, base + stop)
+
+
+def _count_bytes(spec: TensorSpec) -> int:
+    """The bytes that a shape needs, too large a one refused, even if it is of no elements."""
+    if math.prod(filter(None, spec.shape)) * DTYPES[spec.dtype].bits >= 1 << 64:
+        raise JsonError(f"tensor {quote(spec.name)}: shape is too large, zeros left aside")
+    return spec.nbytes
 
 
 def _are_sizes(value: Any, limit: int) -> bool:

@@ -84,6 +84,8 @@ def check_index(index: Index, files: Mapping[str, str], is_whole: bool, folder: 
         is_whole: Whether the files are a whole set by their names.
         folder: Where they are, for the message.
     """
+    if index.weight_map == files:
+        return
     where, delete = folder / index.name, ""
     if is_whole:
         delete = ", or delete the index if it is older than the files"

@@ -98,12 +98,12 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
 
 def _quantization_to_json(plan: Plan) -> list[dict[str, Any]]:
     """Each format with its numbers, 0 for a whole axis, and how many weights are of it."""
-    weights = plan.grouping.weights.values()
+    alike = plan.grouping.alike
     return [
         {
             "format": scheme.format.name,
             "numbers": {name: number or 0 for name, number in scheme.numbers.items()},
-            "weights": sum(weight.scheme is scheme for weight in weights),
+            "weights": sum(len(each.names) for each in alike if each.kind.scheme is scheme),
         }
         for scheme in plan.grouping.schemes
     ]
@@ -163,7 +163,7 @@ def _print_plan(report: PlanReport) -> None:
             " wrapper's: it is ignored, and a merge gives it back"
         )
     _print_loading(plan)
-    if plan.grouping.weights:
+    if plan.grouping.alike:
         print_line(f"Quantized    {_describe_quantization(plan)}")
     ranks = format_count(plan.tp_size, "rank")
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
@@ -180,7 +180,9 @@ def _print_plan(report: PlanReport) -> None:
 
 def _describe_quantization(plan: Plan) -> str:
     """The formats of quantized weights, and what stays together to keep blocks whole."""
-    counts = Counter(weight.scheme.format.title for weight in plan.grouping.weights.values())
+    counts = Counter[str]()
+    for each in plan.grouping.alike:
+        counts[each.kind.scheme.format.title] += len(each.names)
     text = ", ".join(f"{format_count(count, 'weight')} in {name}" for name, count in counts.items())
     blocks = [
         f"{count} {name} in blocks of {block}"

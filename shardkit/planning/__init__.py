@@ -9,7 +9,8 @@ from shardkit.planning.loading import decide_loading
 from shardkit.planning.make_plan import make_plan, place_tensor
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.parts import generates_text
-from shardkit.planning.placement import Expert, Placement
+from shardkit.planning.placement import Expert, Layout, Placement
+from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.planning.report import PlanReport, plan
 from shardkit.planning.summary import (
     Imbalance,
@@ -29,8 +30,11 @@ __all__ = [
     "Imbalance",
     "KvCache",
     "KvCopies",
+    "Layout",
     "Mesh",
     "Placement",
+    "PlacementGroup",
+    "PlacementTable",
     "Plan",
     "PlanReport",
     "PlanSummary",

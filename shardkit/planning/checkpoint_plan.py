@@ -31,8 +31,7 @@ def plan_for(
         recipe = find_recipe(checkpoint.config, recipe)
     checkpoint.check_config()
     prefix, specs = checkpoint.wrapper_prefix, checkpoint.specs()
-    plain = {spec.name.removeprefix(prefix): spec for spec in specs}
-    if fault := find_empty_tensor(plain, recipe):
+    if fault := find_empty_tensor(specs, recipe, prefix):
         raise CheckpointError(f"{checkpoint.folder}: {fault}")
     plan = make_plan(specs, recipe, checkpoint.config, tp_size, expert_parallel)
     if fault := find_missing(plan, recipe, checkpoint.config):

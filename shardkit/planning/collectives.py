@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from typing import Any
 
 from shardkit import config_fields as fields
@@ -19,13 +18,14 @@ from shardkit.planning.parts import (
     is_encoder,
     is_of_tower,
     is_tower,
-    list_paths,
+    list_groups,
     list_placements,
     predicts_tokens,
     read_count,
     select_text_fields,
 )
 from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup
 from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (
@@ -84,10 +84,10 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         return Collectives()
     text = select_text_fields(config)
     makes_text = generates_text(plan, config)
-    rows, tower_rows = _part_towers(list_placements(plan, ROW), makes_text)
-    experts, tower_experts = _part_towers([*plan.loaded_by_style.get(EXPERT.name, ())], makes_text)
-    stacks, tower_stacks = _find_whole_stacks(experts), _find_whole_stacks(tower_experts)
-    norms, tower_norms = _part_towers(list_placements(plan, NORM), makes_text)
+    rows, tower_rows = _part_towers(list_groups(plan, ROW), makes_text)
+    norms, tower_norms = _part_towers(list_groups(plan, NORM), makes_text)
+    experts = [group for group in plan.loaded_groups if group.layout.style is EXPERT]
+    stacks, tower_stacks = map(_find_whole_stacks, _part_towers(experts, makes_text))
     dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
     encoder_sums = _count_encoder_sums(dense)
     encoder_stacks = sum(map(is_encoder, stacks)) if has_both_halves([*dense, *stacks]) else 0
@@ -103,19 +103,19 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         expert_stacks=_count_expert_sums(rows, config) + len(stacks) - encoder_stacks,
         embedding=(min(len(tables), 1) if both else len(tables)) + _count_more_lookups(text),
         output=int(has_output),
-        norms=len(norms),
-        gathered=len({tuple(path[:-1]) for path in list_paths(plan, GATHER)})
+        norms=sum(group.count for group in norms),
+        gathered=len({_find_module(p.spec) for p in list_placements(plan, GATHER)})
         + recurrent // MATRICES_PER_CELL,
         encoder=_count_encoder_uses(encoder_sums, text)
         + len(tower_dense)
         + _count_expert_sums(tower_rows, config)
         + encoder_stacks
         + len(tower_stacks)
-        + len(tower_norms)
+        + sum(group.count for group in tower_norms)
         + int(both and reads_ids and any("decoder" not in path for path in tables))
         + int(config.get(fields.EMBEDDED_TWICE) is not None),
         is_tied=has_output and not any(len(p.spec.shape) > 1 for p in outputs),
-        is_routed=any(map(ROUTED_EXPERT.fullmatch, chain.from_iterable(list_paths(plan, ROW)))),
+        is_routed=any(ROUTED_EXPERT.fullmatch(word) for group in rows for word in group.path),
     )
 
 
@@ -150,34 +150,36 @@ def _count_more_lookups(config: Mapping[str, Any]) -> int:
     return functions * len(lengths) - 1 if isinstance(lengths, list) and lengths else 0
 
 
-def _count_expert_sums(rows: list[Placement], config: Mapping[str, Any]) -> int:
+def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) -> int:
     """The sums after stacks of experts: one each, or one for each expert that a token uses.
 
     The experts of a stack that is a single matrix run one by one, through one module.
     """
     top_k = _read_experts_per_token(config) or 1
-    sums: dict[tuple[str, ...], int] = {}
-    for p in rows:
-        path = p.spec.name.split(".")
-        if "experts" in path:
-            is_matrix = len(p.spec.shape) == 2 and any(s.repeat > 1 for s in p.sections)
-            sums[tuple(path[: path.index("experts")])] = top_k if is_matrix else 1
+    sums: dict[str, int] = {}
+    for group in rows:
+        if "experts" in group.path:
+            sections, is_flat = group.layout.sections, len(group.tensors.shape) == 2
+            count = top_k if is_flat and any(s.repeat > 1 for s in sections) else 1
+            stacks = {f".{name}".partition(".experts.")[0] for name in group.tensors.names}
+            sums |= dict.fromkeys(stacks, count)
     return sum(sums.values())
 
 
-def _find_whole_stacks(experts: list[Placement]) -> list[Path]:
+def _find_whole_stacks(experts: list[PlacementGroup]) -> list[Path]:
     """The modules with a stack of which each rank has whole experts, and sums once.
 
     Each tensor of a stack may be that of a module of its own.
     """
     parents: dict[tuple[str, ...], None] = {}
-    for placement in experts:
-        path = placement.spec.name.split(".")
-        end = len(path) - 1 - (path[-1] in ("weight", "bias"))
-        if placement.expert is not None:
-            names = placement.expert.module_names
-            end = max(at for at, name in enumerate(path) if name in names)
-        parents.setdefault(tuple(path[: end - 1]))
+    for group in experts:
+        expert = group.layout.expert
+        for name in group.tensors.names if expert is None or expert.number == 0 else ():
+            path = name.split(".")
+            end = len(path) - 1 - (path[-1] in ("weight", "bias"))
+            if expert is not None:
+                end = max(at for at, word in enumerate(path) if word in expert.module_names)
+            parents.setdefault(tuple(path[: end - 1]))
     return [[*parent] for parent in parents]
 
 
@@ -188,16 +190,18 @@ def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:
 
 
 def _part_towers(
-    placements: list[Placement], makes_text: bool
-) -> tuple[list[Placement], list[Placement]]:
+    groups: list[PlacementGroup], makes_text: bool
+) -> tuple[list[PlacementGroup], list[PlacementGroup]]:
     """These tensors without those of towers, and those; without text, there are no towers."""
-    towers = [p for p in placements if makes_text and is_of_tower(p)]
-    return [p for p in placements if not (makes_text and is_of_tower(p))], towers
+    parts: tuple[list[PlacementGroup], list[PlacementGroup]] = [], []
+    for group in groups:
+        parts[makes_text and is_of_tower(group)].append(group)
+    return parts
 
 
-def _list_dense_paths(rows: list[Placement]) -> list[Path]:
-    paths = (p.spec.name.split(".") for p in rows)
-    return [path for path in paths if "experts" not in path]
+def _list_dense_paths(rows: list[PlacementGroup]) -> list[Path]:
+    dense = (group.tensors.names for group in rows if "experts" not in group.path)
+    return [name.split(".") for names in dense for name in names]
 
 
 def _count_encoder_sums(paths: list[Path]) -> int:

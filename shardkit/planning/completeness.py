@@ -13,11 +13,11 @@ from typing import Any
 
 from shardkit import config_fields as fields
 from shardkit.layout.style import COLUMNS, ROW, VOCAB
-from shardkit.planning.layer_kinds import Layers, group_kinds, group_tensors
+from shardkit.planning.layer_kinds import LayerKinds, Layers, group_tensors
 from shardkit.planning.layout_plan import Plan
-from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup
 from shardkit.recipe import Recipe, Rule
-from shardkit.tensor import TensorSpec
+from shardkit.tensor import TensorTable
 
 Config = Mapping[str, Any]
 
@@ -27,15 +27,19 @@ OUTPUT_MODULES = ("lm_head", "embed_out", "output", "output_projection", "lm_los
 FETCH = "fetch the weights again"
 
 
-def find_empty_tensor(plan_specs: Mapping[str, TensorSpec], recipe: Recipe) -> str:
+def find_empty_tensor(specs: TensorTable, recipe: Recipe, prefix: str) -> str:
     """A tensor without elements that a model would load, in words; empty if there is none.
 
     Args:
-        plan_specs: Every tensor, by its name without a wrapper's prefix.
-        recipe: Its rules.
+        specs: Every tensor.
+        recipe: Their rules.
+        prefix: What wrappers put before every name.
     """
-    for name, spec in plan_specs.items():
-        if 0 in spec.shape and any(rule.style.is_loaded for rule in recipe.rules_for(name)):
+    if not any(0 in spec.shape for spec in specs.examples):
+        return ""
+    for spec in specs:
+        rules = recipe.rules_for(spec.name.removeprefix(prefix)) if 0 in spec.shape else ()
+        if any(rule.style.is_loaded for rule in rules):
             return f"{spec.name} has the shape {list(spec.shape)}, without elements; {FETCH}"
     return ""
 
@@ -54,16 +58,15 @@ class _Layer:
     """A layer that lacks what all others of its kind have: `missing` by their names within it."""
 
     name: str
-    tensors: Mapping[str, Placement]
+    tensors: Mapping[str, PlacementGroup]
     missing: tuple[str, ...]
     is_certain: bool
 
 
 def _find_missing_weight(plan: Plan, recipe: Recipe, config: Config) -> str:
-    prefix = plan.wrapper_prefix
-    tensors = {p.spec.name: p for p in plan.weights if p.is_loaded}
-    for name, layers in group_tensors(tensors).items():
-        for kind in group_kinds(layers, config):
+    prefix, kinds = plan.wrapper_prefix, LayerKinds(config)
+    for name, layers in group_tensors(plan.loaded_groups).items():
+        for kind in kinds.group_layers(layers):
             if (layer := _find_odd_layer(name, kind)) is None:
                 continue
             for rest in layer.missing:
@@ -86,7 +89,7 @@ def _find_odd_layer(name: str, layers: Layers) -> _Layer | None:
     partial = [rest for rest, number in holders.items() if number == count - 1]
     if not partial or any(1 < number < count - 1 for number in holders.values()):
         return None
-    if any(len({layer[rest].spec.shape for layer in layers.values()}) > 1 for rest in shared):
+    if any(len({layer[rest].tensors.shape for layer in layers.values()}) > 1 for rest in shared):
         return None
     odd = [at for at, layer in layers.items() if any(rest not in layer for rest in partial)]
     if len(odd) != 1 or any(holders[rest] == 1 for rest in layers[odd[0]] if count > 2):
@@ -115,7 +118,7 @@ def _is_needed(layer: _Layer, rest: str, rule: Rule, recipe: Recipe, prefix: str
     modules = {name.rpartition(".")[0] for name in layer.missing if has_rule(name)}
     if len(modules) == 1 and any(map(has_rule, beside)):
         return True
-    styles = {placement.style for placement in beside.values()}
+    styles = {group.layout.style for group in beside.values()}
     has_column, has_row = not styles.isdisjoint(COLUMNS), ROW in styles
     return (rule.style is ROW and has_column and not has_row) or (
         rule.style in COLUMNS and has_row and not has_column
@@ -135,7 +138,8 @@ def _find_missing_rows(plan: Plan, config: Config) -> str:
     text = config.get(fields.TEXT_TABLE)
     text = text if isinstance(text, Mapping) else config
     stated = next((text[key] for key in fields.VOCAB_SIZE if type(text.get(key)) is int), None)
-    tables = [p for p in plan.weights if p.style is VOCAB and len(p.spec.shape) == 2]
+    groups = [group for group in plan.weights.groups if group.layout.style is VOCAB]
+    tables = [group.first for group in groups if len(group.tensors.shape) == 2]
     rows = [p.spec.shape[p.dim] for p in tables if p.dim is not None]
     more = sum(extra for key, extra in fields.VOCAB_EXTRA_ROWS.items() if key in text)
     more += sum(text[key] for key in fields.VOCAB_FURTHER if type(text.get(key)) is int)
@@ -160,7 +164,8 @@ def _find_missing_output(plan: Plan, recipe: Recipe, config: Config) -> str:
         for rule in recipe.rules
         if rule.style is VOCAB and rule.pattern.rpartition(".")[2] in OUTPUT_MODULES
     ]
-    modules = (p.spec.name.removesuffix(".weight") for p in plan.weights if p.style is VOCAB)
+    groups = (group for group in plan.weights.groups if group.layout.style is VOCAB)
+    modules = (group.tensors.pattern.removesuffix(".weight") for group in groups)
     if not heads or any(name.rpartition(".")[2] in OUTPUT_MODULES for name in modules):
         return ""
     return (

@@ -93,11 +93,12 @@ def _estimate_kind(plan: Plan, config: Mapping[str, Any], unit: str, dtype: str)
         width = latent + (read_count(config, fields.ROPE_KEY) or 0)
         layers = _count_latent_layers(plan, width) or layers
         return KvCache(layers, width, dtype, (1,) * plan.mesh.world_size, tensors=1)
-    head_dim, kv_heads = _find_head_dim(plan, config, unit), _count_kv_heads(plan, config, unit)
+    head_dim = _find_head_dim(plan, config, unit)
+    kv_heads = _count_kv_heads(plan, config, unit, plan.mesh)
     if head_dim is None or kv_heads is None:
         what = "one width of a head" if head_dim is None else "the number of kv heads"
         return f"unknown: neither config.json nor the weights state {what}"
-    has_halves = has_both_halves(p.spec.name.split(".") for p in plan.weights)
+    has_halves = has_both_halves(group.path for group in plan.weights.groups)
     is_crossed = has_halves and CROSS_UNIT not in plan.units
     return KvCache(layers, head_dim, dtype, kv_heads, is_crossed=is_crossed)
 
@@ -122,7 +123,9 @@ def find_compute_dtype(plan: Plan, config: Mapping[str, Any]) -> str | None:
         stated = BY_TORCH_NAME.get(str(config.get(key)))
         if stated is not None and stated.is_compute:
             return stated.name
-    stored = Counter(p.spec.dtype for p in plan.weights if p.is_loaded)
+    stored = Counter[str]()
+    for group in plan.loaded_groups:
+        stored[group.tensors.dtype] += group.count
     most = max(stored, key=stored.__getitem__, default=None)
     return most if most is not None and DTYPES[most].is_compute else None
 
@@ -146,22 +149,22 @@ def list_kv_units(plan: Plan) -> list[str]:
 
 def _list_kv_weights(plan: Plan, unit: str) -> list[Placement]:
     """The loaded matrices of the language model's decoder that a unit divides the output of."""
-    weights = [
-        p
-        for style in COLUMNS
-        for p in plan.loaded_by_style.get(style.name, ())
-        if unit in p.units and len(p.spec.shape) > 1
+    groups = [
+        group
+        for group in plan.loaded_groups
+        if group.layout.style in COLUMNS and unit in group.layout.units
+        if len(group.tensors.shape) > 1
     ]
-    paths = {p.spec.name: p.spec.name.split(".") for p in weights}
-    both = has_both_halves(paths.values())
+    both = has_both_halves(group.path for group in groups)
 
     def is_elsewhere(path: Path) -> bool:
         return is_encoder(path) if both else not fields.CROSS_MODULES.isdisjoint(path)
 
     return [
         p
-        for p in weights
-        if not is_tower(paths[p.spec.name]) and not is_elsewhere(paths[p.spec.name])
+        for group in groups
+        if not is_tower(group.path) and not is_elsewhere(group.path)
+        for p in group.list_placements()
     ]
 
 
@@ -192,9 +195,10 @@ def _count_latent_layers(plan: Plan, width: int) -> int:
     """
     modules = Counter(
         p.spec.name.split(".")[-2]
-        for p in plan.weights
-        if p.is_loaded and p.dim is None and len(p.spec.shape) == 2 and p.spec.shape[0] == width
-        if "." in p.spec.name
+        for group in plan.loaded_groups
+        if group.layout.dim is None and len(group.tensors.shape) == 2
+        if group.tensors.shape[0] == width and "." in group.tensors.pattern
+        for p in group.list_placements()
     )
     return max(modules.values(), default=0)
 
@@ -204,18 +208,20 @@ def count_whole_kv_heads(plan: Plan, config: Mapping[str, Any]) -> int:
     config, units = select_text_fields(config), list_kv_units(plan)
     if read_count(config, fields.KV_LATENT):
         return 1
-    return sum(_count_kv_heads(replace(plan, mesh=Mesh(1)), config, units[0]) or (1,))
+    return sum(_count_kv_heads(plan, config, units[0], Mesh(1)) or (1,))
 
 
-def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[int, ...] | None:
-    """Each rank's kv heads; a K and a V that are replicated are one head on every rank.
+def _count_kv_heads(
+    plan: Plan, config: Mapping[str, Any], unit: str, mesh: Mesh
+) -> tuple[int, ...] | None:
+    """The kv heads of each rank of a mesh; a replicated K and V are one head on every rank.
 
     Padded with zeros, every rank keeps as many as all ranks. A unit may be a set of several kv
     heads, if the config counts more of them.
     """
-    replicated = {s.units for p in plan.weights for s in p.sections if s.replicated}
+    replicated = {s.units for g in plan.weights.groups for s in g.layout.sections if s.replicated}
     if replicated:
-        return (1,) * plan.mesh.world_size if replicated == {2} else None
+        return (1,) * mesh.world_size if replicated == {2} else None
     is_expanded = find_field(config, fields.EXPANDED_KV) is not None
     unit = next((name for name in HEAD_UNITS if is_expanded and name in plan.units), unit)
     shared = plan.units[unit].shared_by
@@ -226,8 +232,8 @@ def _count_kv_heads(plan: Plan, config: Mapping[str, Any], unit: str) -> tuple[i
     if rest:
         return None
     if any(p.style is PADDED for p in _list_kv_weights(plan, unit)):
-        return (heads_per_set * sets,) * plan.mesh.world_size
-    ranks = plan.mesh.ranks()
+        return (heads_per_set * sets,) * mesh.world_size
+    ranks = mesh.ranks()
     return tuple(heads_per_set * plan.count_local_units(unit, rank) for rank in ranks)
 
 

@@ -66,7 +66,7 @@ def _measure_growth(plan: Plan, config: Mapping[str, Any]) -> float:
 
 def _count_whole_copies(plan: Plan) -> float:
     """How often a key and a value that every rank holds are stored."""
-    is_held = any(section.replicated for p in plan.weights for section in p.sections)
+    is_held = any(section.replicated for g in plan.weights.groups for section in g.layout.sections)
     return float(plan.tp_size) if is_held else 1.0
 
 

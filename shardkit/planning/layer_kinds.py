@@ -1,41 +1,50 @@
 """The lists of modules that tensors are in, and which modules of a list are of one kind."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup
 
 # The tensors of each module of a list, by its number, and by their names within the module.
-Layers = Mapping[int, Mapping[str, Placement]]
+Layers = Mapping[int, Mapping[str, PlacementGroup]]
 
 INNER_NUMBER = re.compile(r"(?<=[^.])\.(\d{1,9})(?=\.)")  # a module's number in its list
 
 
-def group_tensors(tensors: Mapping[str, Placement]) -> dict[str, dict[int, dict[str, Placement]]]:
-    """Every list of modules, by its name: the layers of a model, the experts of a layer.
-
-    Args:
-        tensors: Placements, by the tensors' names.
-    """
-    lists: dict[str, dict[int, dict[str, Placement]]] = {}
-    for name, placement in tensors.items():
-        for match in INNER_NUMBER.finditer(name):
-            layers = lists.setdefault(name[: match.start()], {})
-            layers.setdefault(int(match[1]), {})[name[match.end() + 1 :]] = placement
+def group_tensors(
+    groups: Iterable[PlacementGroup],
+) -> Mapping[str, Mapping[int, Mapping[str, PlacementGroup]]]:
+    """Every list of modules, by its name: the layers of a model, the experts of a layer."""
+    lists: dict[str, dict[int, dict[str, PlacementGroup]]] = defaultdict(lambda: defaultdict(dict))
+    for group in groups:
+        for name in group.tensors.names:
+            for match in INNER_NUMBER.finditer(name):
+                start, stop = match.span()
+                lists[name[:start]][int(match[1])][name[stop + 1 :]] = group
     return lists
 
 
-def group_kinds(layers: Layers, config: Mapping[str, Any]) -> Iterator[Layers]:
-    """The layers that a config tells no difference of, in groups.
+class LayerKinds:
+    """What a config says of each layer.
 
     A list in a config may say something of each layer (`layer_types`), or number some of them.
     """
-    tables = list(_iter_lists(config))
-    kinds: dict[tuple[object, ...], dict[int, Mapping[str, Placement]]] = {}
-    for at, layer in layers.items():
-        kinds.setdefault(tuple(_describe_layer(table, at) for table in tables), {})[at] = layer
-    yield from kinds.values()
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._lists = list(_iter_lists(config))
+        self._known: dict[int, tuple[object, ...]] = {}
+
+    def group_layers(self, layers: Layers) -> list[Layers]:
+        """The layers that the config tells no difference of, in groups."""
+        kinds: dict[tuple[object, ...], dict[int, Mapping[str, PlacementGroup]]] = {}
+        for at, layer in layers.items():
+            if (kind := self._known.get(at)) is None:
+                kind = tuple(_describe_layer(each, at) for each in self._lists)
+                self._known[at] = kind
+            kinds.setdefault(kind, {})[at] = layer
+        return [*kinds.values()]
 
 
 def _describe_layer(table: list[Any], at: int) -> tuple[object, bool]:

@@ -1,6 +1,6 @@
 """A plan: where every tensor lies on every rank, before any weight is read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -9,6 +9,7 @@ from shardkit.layout import Section, Span, Unit, num_indices, rank_spans
 from shardkit.layout.style import EXPERT
 from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.planning.quantized import view_weights
 from shardkit.recipe import ForwardArgument, ModuleAttribute
 from shardkit.recipe.formats import Grouping
@@ -32,7 +33,7 @@ class Plan:
     """
 
     mesh: Mesh
-    placements: tuple[Placement, ...]
+    placements: Sequence[Placement]
     units: Mapping[str, Unit]
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
@@ -48,7 +49,7 @@ class Plan:
     @cached_property
     def is_expert_parallel(self) -> bool:
         """Whether each rank has whole experts."""
-        return any(placement.style is EXPERT for placement in self.placements)
+        return any(group.layout.style is EXPERT for group in self.groups)
 
     def with_tp_size(self, tp_size: int) -> "Plan":
         """The same layout over another number of ranks: 1 for a merge. Raises LayoutError."""
@@ -67,7 +68,7 @@ class Plan:
             raise LayoutError(f"ep_size {self.mesh.ep_size}: is not that of the experts' layout")
         if self.tp_size > self.max_tp_size:
             raise LayoutError(self._describe_limit())
-        for placement in _list_layouts(self.placements):
+        for placement in (group.first for group in self.groups):
             byte_view(placement.spec, placement.dim)
             try:
                 placement.tiles(self.mesh)
@@ -75,47 +76,42 @@ class Plan:
                 raise LayoutError(f"{placement.spec.name}: {error}") from None
 
     @cached_property
-    def weights(self) -> tuple[Placement, ...]:
+    def groups(self) -> tuple[PlacementGroup, ...]:
+        """The placements in groups of those that are alike: experts by the thousand are one."""
+        return PlacementTable.of(self.placements).groups
+
+    @cached_property
+    def weights(self) -> PlacementTable:
         """The placements of what the model is made of, a quantized weight as it is in 16 bits."""
         return self.list_weights()
 
-    def list_weights(self) -> tuple[Placement, ...]:
+    def list_weights(self) -> PlacementTable:
         """As `weights`. Raises LayoutError for a quantized weight that is cut inside of a block."""
-        if not self.grouping.weights:
-            return self.placements
-        return tuple(view_weights(self.placements, self.grouping))
+        placements = PlacementTable.of(self.placements)
+        return view_weights(placements, self.grouping) if self.grouping.alike else placements
 
     @cached_property
-    def loaded_by_style(self) -> Mapping[str, Sequence[Placement]]:
-        """The loaded tensors by the name of their style."""
-        by_style: dict[str, list[Placement]] = {}
-        for placement in self.weights:
-            if placement.is_loaded:
-                by_style.setdefault(placement.style.name, []).append(placement)
-        return by_style
-
-    @cached_property
-    def paths_by_style(self) -> dict[str, list[list[str]]]:
-        """The names of a style's tensors, cut at their dots, as far as they were asked for."""
-        return {}
+    def loaded_groups(self) -> tuple[PlacementGroup, ...]:
+        """The weights that the model loads, in groups of those that are alike."""
+        return tuple(group for group in self.weights.groups if group.layout.is_loaded)
 
     @cached_property
     def max_tp_size(self) -> int:
         """The most ranks that each still hold a unit of everything that is divided."""
         limits = [
             section.max_tp_size
-            for placement in self.placements
-            if placement.dim is not None
-            for section in placement.sections
+            for group in self.groups
+            if group.layout.dim is not None
+            for section in group.layout.sections
             if not section.replicated
         ]
-        limits += {p.expert.count for p in self.placements if p.expert is not None}
+        limits += {group.layout.expert.count for group in self.groups if group.layout.expert}
         return min(limits, default=MAX_TP_SIZE)
 
     def _describe_limit(self) -> str:
         """Why there are too many ranks: of which tensor there is not a unit for each."""
         most = self.max_tp_size
-        for p in self.placements:
+        for p in (group.first for group in self.groups):
             limits = {
                 section.max_tp_size: self._describe_units(p, section)
                 for section in (p.sections if p.dim is not None else ())
@@ -166,13 +162,3 @@ class Plan:
     def count_local_units(self, unit: str, rank: Rank) -> int:
         """How many units of a kind a rank holds, copies counted. Raises LayoutError."""
         return num_indices(self.local_spans(unit, rank))
-
-
-def _list_layouts(placements: Iterable[Placement]) -> list[Placement]:
-    """The first placement of each layout: experts by the ten thousand have one in common."""
-    layouts: dict[object, Placement] = {}
-    for p in placements:
-        count = p.expert.count if p.expert else 0
-        key = (p.spec.dtype, p.spec.shape, p.style.name, p.dim, p.sections, p.in_model, count)
-        layouts.setdefault(key, p)
-    return [*layouts.values()]

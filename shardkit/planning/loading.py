@@ -7,31 +7,31 @@ from shardkit import config_fields as fields
 from shardkit.checkpoint.config_check import group_layers
 from shardkit.errors import CheckpointError
 from shardkit.recipe import LoadedTensors, find_loaded_tensors
+from shardkit.tensor import TensorTable
 
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
 
 
-def decide_loading(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> LoadedTensors:
+def decide_loading(config: Mapping[str, Any], specs: TensorTable) -> LoadedTensors:
     """The class of a checkpoint, and the tensors that it does not load.
 
     Args:
         config: The contents of config.json.
-        shapes: The shapes of the checkpoint's tensors, by name.
+        specs: The checkpoint's tensors, their names without a wrapper's prefix.
 
     Raises:
         CheckpointError: If a head is missing that the class in config.json needs: transformers
             would make it up at random.
     """
-    names = list(shapes)
-    single_rows = [name for name, shape in shapes.items() if shape and shape[0] == 1]
-    loaded = find_loaded_tensors(config, names, single_rows)
+    single_rows = {each.pattern for each in specs.alike if each.shape[:1] == (1,)}
+    loaded = find_loaded_tensors(config, specs.names_by_pattern, single_rows)
     if loaded.missing and loaded.better_class:
         raise CheckpointError(
             f"config.json: architectures names {loaded.model_class}, but there is no tensor of"
             f" {loaded.missing!r}; the tensors are those of {loaded.better_class}: correct"
             " architectures, or fetch the weights of that class"
         )
-    extra = list_extra_layers(config, names)
+    extra = list_extra_layers(config, specs.names)
     return LoadedTensors(loaded.model_class, loaded.unloaded | frozenset(extra))
 
 

@@ -1,6 +1,6 @@
 """Makes a plan: places every tensor by the one rule that names it."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +13,18 @@ from shardkit.planning.experts import (
     find_experts,
     list_other_attributes,
     place_expert,
+    split_by_expert,
 )
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.loading import decide_loading, is_stated
 from shardkit.planning.mesh import Mesh
-from shardkit.planning.placement import Placement
+from shardkit.planning.placement import Layout, Placement
+from shardkit.planning.placement_table import PlacementGroup
 from shardkit.planning.quantized import find_blocks, place_parts
 from shardkit.planning.unknown_tensors import describe_unknown_tensor
 from shardkit.recipe import Recipe, Rule, compose_recipe, resolve_counts, resolve_units
 from shardkit.recipe.formats import Grouping, QuantizedWeight, group_checkpoint, list_weights
-from shardkit.tensor import TensorSpec
+from shardkit.tensor import TensorSpec, TensorTable
 
 
 def make_plan(
@@ -46,21 +48,20 @@ def make_plan(
         LayoutError: For a `tp_size` that cannot work, or if there are no experts to distribute.
         CheckpointError: If the checkpoint lacks a head that the class in its config needs.
     """
-    recipe, whole = compose_recipe(recipe, config), tuple(specs)
+    recipe, whole = compose_recipe(recipe, config), TensorTable.of(specs)
     grouping = group_checkpoint(whole, config)
     weights = list_weights(whole, grouping)
-    prefix = find_wrapper_prefix([spec.name for spec in whole])
-    names = [spec.name.removeprefix(prefix) for spec in weights]
-    experts = find_experts(names, recipe) if expert_parallel else {}
-    placements, units = _place_weights(weights, grouping, recipe, config, prefix, experts)
-    check_any_expert(placements, recipe, expert_parallel)
-    shapes = {name: spec.shape for name, spec in zip(names, weights, strict=True)}
-    loaded = decide_loading(config, shapes)
-    unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, names))
-    placements = list(_mark_unloaded(placements, names, unloaded))
+    prefix = find_wrapper_prefix(whole.names)
+    experts = find_experts(weights.alike, recipe) if expert_parallel else {}
+    groups, units = _place_weights(weights, grouping, recipe, config, prefix, experts)
+    check_any_expert(groups, recipe, expert_parallel)
+    plain = weights.without_prefix(prefix)
+    loaded = decide_loading(config, plain)
+    unloaded = loaded.unloaded.union(filter(recipe.find_prediction_module, plain.names))
+    groups = _mark_unloaded(groups, frozenset(prefix + name for name in unloaded))
     plan = Plan(
         Mesh(tp_size, tp_size if expert_parallel else 1),
-        tuple(place_parts(whole, placements, grouping)),
+        place_parts(whole.names, groups, grouping),
         units,
         list_other_attributes(recipe) if expert_parallel else recipe.module_attributes,
         recipe.forward_arguments,
@@ -73,58 +74,48 @@ def make_plan(
 
 
 def _mark_unloaded(
-    placements: Iterable[Placement], names: Iterable[str], unloaded: Collection[str]
-) -> Iterator[Placement]:
-    """The placements, those of these names marked as not the model's."""
-    for placement, name in zip(placements, names, strict=True):
-        yield replace(placement, in_model=False) if name in unloaded else placement
+    groups: Sequence[PlacementGroup], unloaded: frozenset[str]
+) -> Sequence[PlacementGroup]:
+    """The placements, those of what the model does not load as such."""
+    if not unloaded:
+        return groups
+    return [
+        PlacementGroup(part, replace(group.layout, in_model=part.names[0] not in unloaded))
+        for group in groups
+        for part in group.tensors.split_by(unloaded.__contains__)
+    ]
 
 
 def _place_weights(
-    weights: Sequence[TensorSpec],
+    weights: TensorTable,
     grouping: Grouping,
     recipe: Recipe,
     config: Mapping[str, Any],
     prefix: str,
     experts: Experts,
-) -> tuple[list[Placement], Mapping[str, Unit]]:
+) -> tuple[Sequence[PlacementGroup], Mapping[str, Unit]]:
     """Every weight's placement, and the units, with as many together as blocks need.
 
-    Weights of one name but for its numbers, and one shape, are alike.
+    Weights of one name but for numbers that no rule states, and one shape, are alike.
     """
     units, counts = resolve_units(recipe, config), resolve_counts(recipe, config)
-    keys = [(recipe.generalize(spec.name), spec.shape) for spec in weights]
-    firsts: dict[object, TensorSpec] = {}
-    for key, spec in zip(keys, weights, strict=True):
-        firsts.setdefault(key, spec)
+    alike = [part for each in weights.alike for part in recipe.split_by_rule(each)]
 
-    def place_firsts(units: Mapping[str, Unit]) -> dict[object, Placement]:
-        places = {k: place_tensor(s, recipe, units, counts, prefix) for k, s in firsts.items()}
-        return {
-            key: place_expert(placement, experts[name])
-            if (name := placement.spec.name.removeprefix(prefix)) in experts
-            else placement
-            for key, placement in places.items()
-        }
+    def place_firsts(units: Mapping[str, Unit]) -> list[Placement]:
+        placed = (place_tensor(each.first, recipe, units, counts, prefix) for each in alike)
+        return [place_expert(placement, experts) for placement in placed]
 
     try:
-        alike = place_firsts(units)
+        firsts = place_firsts(units)
     except RecipeError:
-        if fault := describe_unknown_tensor([spec.name for spec in weights], recipe, prefix):
+        if fault := describe_unknown_tensor(weights.names, recipe, prefix):
             raise RecipeError(fault) from None
         raise
-    if grouping.weights:
-        units = _keep_blocks_whole(alike.values(), grouping, recipe, units, prefix)
-        alike = place_firsts(units)
-    placements = [
-        Placement(
-            *(spec, first.style, first.dim, first.sections),
-            units=first.units,
-            expert=experts.get(spec.name.removeprefix(prefix)) if experts else None,
-        )
-        for spec, first in zip(weights, map(alike.__getitem__, keys), strict=True)
-    ]
-    return placements, units
+    if grouping.alike:
+        units = _keep_blocks_whole(firsts, grouping, recipe, units, prefix)
+        firsts = place_firsts(units)
+    pairs = zip(alike, firsts, strict=True)
+    return [g for each, p in pairs for g in split_by_expert(each, p.layout, experts)], units
 
 
 def _keep_blocks_whole(
@@ -138,12 +129,13 @@ def _keep_blocks_whole(
 
     Raises RecipeError for a weight whose format stores it the other way round than its rule says.
     """
-    by_name = {weight.name: weight for weight in grouping.weights.values()}
+    by_name = {name: each for each in grouping.alike for name in each.names}
     quantized: list[tuple[QuantizedWeight, Placement, Rule]] = []
     for placement in placements:
         name = placement.spec.name
-        if (weight := by_name.get(name)) is None:
+        if name not in by_name:
             continue
+        weight = by_name[name].first  # which is alike
         rule = recipe.rule_for(name.removeprefix(prefix))
         if placement.dim is not None and rule.fan_in_fan_out != weight.scheme.format.transposed:
             raise RecipeError(
@@ -170,10 +162,10 @@ def place_tensor(
     if rule.terms and rule.style.divides == "nothing" and ndim:
         axis = ndim - 1  # what is gathered is the input, which is as wide as the tensor
     if axis is None:
-        return Placement(spec, rule.style)
+        return Placement(spec, Layout(rule.style))
     try:
         sections = resolve_sections(rule.terms, spec.shape[axis], units, counts)
     except RecipeError as error:
         raise RecipeError(f"{spec.name}: {error}") from None
     names = tuple(dict.fromkeys(term.unit for term in rule.terms if term.unit))
-    return Placement(spec, rule.style, dim, sections, units=names)
+    return Placement(spec, Layout(rule.style, dim, sections, units=names))

@@ -8,6 +8,7 @@ from shardkit.checkpoint.config_check import group_layers
 from shardkit.layout.style import ROW, Style
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup
 
 MAX_COUNT = 1 << 32
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES | fields.PROJECTORS
@@ -30,7 +31,8 @@ def generates_text(plan: Plan, config: Mapping[str, Any]) -> bool:
     """
     if config.get("is_decoder") is True:
         return True
-    paths, names = list_paths(plan, ROW), list_class_names(plan, config)
+    paths = [group.path for group in list_groups(plan, ROW)]
+    names = list_class_names(plan, config)
     if any(name.endswith(GENERATES) for name in names):
         return True
     if "is_decoder" not in config and any(name.endswith(CAUSAL) for name in names):
@@ -56,19 +58,19 @@ def list_class_names(plan: Plan, config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def list_placements(plan: Plan, style: Style) -> list[Placement]:
+def list_groups(plan: Plan, style: Style) -> list[PlacementGroup]:
     """The loaded tensors of a style that its collective is for: not a row-parallel layer's bias."""
     undivided_ok = style.divides == "nothing"
-    loaded = plan.loaded_by_style.get(style.name, ())
-    return [p for p in loaded if p.dim is not None or undivided_ok]
+    return [
+        group
+        for group in plan.loaded_groups
+        if group.layout.style is style and (group.layout.dim is not None or undivided_ok)
+    ]
 
 
-def list_paths(plan: Plan, style: Style) -> list[Path]:
-    """The names of these tensors, cut at their dots."""
-    if (paths := plan.paths_by_style.get(style.name)) is None:
-        paths = [p.spec.name.split(".") for p in list_placements(plan, style)]
-        plan.paths_by_style[style.name] = paths
-    return paths
+def list_placements(plan: Plan, style: Style) -> list[Placement]:
+    """The same one by one."""
+    return [p for group in list_groups(plan, style) for p in group.list_placements()]
 
 
 def has_both_halves(paths: Iterable[Path]) -> bool:
@@ -87,10 +89,10 @@ def is_tower(path: Path) -> bool:
     return not TOWER_MODULES.isdisjoint(path)
 
 
-def is_of_tower(placement: Placement) -> bool:
-    """Whether a tensor is of a tower, by its name or by what its rule divides."""
-    by_units = any(unit.startswith(fields.TOWER_UNITS) for unit in placement.units)
-    return by_units or is_tower(placement.spec.name.split("."))
+def is_of_tower(group: PlacementGroup) -> bool:
+    """Whether tensors are of a tower, by their names or by what their rule divides."""
+    by_units = any(unit.startswith(fields.TOWER_UNITS) for unit in group.layout.units)
+    return by_units or is_tower(group.path)
 
 
 def find_layer(path: Path) -> tuple[str, int] | None:

@@ -1,6 +1,7 @@
 """Where one tensor lies on every rank."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from shardkit.layout import (
     Section,
@@ -39,11 +40,10 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One tensor's layout, over any mesh.
+class Layout:
+    """How ranks share a tensor, and all that are like it.
 
     Attributes:
-        spec: The whole tensor.
         style: How ranks share it.
         dim: The dimension that is divided; None if none is.
         sections: What `dim` holds. If the style gathers inputs, what the input's last dimension
@@ -53,7 +53,6 @@ class Placement:
         expert: The expert that the whole tensor is of, if each rank has whole ones.
     """
 
-    spec: TensorSpec
     style: Style
     dim: int | None = None
     sections: tuple[Section, ...] = ()
@@ -61,10 +60,60 @@ class Placement:
     units: tuple[str, ...] = field(default=(), compare=False)
     expert: Expert | None = None
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.style.name, self.dim, self.sections, self.in_model, self.expert))
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a rank loads such a tensor; what is not loaded is stored for a merge."""
+        return self.style.is_loaded and self.in_model
+
+    def __hash__(self) -> int:
+        return self._hash  # once for the ten thousand tensors that have one layout
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One tensor's layout, over any mesh: the properties are the layout's."""
+
+    spec: TensorSpec
+    layout: Layout
+
+    @property
+    def style(self) -> Style:
+        """How ranks share it."""
+        return self.layout.style
+
+    @property
+    def dim(self) -> int | None:
+        """The dimension that is divided; None if none is."""
+        return self.layout.dim
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """What that dimension, or if inputs are gathered the input's last one, holds."""
+        return self.layout.sections
+
+    @property
+    def in_model(self) -> bool:
+        """Whether the model's class has a place for it."""
+        return self.layout.in_model
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The names of the units that its rule divides."""
+        return self.layout.units
+
+    @property
+    def expert(self) -> Expert | None:
+        """The expert that the whole tensor is of, if each rank has whole ones."""
+        return self.layout.expert
+
     @property
     def is_loaded(self) -> bool:
         """Whether a rank loads it; what is not loaded is stored for a merge."""
-        return self.style.is_loaded and self.in_model
+        return self.layout.is_loaded
 
     def spans(self, rank: Rank) -> tuple[Span, ...]:
         """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""

@@ -9,12 +9,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from shardkit.dtypes import DTYPES
 from shardkit.errors import LayoutError
 from shardkit.layout import Section, Unit
 from shardkit.layout.style import REPLICATE
-from shardkit.planning.placement import Placement
+from shardkit.planning.placement import Layout, Placement
+from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.recipe import Recipe, Rule
-from shardkit.recipe.formats import Grouping, QuantizedWeight, StoredPart, find_plain_dtype
+from shardkit.recipe.formats import (
+    AlikeWeights,
+    Grouping,
+    QuantizedWeight,
+    StoredPart,
+    find_plain_dtype,
+)
 from shardkit.tensor import TensorSpec
 
 
@@ -77,33 +85,40 @@ def _add_blocks(
 
 
 def place_parts(
-    specs: Iterable[TensorSpec], placements: Iterable[Placement], grouping: Grouping
-) -> Iterator[Placement]:
-    """Where every stored tensor lies, in the order of the specs, by where the weights lie.
+    names: Sequence[str], groups: Iterable[PlacementGroup], grouping: Grouping
+) -> PlacementTable:
+    """Where every stored tensor lies, by where the weights lie.
 
-    Raises LayoutError if blocks would be cut.
+    Args:
+        names: The stored tensors, in order.
+        groups: The weights, a quantized one as it would be in 16 bits.
+        grouping: Which tensors store them.
+
+    Raises:
+        LayoutError: If blocks would be cut.
     """
-    by_name = {placement.spec.name: placement for placement in placements}
-    alike: dict[object, Placement] = {}
-    for spec in specs:
-        if (owner := grouping.codes_by_part.get(spec.name)) is not None:
-            weight = grouping.weights[owner]
-            placement = by_name[weight.name]
-            tensor = next(tensor for tensor, part in weight.parts if part is spec)
-            key = (
-                id(tensor), spec.shape, spec.dtype, weight.shape, placement.style.name,
-                placement.dim, placement.sections, placement.in_model,
-            )  # fmt: skip
-            if (first := alike.get(key)) is None:
-                first = alike[key] = place_part(weight, tensor, spec, placement)
-            yield Placement(
-                *(spec, first.style, first.dim, first.sections, first.in_model, first.units),
-                expert=placement.expert,
-            )
-        elif spec.name in grouping.constants:
-            yield Placement(spec, REPLICATE)
+    if not grouping.alike:
+        return PlacementTable(names, groups)
+    stored = [PlacementGroup(each, Layout(REPLICATE)) for each in grouping.constants]
+    quantized = {name for each in grouping.alike for name in each.names}
+    layouts: dict[str, Layout] = {}
+    for group in groups:
+        if group.tensors.names[0] in quantized:
+            layouts |= dict.fromkeys(group.tensors.names, group.layout)
         else:
-            yield by_name[spec.name]
+            stored.append(group)
+    for each in grouping.alike:
+        for weights in each.split_by(each.names, layouts.__getitem__):
+            stored += _place_alike(weights, layouts[weights.names[0]])
+    return PlacementTable(names, stored)
+
+
+def _place_alike(weights: AlikeWeights, layout: Layout) -> Iterator[PlacementGroup]:
+    """Where what is stored of some weights of one layout lies."""
+    first = weights.first
+    placement = Placement(first.make_spec(first.codes.dtype), layout)
+    for part, (tensor, spec) in zip(weights.parts, first.parts, strict=True):
+        yield PlacementGroup(part, place_part(first, tensor, spec, placement).layout)
 
 
 def place_part(
@@ -111,15 +126,15 @@ def place_part(
 ) -> Placement:
     """Where one of the tensors that store a weight lies. Raises LayoutError if blocks are cut."""
     axis = find_axis(weight, placement.dim)
-    own = replace(placement, spec=part, dim=None, sections=())
+    own = _move(placement, part, None, ())
     if placement.dim is None:
         return _keep_gathered(own, placement) if tensor is weight.scheme.format.codes else own
-    whole = Placement(part, REPLICATE, in_model=placement.in_model)
+    whole = Placement(part, Layout(REPLICATE, in_model=placement.in_model))
     if len(part.shape) < len(tensor.axes) or math.prod(part.shape) == 1:
         return whole
     if not axis:
         is_stacked = len(part.shape) == len(weight.shape) - 2 + len(tensor.axes)
-        return replace(own, dim=placement.dim, sections=placement.sections) if is_stacked else whole
+        return replace(own, layout=placement.layout) if is_stacked else whole
     lead = len(part.shape) - len(tensor.axes)
     at = next((i for i, each in enumerate(tensor.axes) if each.axis == axis), None)
     per = None if at is None else _count_per_index(weight, tensor, part, axis)
@@ -129,7 +144,14 @@ def place_part(
         scale_section(section, per, part.name, is_last=number == len(placement.sections) - 1)
         for number, section in enumerate(placement.sections)
     )
-    return replace(own, dim=lead + at, sections=sections)
+    return _move(placement, part, lead + at, sections)
+
+
+def _move(
+    placement: Placement, spec: TensorSpec, dim: int | None, sections: tuple[Section, ...]
+) -> Placement:
+    """The placement of another tensor of the same weight, along a dimension of its own."""
+    return Placement(spec, replace(placement.layout, dim=dim, sections=sections))
 
 
 def _keep_gathered(codes: Placement, placement: Placement) -> Placement:
@@ -143,7 +165,7 @@ def _keep_gathered(codes: Placement, placement: Placement) -> Placement:
             f"{codes.spec.name}: runs on inputs gathered from all ranks, and is packed;"
             " split the 16-bit weights"
         )
-    return replace(codes, sections=placement.sections)
+    return _move(codes, codes.spec, None, placement.sections)
 
 
 def _count_per_index(
@@ -203,31 +225,36 @@ def widen_section(section: Section, per: int) -> Section:
     return replace(section, size=section.size * per)
 
 
-def view_weights(placements: Sequence[Placement], grouping: Grouping) -> list[Placement]:
+def view_weights(placements: PlacementTable, grouping: Grouping) -> PlacementTable:
     """The placements with each quantized weight as one, as it would be in 16 bits."""
-    dtype = find_plain_dtype((p.spec for p in placements), grouping)
-    views: list[Placement] = []
-    for placement in placements:
-        name = placement.spec.name
-        if name in grouping.weights:
-            views.append(_view_weight(grouping.weights[name], placement, dtype))
-        elif name not in grouping.codes_by_part and name not in grouping.constants:
-            views.append(placement)
-    return views
+    dtype = find_plain_dtype(placements.list_tensors(), grouping)
+    views: list[PlacementGroup] = []
+    for group in placements.groups:
+        if (plain := grouping.leave_plain(group.tensors)) is not None:
+            views.append(PlacementGroup(plain, group.layout))
+    layouts = {
+        name: group.layout
+        for group in placements.groups
+        if not DTYPES[group.tensors.dtype].is_compute
+        for name in group.tensors.names
+    }
+    for each in grouping.alike:
+        for weights in each.split_by(each.codes.names, layouts.__getitem__):
+            view = _view_weight(weights.first, layouts[weights.codes.names[0]])
+            views.append(PlacementGroup(weights.make_alike(dtype), view))
+    return PlacementTable([name for view in views for name in view.tensors.names], views)
 
 
-def _view_weight(weight: QuantizedWeight, codes: Placement, dtype: str) -> Placement:
-    spec = weight.make_spec(dtype)
-    if codes.dim is None:
-        return replace(codes, spec=spec)
+def _view_weight(weight: QuantizedWeight, codes: Layout) -> Layout:
+    """The layout of a weight in 16 bits, by that of its codes."""
     tensor, part = weight.parts[0]
     lead = len(weight.shape) - 2
-    if codes.dim < lead:
-        return replace(codes, spec=spec)
+    if codes.dim is None or codes.dim < lead:
+        return codes
     axis = tensor.axes[codes.dim - lead]
     if not axis.axis:
         raise LayoutError(f"{part.name}: dimension {codes.dim} is inside of a block")
     per = weight.scheme.count_per_index(tensor, axis, part.dtype) or 1
     sections = tuple(widen_section(section, per) for section in codes.sections)
     dim = lead + weight.axes.index(axis.axis)
-    return replace(codes, spec=spec, dim=dim, sections=sections)
+    return replace(codes, dim=dim, sections=sections)

@@ -1,20 +1,20 @@
 """A plan's tensors grouped by layout, and their bytes. Arithmetic only; nothing is read."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import mul
 
 from shardkit.layout import Section, kv_head_mode
 from shardkit.planning.layout_plan import Plan
-from shardkit.planning.mesh import Mesh, Rank
-from shardkit.planning.placement import Expert, Placement
+from shardkit.planning.mesh import Mesh
+from shardkit.planning.placement import Placement
+from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.recipe import compile_module_pattern
 from shardkit.tensor import TensorSpec
 
-NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
+NUMBER = re.compile(r"\d{1,9}|\*")
 MAX_RUNS = 6
 
 
@@ -108,50 +108,45 @@ class PlanSummary:
 
 def summarize_plan(plan: Plan) -> PlanSummary:
     """Group a plan's tensors by layout."""
-    by_layout: dict[object, list[Placement]] = {}
-    for p in plan.placements:
-        key = (
-            NUMBER.sub("#", p.spec.name),
-            p.spec.dtype,
-            p.spec.shape,
-            p.style.name,
-            p.dim,
-            p.sections,
-            p.in_model,
-            p.expert and p.expert.count,
-        )
-        by_layout.setdefault(key, []).append(p)
-    return PlanSummary(plan, tuple(_make_group(same, plan.mesh) for same in by_layout.values()))
+    alike: dict[object, list[PlacementGroup]] = {}
+    for group in plan.groups:
+        tensors, layout = group.tensors, replace(group.layout, expert=None)
+        count = group.layout.expert and group.layout.expert.count
+        key = (tensors.pattern, tensors.dtype, tensors.shape, layout, count)
+        alike.setdefault(key, []).append(group)
+    return PlanSummary(plan, tuple(_make_group(groups, plan.mesh) for groups in alike.values()))
 
 
-def _make_group(same: Sequence[Placement], mesh: Mesh) -> TensorGroup:
-    first, counts = same[0], (len(same),) * mesh.world_size
+def _make_group(groups: Sequence[PlacementGroup], mesh: Mesh) -> TensorGroup:
+    """Tensors of one layout, or of one for each expert of theirs."""
+    first, names = groups[0].first, [name for group in groups for name in group.tensors.names]
+    counts = (len(names),) * mesh.world_size
     shards = tuple(first.shard_spec(rank) for rank in mesh.ranks())
     if first.expert is not None:
-        numbers = Counter(p.expert for p in same if p.expert is not None)
-        counts = tuple(_count_on_rank(numbers, rank) for rank in mesh.ranks())
+        counts = tuple(sum(g.count for g in groups if g.first.spans(r)) for r in mesh.ranks())
         shards = (first.spec,) * mesh.world_size
-    pattern, treatment = (
-        collapse_names([p.spec.name for p in same]),
-        describe_treatment(first, mesh),
-    )
-    return TensorGroup(pattern, len(same), first, counts, shards, treatment)
-
-
-def _count_on_rank(experts: Mapping[Expert, int], rank: Rank) -> int:
-    return sum(count for expert, count in experts.items() if expert.is_on(rank))
+    treatment = describe_treatment(first, mesh)
+    return TensorGroup(collapse_names(names), len(names), first, counts, shards, treatment)
 
 
 def list_unloaded(plan: Plan) -> tuple[str, ...]:
     """The tensors that the model's class has no place for; not those that a rule ignores."""
-    return tuple(p.spec.name for p in plan.placements if p.style.is_loaded and not p.in_model)
+    names = {
+        name
+        for group in plan.groups
+        if group.layout.style.is_loaded and not group.layout.in_model
+        for name in group.tensors.names
+    }
+    return tuple(filter(names.__contains__, PlacementTable.of(plan.placements).names))
 
 
 def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
-    columns = zip(*map(NUMBER.findall, names), strict=True)
-    ranges = (_format_ranges(set(map(int, set(column)))) for column in columns)
-    return NUMBER.sub(lambda _: next(ranges), names[0])
+    parts = [name.split(".") for name in names]
+    return ".".join(
+        _join_words({part[at] for part in parts}) if NUMBER.fullmatch(word) else word
+        for at, word in enumerate(parts[0])
+    )
 
 
 def describe_treatment(placement: Placement, mesh: Mesh) -> str:
@@ -184,7 +179,7 @@ def describe_units(plan: Plan, placement: Placement) -> str:
 
 def find_blocking_tensor(plan: Plan) -> str | None:
     """The tensor that allows no more than `plan.max_tp_size` ranks; None if nothing is divided."""
-    for placement in plan.placements:
+    for placement in (group.first for group in plan.groups):
         limits = [s.max_tp_size for s in placement.sections if not s.replicated]
         limits += [placement.expert.count] if placement.expert is not None else []
         if limits and min(limits) == plan.max_tp_size:
@@ -196,6 +191,15 @@ def _describe_section(plan: Plan, placement: Placement, section: Section) -> str
     name = plan.name_unit(placement, section.units, section.shared_by)
     others = f" shared by {section.shared_by}" if section.shared_by else ""
     return f"{section.units} {name}{others}"
+
+
+def _join_words(words: set[str]) -> str:
+    """One part of some names: a word, or numbers; names may have `*` for one of them."""
+    if len(words) == 1:
+        return words.pop()
+    if not all(map(str.isdecimal, words)):
+        return "{" + ",".join(sorted(words)) + "}"
+    return _format_ranges(set(map(int, words)))
 
 
 def _format_ranges(numbers: set[int]) -> str:
@@ -223,13 +227,16 @@ def _count_dropped_bytes(plan: Plan) -> tuple[int, ...]:
         within = re.compile(
             compile_module_pattern(rule.module).pattern + rf"\.{re.escape(name)}\.(\d{{1,9}})\..*"
         )
-        for p in plan.placements:
-            if f".{name}." in p.spec.name and p.dim is None and p.is_loaded:
-                match = within.fullmatch(p.spec.name)
-                for rank in plan.mesh.ranks() if match else ():
-                    spans = plan.local_spans(rule.unit, rank)
-                    if match and not any(start <= int(match[1]) < stop for start, stop in spans):
-                        dropped[rank.index] += p.spec.nbytes
+        for group in plan.groups:
+            layout = group.layout
+            if f".{name}." not in group.tensors.pattern or layout.dim is not None:
+                continue
+            matches = filter(None, map(within.fullmatch, group.tensors.names))
+            numbers = [int(match[1]) for match in matches if layout.is_loaded]
+            for rank in plan.mesh.ranks() if numbers else ():
+                spans = plan.local_spans(rule.unit, rank)
+                kept = sum(any(start <= n < stop for start, stop in spans) for n in numbers)
+                dropped[rank.index] += (len(numbers) - kept) * group.first.spec.nbytes
     return tuple(dropped)
 
 

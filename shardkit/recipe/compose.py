@@ -6,6 +6,7 @@ before every field, and for all but the first part a prefix before every unit.
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,8 +84,15 @@ def add_common_rules(recipe: Recipe, model_type: str) -> Recipe:
 
 def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     nested = [_Nesting(recipe, part, at == 0) for at, part in enumerate(recipe.parts)]
-    parts = [inner for nesting in nested if (inner := nesting.nest(config)) is not None]
-    every = [recipe, *parts]
+    named = [(each.part.config_field, each.nest(config)) for each in nested]
+    parts = [(field, inner) for field, inner in named if inner is not None]
+    names = Counter(
+        (field, name) for field, inner in parts for name in inner.units.keys() - {VOCAB}
+    )
+    if twice := sorted(key for key, times in names.items() if times > 1):
+        field, name = twice[0]
+        raise RecipeError(f"recipe {recipe.name!r}: parts.{field}: two parts have a unit {name!r}")
+    every = [recipe, *(inner for _, inner in parts)]
     return replace(
         recipe,
         sha256=hashlib.sha256("".join(r.sha256 for r in every).encode()).hexdigest(),
@@ -111,7 +119,8 @@ class _Nesting:
         field = self.part.config_field
         # Older configs have the text model's fields outermost.
         is_outermost = self.is_first and field not in config and _counts_heads(config)
-        part_config = None if is_outermost else read_part_config(config, field)
+        needs_type = not self.part.recipe
+        part_config = None if is_outermost else read_part_config(config, field, needs_type)
         if part_config is None and not self.is_first:
             return None
         try:
@@ -184,8 +193,8 @@ class _Nesting:
     def _nest_module(self, pattern: str, prefix: str) -> str:
         """A pattern of modules of transformers' model, under the part's own."""
         module = next(iter(list_alternatives(self.part.module)))
-        inside = module.removeprefix(f"{self.outer.base_model_prefix}.")
-        return f"{inside}.{_make_optional([prefix]) if prefix else ''}{pattern}"
+        inside = f"{module}.".removeprefix(f"{self.outer.base_model_prefix}.")
+        return f"{inside}{_make_optional([prefix]) if prefix else ''}{pattern}"
 
     def _nest_attribute(self, rule: ModuleAttribute, prefix: str) -> ModuleAttribute:
         return replace(

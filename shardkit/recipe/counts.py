@@ -22,14 +22,16 @@ def matches_config(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     return all(read_field(config, field) == value for field, value in conditions.items())
 
 
-def read_part_config(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
-    """The config of a part, its `model_type` the class's own if it states none.
+def read_part_config(
+    config: Mapping[str, Any], field: str, needs_type: bool = True
+) -> Mapping[str, Any] | None:
+    """The config of a part, its `model_type` the class's own if it states none and needs one.
 
     None if the config says that there is no such part, or if it leaves the table out and the class
     has no type of its own for it.
     """
     table = _get_field(config, field)
-    if isinstance(table, Mapping) and isinstance(table.get("model_type"), str):
+    if isinstance(table, Mapping) and (isinstance(table.get("model_type"), str) or not needs_type):
         return table
     if table is None and _has_field(config, field):
         return None

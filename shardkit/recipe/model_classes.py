@@ -17,7 +17,6 @@ from shardkit.recipe.catalog import find_recipe_folder
 
 CLASSES_FILE = "model_classes.json"
 SETS = ("modules", "needs", "ties", "buffers", "single_rows")
-NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +113,24 @@ class LoadedTensors:
 
 
 def find_loaded_tensors(
-    config: Mapping[str, Any], names: Sequence[str], single_rows: Collection[str] = ()
+    config: Mapping[str, Any], names: Mapping[str, Sequence[str]], single_rows: Collection[str] = ()
 ) -> LoadedTensors:
     """The class of a config, or if transformers has no such class, the one its tensors fit best.
 
     Args:
         config: The contents of config.json.
-        names: The checkpoint's tensors.
-        single_rows: Those that have one row.
+        names: The checkpoint's tensors, by their names with `*` for numbers.
+        single_rows: Such names of those that have one row.
 
     Example:
         >>> bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
-        >>> names = ["bert.pooler.dense.weight", "cls.predictions.transform.dense.weight"]
-        >>> sorted(find_loaded_tensors(bert, names).unloaded)
+        >>> names = "bert.pooler.dense.weight", "cls.predictions.transform.dense.weight"
+        >>> sorted(find_loaded_tensors(bert, {name: [name] for name in names}).unloaded)
         ['bert.pooler.dense.weight']
     """
     classes = read_classes(str(config.get("model_type")))
     every_module = frozenset[str]().union(*(each.modules for each in classes))
-    patterns = {name: NUMBERS.sub("*", name) for name in names}
-    full_names = {p: _find_full_name(p, every_module) for p in set(patterns.values())}
+    full_names = {pattern: _find_full_name(pattern, every_module) for pattern in names}
     known = {full for full in full_names.values() if any(c.has(full) for c in classes)}
     buffers = frozenset[str]().union(*(each.buffers for each in classes))
     foreign = {full for full in set(full_names.values()) - known if full.pattern not in buffers}
@@ -142,24 +140,23 @@ def find_loaded_tensors(
         missing = ""  # of the base model, which may have other names there: who loads it can tell
     best = None
     if chosen is None or missing:
-        rows = {NUMBERS.sub("*", name) for name in single_rows}
-        best = _choose_class(classes, config, known, rows, is_whole=not foreign)
+        best = _choose_class(classes, config, known, single_rows, is_whole=not foreign)
         closest = min(classes, key=lambda each: sum(not each.has(n) for n in known), default=None)
         if chosen and best and any(chosen.has(n) and not best.has(n) for n in known):
             missing = ""  # its own names in memory, which transformers loads too
         chosen = chosen or best or (closest if known else None)
     if chosen is None:
         return LoadedTensors()
-    places = {full.pattern: full in known and chosen.has(full) for full in full_names.values()}
-    unloaded = {
+    unloaded = frozenset(
         name
-        for name, pattern in patterns.items()
-        if not places[pattern] and (full_names[pattern] not in foreign or _skips(chosen, name))
-    }
-    better_class = best.name if best and missing else ""
-    if missing and not better_class:  # older names, which the class's own table renames
+        for full in full_names.values()
+        if full not in known or not chosen.has(full)
+        for name in names[full.pattern]
+        if full not in foreign or _skips(chosen, name)
+    )
+    if missing and not best:  # older names, which the class's own table renames
         return LoadedTensors(chosen.name)
-    return LoadedTensors(chosen.name, frozenset(unloaded), missing, better_class)
+    return LoadedTensors(chosen.name, unloaded, missing, best.name if best and missing else "")
 
 
 def _find_stated_class(

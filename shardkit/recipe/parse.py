@@ -70,8 +70,8 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         raise RecipeError(f"unknown keys: {', '.join(unknown)}")
     units = dict(parse_units(expect_table(table, "units")))
     counts = dict(parse_counts(expect_table(table, "counts"), units))
-    model_types = expect_strings(table, "model_types")
-    if not model_types:
+    model_types, part_only = expect_strings(table, "model_types"), expect_flag(table, "part_only")
+    if not model_types and ("model_types" in table or not part_only):
         raise RecipeError("model_types is missing or empty")
     recipe = Recipe(
         name=name,
@@ -84,7 +84,7 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         module_attributes=tuple(_parse_attributes(expect_table(table, "module_attributes"), units)),
         forward_arguments=tuple(_parse_arguments(expect_table(table, "forward_arguments"), units)),
         parts=tuple(parse_parts(expect_table(table, "parts"))),
-        part_only=expect_flag(table, "part_only"),
+        part_only=part_only,
         layer_kinds=parse_layer_kinds(expect_table(table, "layer_kinds")),
         prediction_layers=parse_prediction_layers(expect_table(table, "prediction_layers")),
         expert_modules=_parse_expert_modules(table),

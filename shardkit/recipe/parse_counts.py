@@ -70,17 +70,22 @@ def parse_parts(table: dict[str, Any]) -> Iterator[Part]:
     """The parts, in the order of the table. Raises RecipeError."""
     for config_field, value in table.items():
         key = f"parts.{config_field}"
-        entry = value if isinstance(value, dict) else {"module": expect_string(value, key)}
-        if not {"module"} <= entry.keys() <= {"module", "recipe"}:
-            raise RecipeError(f'{key}: must be "MODULE", or {{ module = "…", recipe = "NAME" }}')
         if not FIELD_NAME.fullmatch(config_field):
             raise RecipeError(f"{key}: not the name of a config field")
-        module = check_pattern(key, expect_string(entry["module"], key))
-        if module.count("{") > 1:
-            raise RecipeError(
-                f"{key}: {module!r} has more than one {{a,b}}; list whole names in one"
-            )
-        yield Part(config_field, module, expect_string(entry.get("recipe", ""), key))
+        if isinstance(value, list) and len(value) < 2:
+            raise RecipeError(f"{key}: a list must have two parts or more")
+        for entry in value if isinstance(value, list) else [value]:
+            yield _parse_part(key, config_field, entry)
+
+
+def _parse_part(key: str, config_field: str, value: Any) -> Part:
+    entry = value if isinstance(value, dict) else {"module": expect_string(value, key)}
+    if not {"module"} <= entry.keys() <= {"module", "recipe"}:
+        raise RecipeError(f'{key}: must be "MODULE", or {{ module = "…", recipe = "NAME" }}')
+    module = check_pattern(key, expect_string(entry["module"], key))
+    if module.count("{") > 1:
+        raise RecipeError(f"{key}: {module!r} has more than one {{a,b}}; list whole names in one")
+    return Part(config_field, module, expect_string(entry.get("recipe", ""), key))
 
 
 def parse_layer_kinds(table: dict[str, Any]) -> dict[str, dict[str, object]]:

@@ -6,7 +6,7 @@ transformers builds them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,9 +17,11 @@ from shardkit.recipe.patterns import (
     compile_tensor_pattern,
     rename_tensor,
 )
+from shardkit.tensor import AlikeTensors, generalize_name
 
-NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")  # a part of a name that is one
 EXPERTS = ("experts",)  # what nearly every model calls the module
+NUMBER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # a part of a name that is one
+STATED_NUMBER = re.compile(r"(?<![^.,{])\d+(?![^.,}])")  # a part of a pattern that is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ class Recipe:
         texts = [*patterns, self.base_model_prefix, *self.other_prefixes, *self.prediction_layers]
         texts += self.prediction_layers.values()
         texts += [name for name in self.other_renames if "*" not in name]
-        return frozenset(number for text in texts for number in re.findall(r"\d+", text))
+        return frozenset(number for text in texts for number in STATED_NUMBER.findall(text))
 
     @cached_property
     def _rules_by_name(self) -> dict[str, list[Rule]]:
@@ -209,9 +211,15 @@ class Recipe:
         A mixture has tens of thousands of tensors and a few dozen such names.
         """
         stated = self._stated_numbers
+        if not stated:
+            return generalize_name(tensor)
         parts = NUMBER.split(tensor)  # every second one is a number
         parts[1::2] = [number if number in stated else "*" for number in parts[1::2]]
         return "".join(parts)
+
+    def split_by_rule(self, tensors: AlikeTensors) -> Iterator[AlikeTensors]:
+        """Alike tensors in groups, of each of which one rule names all."""
+        return tensors.split_by(self.generalize) if self._stated_numbers else iter([tensors])
 
     def rules_for(self, tensor: str) -> list[Rule]:
         """Every rule that names `tensor`: one, if the recipe fits."""

@@ -53,7 +53,7 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
     with Checkpoint(folder) as checkpoint:
         table, prefix = checkpoint.config, checkpoint.wrapper_prefix
         specs = list_weights(checkpoint.specs(), group_checkpoint(checkpoint.specs(), table))
-    loaded = decide_loading(table, {spec.name.removeprefix(prefix): spec.shape for spec in specs})
+    loaded = decide_loading(table, specs.without_prefix(prefix))
     if loaded.model_class:
         table = {**table, "architectures": [loaded.model_class]}
     return build_config(table, specs, folder)

@@ -6,7 +6,7 @@ from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
 from shardkit.layout import STYLES, Section, Unit
-from shardkit.planning import MAX_TP_SIZE, Expert, Mesh, Placement, Plan
+from shardkit.planning import MAX_TP_SIZE, Expert, Layout, Mesh, Placement, Plan
 from shardkit.recipe import ForwardArgument, ModuleAttribute
 from shardkit.recipe.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.shards.manifest_check import check_placement, check_section
@@ -136,10 +136,9 @@ def _parse_placement(name: str, value: Any) -> Placement:
         TensorSpec(name, dtype, shape),
         IN_MODEL not in fields or fields.boolean(IN_MODEL),
     )
-    placement = Placement(
-        *(spec, STYLES[style], None if dim == -1 else dim, sections, in_model),
-        expert=_parse_expert(fields.value(EXPERT), name) if EXPERT in fields else None,
-    )
+    expert = _parse_expert(fields.value(EXPERT), name) if EXPERT in fields else None
+    layout = Layout(STYLES[style], None if dim == -1 else dim, sections, in_model, expert=expert)
+    placement = Placement(spec, layout)
     check_placement(placement)
     return placement
 

@@ -22,7 +22,7 @@ def compute_plain_weights(tensors: Tensors, grouping: Grouping) -> dict[str, tor
     weights = {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in grouping.codes_by_part and name not in grouping.constants
+        if name not in grouping.codes_by_part and name not in grouping.constant_names
     }
     for weight in grouping.weights.values():
         value = compute_weight(weight, tensors)

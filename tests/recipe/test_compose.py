@@ -1,11 +1,14 @@
 """Recipes composed of the recipes of their parts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardkit.authoring.samples import find_samples
 from shardkit.errors import RecipeError
 from shardkit.recipe import Recipe, compose_recipe, find_recipe, parse_recipe, resolve_units
+from shardkit.recipe.catalog import list_recipe_files
 from shardkit.recipe.compose import list_alternatives
 
 RECIPE = b"""
@@ -17,6 +20,11 @@ replicate = ["model.joint"]
 text_config = "model.language_model"
 vision_config = "{model.,}vision_tower"
 """
+TWO_PARTS = RECIPE.replace(
+    b'"{model.,}vision_tower"',
+    b'["{model.,}vision_tower", { module = "model", recipe = "granite_qformers" }]',
+)
+MAX_LINES = 12  # of a recipe made by composition
 CONFIG = {
     "model_type": "pair",
     "text_config": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -177,3 +185,41 @@ def test_a_rule_for_the_name_as_it_is_goes_before_one_without_its_prefix() -> No
 def test_a_buffer_that_two_classes_have_has_one_rule(prefix: str) -> None:
     recipe = compose_bundled("qwen2_vl")
     assert recipe.rule_for(f"{prefix}visual.rotary_pos_emb.inv_freq").style.name == "ignore"
+
+
+@pytest.mark.parametrize("path", list_recipe_files(), ids=lambda path: path.stem)
+def test_a_recipe_of_images_made_by_composition_is_a_short_list_of_parts(path: Path) -> None:
+    """A part with more than a rule or two is a recipe of its own."""
+    recipe = parse_recipe(path.stem, path.read_bytes())
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    stated = [line for line in lines if line and not line.startswith("#")]
+    samples = find_samples(recipe) if recipe.parts else []
+    reads_images = any("vision_config" in str(sample.config) for sample in samples)
+    assert not reads_images or len(stated) <= MAX_LINES
+
+
+def test_two_parts_may_read_one_table() -> None:
+    vision = {"model_type": "siglip_vision_model", "num_attention_heads": 4, "hidden_size": 256}
+    config = {**CONFIG, "vision_config": {**vision, "intermediate_size": 32}}
+    recipe = compose(config, TWO_PARTS)
+    tower = recipe.rule_for("vision_tower.encoder.layers.1.mlp.fc1.bias")
+    assert tower.terms[0].unit == "vision_ffn"
+    name = "layerwise_projectors.0.qformer.encoder.layer.0.attention.attention.key.weight"
+    for prefix in ("", "model."):  # the module is the base model itself
+        assert recipe.rule_for(prefix + name).terms[0].unit == "vision_qformer_heads"
+    attributes = {rule.module for rule in recipe.module_attributes}
+    assert any(module.startswith("{layerwise,spatial}_projectors.") for module in attributes)
+    assert resolve_units(recipe, config)["vision_qformer_heads"].count == 4
+
+
+def test_two_parts_of_one_table_name_their_units_differently() -> None:
+    twice = TWO_PARTS.replace(b"granite_qformers", b"clip_vision")
+    with pytest.raises(RecipeError, match=r"parts.vision_config: two parts have a unit 'vision_"):
+        compose(recipe=twice)
+
+
+def test_a_recipe_that_others_name_needs_no_model_types() -> None:
+    assert parse_recipe("part", b'part_only = true\nreplicate = ["norm"]').model_types == ()
+    for text in (b'replicate = ["norm"]', b"part_only = true\nmodel_types = []"):
+        with pytest.raises(RecipeError, match="model_types is missing or empty"):
+            parse_recipe("part", text)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from shardkit.recipe import LoadedTensors, find_loaded_tensors
+from shardkit.tensor import group_names
 
 LAYER = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"]
 POOLER = ["bert.pooler.dense.weight"]
@@ -17,7 +18,7 @@ LLAMA = [
 
 
 def load(names: list[str], model_type: str = "bert", **fields: Any) -> LoadedTensors:
-    return find_loaded_tensors({"model_type": model_type, **fields}, names)
+    return find_loaded_tensors({"model_type": model_type, **fields}, group_names(names))
 
 
 @pytest.mark.parametrize(
@@ -151,9 +152,8 @@ def test_the_rows_of_a_head_tell_classes_of_the_same_names_apart(
     single_rows: list[str], model_class: str
 ) -> None:
     names = [*LAYER, *POOLER, "classifier.weight"]
-    assert (
-        find_loaded_tensors({"model_type": "bert"}, names, single_rows).model_class == model_class
-    )
+    loaded = find_loaded_tensors({"model_type": "bert"}, group_names(names), single_rows)
+    assert loaded.model_class == model_class
 
 
 def test_a_class_whose_head_has_one_row_cannot_load_more() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout.spans import Section
 from shardkit.layout.style import RECURRENT
-from shardkit.planning import Mesh, Placement
+from shardkit.planning import Layout, Mesh, Placement
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.lstm import ParallelLSTM, make_parallel_lstm
 from shardkit.runtime.models.lstm import LSTMConfig, LSTMForCausalLM
@@ -49,7 +49,7 @@ def groups(tp_size: int) -> list[ThreadGroup]:
 
 def placed(whole: nn.LSTM, sections: tuple[Section, ...]) -> dict[str, Placement]:
     return {
-        name: Placement(TensorSpec(name, "F64", tuple(p.shape)), RECURRENT, 0, sections)
+        name: Placement(TensorSpec(name, "F64", tuple(p.shape)), Layout(RECURRENT, 0, sections))
         for name, p in whole.named_parameters()
     }
 

@@ -10,7 +10,7 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.layout import STYLES
 from shardkit.layout.spans import Section
-from shardkit.planning import Mesh, Placement, Plan
+from shardkit.planning import Layout, Mesh, Placement, Plan
 from shardkit.recipe.recipe import ModuleAttribute
 from shardkit.runtime.parallelize import _set_attribute, find_modules, keep_local_units
 from shardkit.tensor import TensorSpec
@@ -18,7 +18,7 @@ from shardkit.tensor import TensorSpec
 # Six heads of width 4, and one group of 3 that all of them share: ranks hold 12 + 3 each.
 SECTIONS = (Section(6, 4), Section(1, 3, shared_by=6))
 SPEC = TensorSpec("layers.0.mixer.conv1d.weight", "F32", (27, 1, 4))
-PLACED = {SPEC.name: Placement(SPEC, STYLES["column"], 0, SECTIONS)}
+PLACED = {SPEC.name: Placement(SPEC, Layout(STYLES["column"], 0, SECTIONS))}
 
 
 class Mixer(nn.Module):

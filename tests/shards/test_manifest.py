@@ -83,7 +83,8 @@ def test_the_same_source_still_makes_the_golden_manifest(tmp_path: Path) -> None
 def test_what_is_not_usual_is_kept_by_the_manifest(tmp_path: Path) -> None:
     split = golden_split(tmp_path)
     first, *others = split.plan.placements
-    plan = replace(split.plan, placements=(replace(first, in_model=False), *others))
+    unloaded = replace(first, layout=replace(first.layout, in_model=False))
+    plan = replace(split.plan, placements=(unloaded, *others))
     changed_split_id = make_split_id(plan, split.source.fingerprint, split.recipe_sha256)
     assert changed_split_id != split.split_id
     table = json.loads(encode_manifest(replace(split, plan=plan)))

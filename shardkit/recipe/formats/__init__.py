@@ -8,8 +8,6 @@ from shardkit.recipe.formats.format import (
     list_formats,
 )
 from shardkit.recipe.formats.grouping import (
-    Grouping,
-    QuantizedWeight,
     find_plain_dtype,
     group_checkpoint,
     group_quantized,
@@ -17,14 +15,17 @@ from shardkit.recipe.formats.grouping import (
     list_weights,
 )
 from shardkit.recipe.formats.schemes import find_schemes, make_scheme
+from shardkit.recipe.formats.weights import AlikeWeights, Grouping, QuantizedWeight, WeightKind
 
 __all__ = [
+    "AlikeWeights",
     "Format",
     "Grouping",
     "QuantizedWeight",
     "Scheme",
     "StoredAxis",
     "StoredPart",
+    "WeightKind",
     "find_plain_dtype",
     "find_schemes",
     "group_checkpoint",

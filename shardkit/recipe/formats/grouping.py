@@ -3,72 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
 from shardkit.recipe.formats.format import Scheme, StoredPart
 from shardkit.recipe.formats.schemes import find_schemes
-from shardkit.tensor import TensorSpec
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """One logical weight and what stores it.
-
-    Attributes:
-        name: What the weight would be called in 16 bits.
-        scheme: How it is quantized.
-        shape: Its shape `[..., out, in]`.
-        parts: Its stored tensors, the codes first.
-    """
-
-    name: str
-    scheme: Scheme
-    shape: tuple[int, ...]
-    parts: tuple[tuple[StoredPart, TensorSpec], ...]
-
-    @property
-    def axes(self) -> tuple[str, str]:
-        """What its last two dimensions are in 16 bits."""
-        return ("in", "out") if self.scheme.format.transposed else ("out", "in")
-
-    def make_spec(self, dtype: str) -> TensorSpec:
-        """The tensor that it would be in 16 bits."""
-        *lead, out, inputs = self.shape
-        sizes = (inputs, out) if self.scheme.format.transposed else (out, inputs)
-        return TensorSpec(self.name, dtype, (*lead, *sizes))
-
-    @property
-    def codes(self) -> TensorSpec:
-        """The tensor that holds its elements."""
-        return self.parts[0][1]
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """A checkpoint's quantized weights.
-
-    Attributes:
-        weights: They, by the names of their codes.
-        codes_by_part: Of each stored tensor of theirs, the name of the codes.
-        constants: Tensors that every rank holds and nothing is computed with.
-    """
-
-    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
-    codes_by_part: Mapping[str, str] = field(default_factory=dict)
-    constants: frozenset[str] = frozenset()
-
-    @cached_property
-    def schemes(self) -> tuple[Scheme, ...]:
-        """The schemes that some weight is of."""
-        schemes: list[Scheme] = []
-        for weight in self.weights.values():
-            if not any(weight.scheme is each for each in schemes):
-                schemes.append(weight.scheme)
-        return tuple(schemes)
+from shardkit.recipe.formats.weights import AlikeWeights, Grouping, WeightKind
+from shardkit.tensor import AlikeTensors, TensorSpec, TensorTable
 
 
 def is_plain(spec: TensorSpec) -> bool:
@@ -88,26 +30,23 @@ def group_quantized(specs: Sequence[TensorSpec], schemes: Iterable[Scheme]) -> G
         RecipeError: For a tensor whose shape is not what its scheme makes of its weight's, or for
             a quantized weight without what it takes to compute it.
     """
-    schemes = tuple(schemes)
+    schemes, table = tuple(schemes), TensorTable.of(specs)
     if not schemes:
         return Grouping()
-    by_name = {spec.name: spec for spec in specs}
-    weights: dict[str, QuantizedWeight] = {}
-    alike: dict[object, tuple[tuple[int, ...], str]] = {}
-    for spec in specs:
-        if DTYPES[spec.dtype].is_compute:
-            continue
-        if (weight := _find_weight(spec, by_name, schemes, alike)) is not None:
-            weights[spec.name] = weight
-    codes_by_part = {part.name: codes for codes, w in weights.items() for _, part in w.parts}
-    suffixes = {suffix for scheme in schemes for suffix in scheme.format.constants}
-    constants = {
-        name
-        for name in by_name
-        if name.rpartition(".")[2] in suffixes and name not in codes_by_part
-    }
-    _check_unmatched(specs, codes_by_part, constants, schemes)
-    return Grouping(weights, codes_by_part, frozenset(constants))
+    groups = {name: each for each in table.alike for name in each.names}
+    used = [scheme for scheme in schemes if _is_stored(scheme, table)]
+    alike = [
+        weights
+        for each in table.alike
+        if not DTYPES[each.dtype].is_compute
+        for weights in _find_weights(each, groups, used)
+    ]
+    tails = tuple(f".{suffix}" for scheme in schemes for suffix in scheme.format.constants)
+    parts = {name for each in alike for part in each.parts for name in part.names}
+    named = (each.leave_out(parts) for each in table.alike if each.pattern.endswith(tails))
+    grouping = Grouping(tuple(alike), tuple(each for each in named if each is not None))
+    _check_unmatched(table, grouping, schemes)
+    return grouping
 
 
 def group_checkpoint(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> Grouping:
@@ -116,83 +55,105 @@ def group_checkpoint(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> 
     A config that says something of plain weights is of another form of the checkpoint. Raises
     RecipeError as `find_schemes` and `group_quantized` do.
     """
-    if all(map(is_plain, specs)):
+    specs = TensorTable.of(specs)
+    if all(map(is_plain, specs.examples)):
         return Grouping()
     return group_quantized(specs, find_schemes(config))
 
 
-def list_weights(specs: Sequence[TensorSpec], grouping: Grouping) -> tuple[TensorSpec, ...]:
+def list_weights(specs: Iterable[TensorSpec], grouping: Grouping) -> TensorTable:
     """The tensors of a checkpoint, each quantized weight as one, as it would be in 16 bits."""
-    if not grouping.weights:
-        return tuple(specs)
-    dtype = find_plain_dtype(specs, grouping)
-    weights: list[TensorSpec] = []
-    for spec in specs:
-        if spec.name in grouping.weights:
-            weights.append(grouping.weights[spec.name].make_spec(dtype))
-        elif spec.name not in grouping.codes_by_part and spec.name not in grouping.constants:
-            weights.append(spec)
-    return tuple(weights)
+    table = TensorTable.of(specs)
+    if not grouping.alike:
+        return table
+    dtype = find_plain_dtype(table, grouping)
+    plain = filter(None, map(grouping.leave_plain, table.alike))
+    weights = (each.make_alike(dtype) for each in grouping.alike)
+    return TensorTable.of_alike((*plain, *weights))
 
 
 def find_plain_dtype(specs: Iterable[TensorSpec], grouping: Grouping) -> str:
     """The dtype that quantized weights would have: that of most tensors beside them."""
-    stored = Counter(
-        spec.dtype
-        for spec in specs
-        if spec.name not in grouping.codes_by_part and DTYPES[spec.dtype].is_compute
-    )
+    stored: Counter[str] = Counter()
+    for plain in filter(None, map(grouping.leave_plain, TensorTable.of(specs).alike)):
+        if DTYPES[plain.dtype].is_compute:
+            stored[plain.dtype] += len(plain.names)
     return max(stored, key=stored.__getitem__, default="BF16")
 
 
-def _find_weight(
-    spec: TensorSpec,
-    by_name: Mapping[str, TensorSpec],
-    schemes: Sequence[Scheme],
-    alike: dict[object, tuple[tuple[int, ...], str]],
-) -> QuantizedWeight | None:
-    """The weight that a tensor holds the codes of, by the first scheme that its like fit.
+def _is_stored(scheme: Scheme, table: TensorTable) -> bool:
+    """Whether there are tensors of all the names that a scheme needs."""
+    tails = [each.name_after("") for each in scheme.format.tensors if not each.optional]
+    return all(any(each.pattern.endswith(tail) for each in table.alike) for tail in tails)
 
-    `alike` has the shape of a weight, and what is wrong, for parts of each dtype and shape.
+
+def _find_weights(
+    codes: AlikeTensors, groups: Mapping[str, AlikeTensors], schemes: Sequence[Scheme]
+) -> Iterator[AlikeWeights]:
+    """The weights that tensors hold the codes of, each by the first scheme that it fits.
+
+    Raises RecipeError for a weight of which a shape is wrong, and that is of no other scheme.
+
+    Args:
+        codes: What may be codes.
+        groups: For each tensor's name, those that it is alike.
+        schemes: How weights may be quantized.
     """
-    fault = ""
-    for number, scheme in enumerate(schemes):
-        codes = scheme.format.codes
-        tail = codes.name_after("")
-        if spec.dtype not in codes.dtypes or not spec.name.endswith(tail):
+    names, faults = codes.names, dict[str, str]()
+    for scheme in schemes:
+        tails = [each.name_after("") for each in scheme.format.tensors]
+        first = scheme.format.codes
+        if codes.dtype not in first.dtypes or not codes.pattern.endswith(tails[0]):
             continue
-        base = spec.name.removesuffix(tail)
-        parts = _find_parts(base, by_name, scheme)
-        if parts is None:
-            continue
-        key = (number, *((part.shape, part.dtype) for _, part in parts))
-        name = base if codes.follows_parameter else f"{base}.weight"
-        if key not in alike:
-            shape = _find_shape(spec, codes, scheme)
-            alike[key] = shape, _find_odd_shape(QuantizedWeight(name, scheme, shape, parts))
-        shape, fault = alike[key]
-        if not fault:
-            return QuantizedWeight(name, scheme, shape, parts)
-    if fault:
+        bases = [name.removesuffix(tails[0]) for name in names]
+        columns = [[groups.get(base + tail) for base in bases] for tail in tails]
+        by_parts: dict[tuple[AlikeTensors | None, ...], list[str]] = {}
+        for base, parts in zip(bases, zip(*columns, strict=True), strict=True):
+            by_parts.setdefault(parts, []).append(base)
+        names = []
+        for parts, same in by_parts.items():
+            kind = _find_kind(scheme, same[0], parts)
+            if isinstance(kind, WeightKind):
+                end = "" if first.follows_parameter else ".weight"
+                stored = _name_parts(same, tails, parts)
+                yield AlikeWeights(kind, [base + end for base in same], stored)
+            else:
+                left = [base + tails[0] for base in same]
+                names += left
+                faults |= dict.fromkeys(left, kind) if kind else {}
+    if fault := next((faults[name] for name in names if name in faults), ""):
         raise RecipeError(fault)
-    return None
 
 
-def _find_parts(
-    base: str, by_name: Mapping[str, TensorSpec], scheme: Scheme
-) -> tuple[tuple[StoredPart, TensorSpec], ...] | None:
-    """What is stored of a weight; None if something lacks, or is of another dtype."""
+def _name_parts(
+    bases: Sequence[str], tails: Sequence[str], parts: Sequence[AlikeTensors | None]
+) -> tuple[AlikeTensors, ...]:
+    """What is stored of each weight, in the order of their names."""
+    return tuple(
+        part.with_names([base + tail for base in bases])
+        for tail, part in zip(tails, parts, strict=True)
+        if part is not None
+    )
+
+
+def _find_kind(
+    scheme: Scheme, base: str, stored: Sequence[AlikeTensors | None]
+) -> WeightKind | str:
+    """The kind of a weight of which these are stored, None for one that is not.
+
+    If it is of another scheme, the answer is empty; if a shape is wrong, it says which.
+    """
     parts: list[tuple[StoredPart, TensorSpec]] = []
-    for each in scheme.format.tensors:
-        part = by_name.get(each.name_after(base))
-        if part is None:
-            if each.optional:
-                continue
-            return None
-        if each.dtypes and part.dtype not in each.dtypes:
-            return None
-        parts.append((each, part))
-    return tuple(parts)
+    for each, part in zip(scheme.format.tensors, stored, strict=True):
+        if part is None and each.optional:
+            continue
+        if part is None or (each.dtypes and part.dtype not in each.dtypes):
+            return ""
+        parts.append((each, TensorSpec(each.name_after(base), part.dtype, part.shape)))
+    codes, spec = parts[0]
+    tensors = tuple(each for each, _ in parts)
+    kind = WeightKind(scheme, _find_shape(spec, codes, scheme), tensors)
+    return _find_odd_shape(kind, parts) or kind
 
 
 def _find_shape(spec: TensorSpec, codes: StoredPart, scheme: Scheme) -> tuple[int, ...]:
@@ -210,7 +171,7 @@ def _find_shape(spec: TensorSpec, codes: StoredPart, scheme: Scheme) -> tuple[in
     return (*spec.shape[:lead], sizes["out"], sizes["in"])
 
 
-def expect_shape(weight: QuantizedWeight, tensor: StoredPart, dtype: str) -> tuple[int, ...]:
+def expect_shape(weight: WeightKind, tensor: StoredPart, dtype: str) -> tuple[int, ...]:
     """The shape that a stored tensor of a weight has, all of its axes there."""
     sizes = dict(zip(("out", "in"), weight.shape[-2:], strict=True))
     shape = []
@@ -223,9 +184,9 @@ def expect_shape(weight: QuantizedWeight, tensor: StoredPart, dtype: str) -> tup
     return tuple(shape)
 
 
-def _find_odd_shape(weight: QuantizedWeight) -> str:
+def _find_odd_shape(weight: WeightKind, parts: Iterable[tuple[StoredPart, TensorSpec]]) -> str:
     """A part whose shape is not what the scheme makes of the weight's, in words; else empty."""
-    for tensor, part in weight.parts:
+    for tensor, part in parts:
         expected = expect_shape(weight, tensor, part.dtype)
         lead = weight.shape[:-2]
         if part.shape in (expected, (*lead, *expected)) or math.prod(part.shape) == 1:
@@ -240,15 +201,13 @@ def _find_odd_shape(weight: QuantizedWeight) -> str:
     return ""
 
 
-def _check_unmatched(
-    specs: Sequence[TensorSpec],
-    codes_by_part: Mapping[str, str],
-    constants: set[str],
-    schemes: Sequence[Scheme],
-) -> None:
+def _check_unmatched(table: TensorTable, grouping: Grouping, schemes: Sequence[Scheme]) -> None:
     """Raise RecipeError for a quantized weight that lacks what it takes to compute it."""
     titles = " or ".join(dict.fromkeys(scheme.format.title for scheme in schemes))
-    for spec in _list_unmatched(specs, codes_by_part, constants):
+    for each in table.alike:
+        if DTYPES[each.dtype].is_compute or (plain := grouping.leave_plain(each)) is None:
+            continue
+        spec = plain.first
         for scheme in schemes:
             codes = scheme.format.codes
             tail = codes.name_after("")
@@ -259,12 +218,3 @@ def _check_unmatched(
                     f"{spec.name}: is {spec.dtype}, but there is no {' and '.join(needs)} of"
                     f" {titles} that fits; fetch the weights again"
                 )
-
-
-def _list_unmatched(
-    specs: Sequence[TensorSpec], codes_by_part: Mapping[str, str], constants: set[str]
-) -> Iterator[TensorSpec]:
-    known = codes_by_part.keys() | constants
-    for spec in specs:
-        if not DTYPES[spec.dtype].is_compute and spec.name not in known:
-            yield spec

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.layout import Section, kv_head_mode, num_indices, rank_spans
 from shardkit.layout.style import GATHER
-from shardkit.planning import Placement, Plan, make_plan, summarize_plan
+from shardkit.planning import Layout, Placement, PlacementTable, Plan, make_plan, summarize_plan
 from shardkit.planning.quantized import place_part, place_parts, scale_section, widen_section
 from shardkit.recipe import find_recipe
 from shardkit.recipe.formats import find_schemes, group_quantized
@@ -121,8 +121,9 @@ def test_a_weight_that_runs_on_gathered_inputs_keeps_what_they_hold() -> None:
     grouping = group_quantized(specs, find_schemes({"quantization_config": FP8}))
     weight = grouping.weights["a.weight"]
     sections = (Section(4, 64),)
-    placement = Placement(weight.make_spec("BF16"), GATHER, None, sections)
-    codes, scale = place_parts(specs, [placement], grouping)
+    placement = Placement(weight.make_spec("BF16"), Layout(GATHER, None, sections))
+    groups = PlacementTable.of([placement]).groups
+    codes, scale = place_parts([spec.name for spec in specs], groups, grouping)
     assert (codes.sections, scale.sections) == (sections, ())
     packed = replace(weight.codes, shape=(64, 128))
     with pytest.raises(LayoutError, match="runs on inputs gathered from all ranks, and is packed"):

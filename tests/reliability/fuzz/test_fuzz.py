@@ -67,7 +67,7 @@ def test_ten_minutes_of_fuzzing_find_nothing(tmp_path: Path) -> None:
 
 def one_byte_late(raw: bytes, size: int) -> Header:
     found = parse_header(raw, size)
-    late = tuple(replace(entry, start=entry.start + 1) for entry in found.entries)
+    late = tuple(entry._replace(start=entry.start + 1) for entry in found.entries)
     return replace(found, entries=late)
 
 
