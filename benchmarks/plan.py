@@ -172,9 +172,11 @@ def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
 
 def make_checkpoint(name: str, configs: Path) -> tuple[list[TensorSpec], dict[str, Any]]:
     """The tensors of a name's class in bfloat16, and its config."""
-    model_class = find_model_class(CHECKPOINTS[name])
+    stated = read_published_config(name).get("architectures") or ["class for it"]
+    class_name = CHECKPOINTS.get(name, stated[0])
+    model_class = find_model_class(class_name)
     if model_class is None:
-        raise ValueError(f"transformers has no {CHECKPOINTS[name]}")
+        raise ValueError(f"transformers has no {class_name}")
     config = make_config(name, model_class, configs)
     with torch.device("meta"):
         model = model_class(config)

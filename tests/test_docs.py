@@ -15,15 +15,14 @@ import pytest
 from shardkit import errors
 from shardkit.authoring.draft.draft_all import list_generative_types, read_records
 from shardkit.authoring.draft.drafts_page import render_drafts
-from shardkit.authoring.families_page import render_families
 from shardkit.authoring.format_samples import list_format_samples
 from shardkit.authoring.format_sweep import digest_format, read_format_results, render_formats
 from shardkit.authoring.sweep import (
     list_alone,
-    list_entries,
     list_stale,
     read_omissions,
     read_results,
+    render_page,
 )
 from shardkit.cli import COMMANDS, main
 from shardkit.layout import STYLES, Section, rank_spans
@@ -213,8 +212,8 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:
     recipes = [load_recipe(path) for path in list_recipe_files()]
-    entries = list_entries(read_results(PROOFS), recipes)
-    assert (PROOFS / "FAMILIES.md").read_text() == render_families(entries, read_omissions(PROOFS))
+    page = render_page(read_results(PROOFS), recipes, PROOFS)
+    assert (PROOFS / "FAMILIES.md").read_text() == page
 
 
 def test_every_generative_type_has_a_recipe_or_a_reason() -> None:

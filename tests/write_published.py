@@ -1,22 +1,29 @@
-"""Writes recipes/proofs/PUBLISHED.md: published quantized checkpoints, planned by their real names.
+"""Writes recipes/proofs/PUBLISHED.md: published checkpoints, planned as they are published.
 
-python -m tests.write_published, where ../shared has their tables.
+python -m tests.write_published, if ../shared has their configs. It also writes served.json: the
+plans of the checkpoints that are most served over several GPUs, for the page of families.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from benchmarks.plan import CHECKPOINTS, FAULTS, make_published
 from shardkit.authoring.publishing import format_table
-from shardkit.errors import ShardkitError
-from shardkit.planning import Plan, make_plan, summarize_plan
+from shardkit.authoring.served import SERVED, describe_plan, plan_served
+from shardkit.errors import RecipeError, ShardkitError
+from shardkit.planning import Plan, make_plan
 from shardkit.recipe import find_recipe
+from shardkit.tensor import TensorSpec
 from tests.helpers.published import PUBLISHED, read_published_config, read_published_specs
 
-PAGE = Path(__file__).resolve().parents[1] / "recipes" / "proofs" / "PUBLISHED.md"
+PROOFS = Path(__file__).resolve().parents[1] / "recipes" / "proofs"
+PAGE = PROOFS / "PUBLISHED.md"
 TP_SIZE = 8
+LAST_KNOWN = "kimi-k2.5"  # after it comes one that transformers has no class for
 # Of checkpoints whose config.json is not at hand: the type whose default config is theirs, or
 # another checkpoint of the same model, and what differs.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,13 +49,18 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def list_published() -> list[str]:
-    """The checkpoints whose tensors are known."""
-    tables = [*PUBLISHED.glob("*/tensor_table.tsv"), *PUBLISHED.glob("*/*_params_map.json.gz")]
-    return sorted({path.parent.name for path in tables})
+    """Every checkpoint of which something is known."""
+    return sorted(path.name for path in PUBLISHED.iterdir() if path.is_dir())
+
+
+def has_names(name: str) -> bool:
+    """Whether the names of a checkpoint's tensors are known."""
+    folder = PUBLISHED / name
+    return any([*folder.glob("tensor_table.tsv"), *folder.glob("*_params_map.json.gz")])
 
 
 def read_config_of(name: str) -> dict[str, Any]:
-    """A checkpoint's config, made up from another's where it is not at hand."""
+    """A checkpoint's config, made up from another's if it is not at hand."""
     stated = read_published_config(name)
     if name not in BASES:
         return stated
@@ -58,6 +70,16 @@ def read_config_of(name: str) -> dict[str, Any]:
     return {**table, **fields, **stated}
 
 
+def list_tensors_of(name: str) -> tuple[list[TensorSpec], dict[str, Any]]:
+    """A checkpoint's tensors and config. Raises RecipeError for one that no class is known of."""
+    if has_names(name):
+        return read_published_specs(name), read_config_of(name)
+    try:
+        return make_published(name, PUBLISHED)
+    except FAULTS as error:
+        raise RecipeError(str(error).splitlines()[0]) from None
+
+
 def render_published() -> str:
     """The page in Markdown."""
     return "\n".join(_render_lines()) + "\n"
@@ -65,31 +87,51 @@ def render_published() -> str:
 
 def _render_lines() -> Iterator[str]:
     rows = [_plan_row(name) for name in list_published()]
-    planned = sum(row[3] != "refused" for row in rows)
+    planned = sum("refused" not in row[4:6] for row in rows)
     yield "# Published checkpoints"
     yield ""
     yield "Written by `python -m tests.write_published`; do not edit."
     yield ""
     yield (
-        f"{planned} of {len(rows)} quantized checkpoints, by the names, shapes and dtypes of all"
-        f" their tensors as published, are planned over {TP_SIZE} ranks."
+        f"{planned} of {len(rows)} published checkpoints, most of them quantized, are planned over"
+        f" {TP_SIZE} ranks, and mixtures with whole experts on each (*ep*), too. *Names*: those of"
+        " every tensor as published, with shapes and dtypes; of the others, those of transformers'"
+        " class, quantized as the published config says. The columns have the largest rank's bytes"
+        " and its ratio to the mean."
     )
     yield ""
-    titles = ["checkpoint", "tensors:", "formats", "largest rank:", "over the mean:", "notes"]
+    titles = ["checkpoint", "names", "tensors:", "formats", "tp 8:", "ep 8:", "notes"]
     yield from format_table(titles, rows)
 
 
 def _plan_row(name: str) -> list[str]:
-    config, specs = read_config_of(name), read_published_specs(name)
+    names = "published" if has_names(name) else "of the class"
     try:
-        plan = make_plan(specs, find_recipe(config), config, TP_SIZE)
+        specs, config = list_tensors_of(name)
+        recipe = find_recipe(config)
     except ShardkitError as refusal:
-        return [name, f"{len(specs):,}", "", "refused", "", str(refusal).split(";")[0]]
-    summary = summarize_plan(plan)
-    formats = ", ".join(scheme.format.title for scheme in plan.grouping.schemes)
-    largest = f"{max(summary.loaded_bytes) / 1e9:.1f} GB"
-    ratio = f"{summary.imbalance.ratio:.2f}"
-    return [name, f"{len(specs):,}", formats, largest, ratio, _describe_blocks(plan)]
+        return [name, names, "", "", "refused", "refused", str(refusal)]
+    cells, notes, formats = [], dict[str, None](), ""
+    for expert_parallel in (False, True):
+        try:
+            plan = make_plan(specs, recipe, config, TP_SIZE, expert_parallel)
+        except ShardkitError as refusal:
+            is_dense = "can place whole on a rank" in str(refusal)
+            cells.append("dense" if is_dense else "refused")
+            notes |= {} if is_dense else {str(refusal): None}
+            continue
+        cells.append(describe_plan(plan))
+        formats = ", ".join(scheme.format.title for scheme in plan.grouping.schemes)
+        if not expert_parallel and plan.grouping.schemes:
+            notes |= {_describe_blocks(plan): None}
+    return [
+        name,
+        names,
+        f"{len(specs):,}",
+        formats or "16 bits",
+        *cells,
+        "; ".join(filter(None, notes)),
+    ]
 
 
 def _describe_blocks(plan: Plan) -> str:
@@ -100,5 +142,28 @@ def _describe_blocks(plan: Plan) -> str:
     )
 
 
+def list_served() -> Iterable[str]:
+    """The checkpoints that are most served, in order."""
+    for name in CHECKPOINTS:
+        yield name
+        if name == LAST_KNOWN:
+            yield "kimi-k3"
+
+
+def write_served() -> None:
+    """Plan the checkpoints that are most served, and store what became of it."""
+    rows = []
+    for name in list_served():
+        try:
+            specs, config = list_tensors_of(name)
+        except ShardkitError as refusal:
+            rows.append({"checkpoint": name, "model_type": "", "refusal": str(refusal)})
+            continue
+        rows.append({"checkpoint": name, **plan_served(specs, config)})
+    lines = ",\n".join(map(json.dumps, rows))
+    (PROOFS / SERVED).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    write_served()
     PAGE.write_text(render_published(), encoding="utf-8")

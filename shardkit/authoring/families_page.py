@@ -5,20 +5,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shardkit.authoring.publishing import format_table, name_layout
+from shardkit.authoring.served import render_served
 from shardkit.recipe.recipe import Recipe
 
 Entry = tuple[Recipe, Mapping[str, Any]]  # a recipe and its stored results
 
 
-def render_families(entries: Sequence[Entry], omissions: Mapping[str, str]) -> str:
+def render_families(
+    entries: Sequence[Entry],
+    omissions: Mapping[str, str],
+    served: Sequence[Mapping[str, Any]],
+    formats: Mapping[str, int],
+) -> str:
     """The page in Markdown.
 
     Args:
         entries: The recipes and their results.
         omissions: Model types without a recipe, and why.
+        served: The plans of the checkpoints that are most served.
+        formats: How many proofs each quantized format has, by its title.
     """
+    proofs = [proof for _, entry in entries for proof in entry["proofs"]]
     sections = (
         _render_head(entries),
+        render_served(served, proofs, formats),
         _render_recipes(entries),
         _render_omissions(omissions),
         _render_replicated(entries),

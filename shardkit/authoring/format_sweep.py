@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +93,17 @@ def read_format_results(folder: Path) -> dict[str, FormatResult]:
     if not path.exists():
         return {}
     return {name: FormatResult(**entry) for name, entry in json.loads(path.read_text()).items()}
+
+
+def count_proofs(results: Mapping[str, FormatResult]) -> Counter[str]:
+    """How many proofs each format has, by its title."""
+    titles = {each.name: each.form.title for each in list_format_samples()}
+    return Counter(
+        titles[name]
+        for name, result in results.items()
+        for proof in result.proofs
+        if proof["verdict"] == "proven"
+    )
 
 
 def write_format_results(folder: Path, results: Mapping[str, FormatResult]) -> None:

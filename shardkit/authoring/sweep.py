@@ -15,8 +15,10 @@ from typing import Any
 from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.form_check import summarize_forms
+from shardkit.authoring.format_sweep import count_proofs, read_format_results
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
+from shardkit.authoring.served import read_served
 from shardkit.recipe import Recipe, compose_recipe
 from shardkit.verification.input_table import find_input_table
 
@@ -139,8 +141,14 @@ def write_results(
     kept = {recipe.name: results[recipe.name] for recipe in recipes if recipe.name in results}
     lines = [f"{json.dumps(name)}: {json.dumps(r.to_json())}" for name, r in kept.items()]
     (folder / "results.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    page = render_families(list_entries(kept, recipes), read_omissions(folder))
-    (folder / "FAMILIES.md").write_text(page)
+    (folder / "FAMILIES.md").write_text(render_page(kept, recipes, folder))
+
+
+def render_page(results: Mapping[str, SweepResult], recipes: Sequence[Recipe], folder: Path) -> str:
+    """The page of all families in Markdown, with what else is stored in the folder."""
+    formats = count_proofs(read_format_results(folder))
+    entries = list_entries(results, recipes)
+    return render_families(entries, read_omissions(folder), read_served(folder), formats)
 
 
 def read_omissions(folder: Path) -> dict[str, str]:

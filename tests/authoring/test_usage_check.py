@@ -78,10 +78,18 @@ def test_the_page_shows_what_was_measured_where_it_was(is_measured: bool) -> Non
         "fault": "", "share": 0.5, "masked_sum": 1e-7, "numerics": {},
     }  # fmt: skip
     entry = {"digest": "", "proofs": [proof | ({"plan": plan} if is_measured else {})]}
+    served = {
+        "checkpoint": "big", "model_type": "llama", "refusal": "", "formats": ["FP8"],
+        "tp8": "1.0 GB", "tp16": "refused: 9 heads", "ep8": "dense", "ep16": "dense",
+    }  # fmt: skip
     page = render_families(
         [(load_recipe(find_recipe_folder() / "llama.toml"), entry | {"mutants": [], "forms": []})],
         {"other": "why not"},
+        [served],
+        {"FP8": 3},
     )
+    row = "| big | FP8 | 1.0 GB / refused | dense / dense | 1, 3 in FP8 | 9 heads |"
+    assert row in page
     assert "| other | why not |" in page
     assert ("| 5 + 1 | 64 (unknown) | 190,720 |" in page) is is_measured
     assert ("## As planned" in page) is is_measured

@@ -1,0 +1,108 @@
+"""The checkpoints that are most served over several GPUs: what can be done with each."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardkit.authoring.publishing import format_table
+from shardkit.errors import LayoutError, ShardkitError
+from shardkit.planning import Plan, make_plan, summarize_plan
+from shardkit.recipe import find_recipe
+from shardkit.tensor import TensorSpec
+
+SERVED = "served.json"
+TP_SIZES = (8, 16)
+
+
+def plan_served(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The plans of a checkpoint as it is published, over 8 and 16 ranks, as JSON values.
+
+    Args:
+        specs: Its tensors.
+        config: Its config.json.
+    """
+    entry: dict[str, Any] = {"model_type": str(config.get("model_type")), "refusal": ""}
+    try:
+        recipe = find_recipe(config)
+        plans = [make_plan(specs, recipe, config, 1)]
+    except ShardkitError as refusal:
+        return {**entry, "refusal": str(refusal)}
+    entry["formats"] = [scheme.format.title for scheme in plans[0].grouping.schemes]
+    for key, expert_parallel in (("tp", False), ("ep", True)):
+        for size in TP_SIZES:
+            try:
+                plan = make_plan(specs, recipe, config, size, expert_parallel)
+                entry[f"{key}{size}"] = describe_plan(plan)
+            except LayoutError as refusal:
+                is_dense = "can place whole on a rank" in str(refusal)
+                entry[f"{key}{size}"] = "dense" if is_dense else f"refused: {refusal}"
+    return entry
+
+
+def describe_plan(plan: Plan) -> str:
+    """The largest rank's bytes, and its ratio to the mean if that is not 1."""
+    summary = summarize_plan(plan)
+    ratio = f" ({summary.imbalance.ratio:.2f})" if summary.imbalance.ratio >= 1.005 else ""
+    return f"{max(summary.loaded_bytes) / 1e9:.1f} GB{ratio}"
+
+
+def read_served(folder: Path) -> list[dict[str, Any]]:
+    """The stored plans; none if there are none yet."""
+    path = folder / SERVED
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def render_served(
+    rows: Sequence[Mapping[str, Any]],
+    proofs: Sequence[Mapping[str, Any]],
+    proven_formats: Mapping[str, int],
+) -> Iterator[str]:
+    """A section of a page in Markdown.
+
+    Args:
+        rows: The stored plans.
+        proofs: Those of every recipe.
+        proven_formats: How many proofs each format has, by its title.
+    """
+    if not rows:
+        return
+    planned = sum(not _list_missing(row) for row in rows)
+    yield "## The checkpoints that are most served"
+    yield ""
+    yield (
+        f"As they are published, or if that is not known as the class's defaults and the published"
+        f" config have them: {planned} of {len(rows)} are planned over 8 and over 16 ranks."
+        " *tp*, *ep*: the largest rank's bytes over 8 and 16 ranks, with its ratio to the mean if"
+        " that is not 1; with whole experts on each. *Run and verified*: proofs of small models of"
+        " the type (split, merged, run, compared), and of small models in its formats."
+    )
+    yield ""
+    titles = ("checkpoint", "formats", "tp 8 / 16", "ep 8 / 16", "run and verified:", "missing")
+    yield from format_table(titles, [_make_row(row, proofs, proven_formats) for row in rows])
+    yield ""
+
+
+def _make_row(
+    row: Mapping[str, Any], proofs: Sequence[Mapping[str, Any]], formats: Mapping[str, int]
+) -> tuple[str, ...]:
+    if row["refusal"]:
+        return row["checkpoint"], "", "", "", "", row["refusal"]
+    own = [p for p in proofs if p["model_type"] == row["model_type"] and p["passed"]]
+    counts = [f"{len(own)}", *(f"{formats.get(title, 0)} in {title}" for title in row["formats"])]
+    cells = (" / ".join(_shorten(row[f"{key}{n}"]) for n in TP_SIZES) for key in ("tp", "ep"))
+    titles = ", ".join(row["formats"]) or "16 bits"
+    missing = "; ".join(_list_missing(row))
+    return row["checkpoint"], titles, *cells, ", ".join(counts), missing
+
+
+def _list_missing(row: Mapping[str, Any]) -> list[str]:
+    """What cannot be done with a checkpoint, in words."""
+    if row["refusal"]:
+        return [row["refusal"]]
+    cells = [row[f"tp{size}"] for size in TP_SIZES]
+    return [cell.removeprefix("refused: ") for cell in cells if cell.startswith("refused")]
+
+
+def _shorten(cell: str) -> str:
+    return "refused" if cell.startswith("refused") else cell
