@@ -106,28 +106,35 @@ def read_quantization(name: str, folder: Path) -> dict[str, Any]:
     return {"quantization_config": json.loads(path.read_text())} if path.exists() else {}
 
 
-def list_plain_modules(stated: dict[str, Any]) -> list[re.Pattern[str]]:
-    """The modules that a quantization leaves as they are, as every writer spells them."""
+def list_plain_modules(stated: dict[str, Any]) -> tuple[frozenset[str], list[re.Pattern[str]]]:
+    """The modules that a quantization leaves as they are, as every writer spells them.
+
+    Returns names, and the patterns of those that are spelled as one: some lists have 700 names.
+    """
     inner = stated.get("quantization")
     table = {**stated, **inner} if isinstance(inner, dict) else stated
     lists = [table.get(key) for key in LISTS_OF_PLAIN]
-    patterns = []
-    for name in (str(each) for names in lists if isinstance(names, list) for each in names):
-        text = name.removeprefix("re:") if name.startswith("re:") else fnmatch.translate(name)
-        patterns.append(re.compile(text))
-    return patterns
+    every = {str(each) for names in lists if isinstance(names, list) for each in names}
+    spelled = {name for name in every if name.startswith("re:") or set("*?[") & set(name)}
+    patterns = [
+        name.removeprefix("re:") if name.startswith("re:") else fnmatch.translate(name)
+        for name in sorted(spelled)
+    ]
+    return frozenset(every - spelled), [re.compile(text) for text in patterns]
 
 
 def quantize_specs(specs: list[TensorSpec], quantization: dict[str, Any]) -> list[TensorSpec]:
     """The tensors that store these weights by the first scheme of a quantization."""
     schemes = find_schemes(quantization)
-    plain = list_plain_modules(quantization["quantization_config"])
+    names, patterns = list_plain_modules(quantization["quantization_config"])
+    names |= TOWERS
     stored: list[TensorSpec] = []
     for spec in (each for whole in specs for each in unstack_experts(whole, schemes[-1])):
         module = spec.name.removesuffix(".weight")
         parts = [module, *module.split(".")]
-        is_plain = any(pattern.match(part) for pattern in plain for part in parts)
-        is_plain = is_plain or not TOWERS.isdisjoint(parts)
+        is_plain = not names.isdisjoint(parts) or any(
+            pattern.match(part) for pattern in patterns for part in parts
+        )
         stored += [spec] if is_plain else store_weight(spec, schemes[-1])
     return stored
 
