@@ -13,6 +13,7 @@ from shardkit.tensor import TensorSpec
 
 SERVED = "served.json"
 TP_SIZES = (8, 16)
+DENSE = "dense"  # a model without experts
 
 
 def plan_served(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,19 +26,24 @@ def plan_served(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[
     entry: dict[str, Any] = {"model_type": str(config.get("model_type")), "refusal": ""}
     try:
         recipe = find_recipe(config)
-        plans = [make_plan(specs, recipe, config, 1)]
+        plan = make_plan(specs, recipe, config, 1)
     except ShardkitError as refusal:
         return {**entry, "refusal": str(refusal)}
-    entry["formats"] = [scheme.format.title for scheme in plans[0].grouping.schemes]
-    for key, expert_parallel in (("tp", False), ("ep", True)):
-        for size in TP_SIZES:
-            try:
-                plan = make_plan(specs, recipe, config, size, expert_parallel)
-                entry[f"{key}{size}"] = describe_plan(plan)
-            except LayoutError as refusal:
-                is_dense = "can place whole on a rank" in str(refusal)
-                entry[f"{key}{size}"] = "dense" if is_dense else f"refused: {refusal}"
-    return entry
+    entry["formats"] = [scheme.format.title for scheme in plan.grouping.schemes]
+    entry |= {f"tp{size}": _describe_over(plan, size) for size in TP_SIZES}
+    try:
+        whole = make_plan(specs, recipe, config, 1, expert_parallel=True)
+    except LayoutError:
+        return entry | dict.fromkeys((f"ep{size}" for size in TP_SIZES), DENSE)
+    return entry | {f"ep{size}": _describe_over(whole, size) for size in TP_SIZES}
+
+
+def _describe_over(plan: Plan, size: int) -> str:
+    """A plan over another number of ranks in a few words, or why there is none."""
+    try:
+        return describe_plan(plan.with_tp_size(size))
+    except LayoutError as refusal:
+        return f"refused: {refusal}"
 
 
 def describe_plan(plan: Plan) -> str:
