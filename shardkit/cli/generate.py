@@ -20,6 +20,7 @@ from shardkit.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from shardkit.runtime import Engine
+    from shardkit.runtime.packing import Dequantize
 
 
 @click.command()
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, metavar="N", help="Random seed for sampling.")
 @click.option("--verify", is_flag=True, help="Check each shard's SHA-256 while loading it.")
+@click.option(
+    "--dequantize",
+    type=click.Choice(["forward", "load"]),
+    default="forward",
+    show_default=True,
+    help="Compute quantized weights as layers run, in the memory of the shard; or once at load, for"
+    " speed, in that of 16-bit weights.",
+)
 @DTYPE
 @DEVICE
 @TIMEOUT
@@ -54,6 +63,7 @@ def generate(
     temperature: float,
     seed: int | None,
     verify: bool,
+    dequantize: "Dequantize",
     dtype: str | None,
     device: str | None,
     timeouts: Timeouts,
@@ -80,10 +90,9 @@ def generate(
     if temperature > 0:
         options["temperature"] = temperature
     tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
-    torch_dtype = getattr(torch, dtype) if dtype else None
-    with runtime.launch(
-        shards, device=device, dtype=torch_dtype, timeouts=timeouts, verify=verify
-    ) as engine:
+    loading: dict[str, Any] = {"device": device, "timeouts": timeouts, "verify": verify}
+    loading |= {"dtype": getattr(torch, dtype) if dtype else None, "dequantize": dequantize}
+    with runtime.launch(shards, **loading) as engine:
         if as_json:
             _print_ids(engine, tokens, seed, options)
             return

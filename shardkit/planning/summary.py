@@ -74,8 +74,11 @@ class PlanSummary:
 
     @cached_property
     def loaded_bytes(self) -> tuple[int, ...]:
-        """The weights in each rank's memory, as stored; what only a merge needs is not loaded."""
-        loaded = (g.rank_bytes for g in self.groups if g.example.is_loaded)
+        """The weights in each rank's memory, as stored.
+
+        What only a merge needs is not loaded, nor what no quantized weight is computed from.
+        """
+        loaded = (group.rank_bytes for group in self.groups if self._is_loaded(group))
         total = _add_rows(loaded, self.plan.mesh.world_size)
         dropped = _count_dropped_bytes(self.plan)
         return tuple(a - b for a, b in zip(total, dropped, strict=True))
@@ -99,11 +102,15 @@ class PlanSummary:
             return Imbalance(1.0, largest, None)
 
         def excess(group: TensorGroup) -> int:
-            nbytes = group.rank_bytes if group.example.is_loaded else (0,) * len(loaded)
+            nbytes = group.rank_bytes if self._is_loaded(group) else (0,) * len(loaded)
             return nbytes[largest] * len(nbytes) - sum(nbytes)
 
         ratio = loaded[largest] * len(loaded) / sum(loaded)
         return Imbalance(ratio, largest, max(self.groups, key=excess))
+
+    def _is_loaded(self, group: TensorGroup) -> bool:
+        unused = self.plan.grouping.unused
+        return group.example.is_loaded and group.example.spec.name not in unused
 
 
 def summarize_plan(plan: Plan) -> PlanSummary:

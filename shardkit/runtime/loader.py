@@ -20,7 +20,6 @@ from shardkit.layout.style import ADD_ONCE, EXPERT
 from shardkit.planning import Rank
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
-from shardkit.runtime.dequantize import collect_weights
 from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import coordinate_calls
@@ -34,6 +33,7 @@ from shardkit.runtime.materialize import (
     zero_tensors,
 )
 from shardkit.runtime.models.registry import find_model_class
+from shardkit.runtime.packing import Dequantize, check_dequantize, pack_weights
 from shardkit.runtime.parallelize import keep_local_units, parallelize_model
 from shardkit.runtime.weights import find_torch_dtype, read_tensors
 from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
@@ -59,11 +59,12 @@ def load(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     check_inputs: bool = True,
+    dequantize: Dequantize = "forward",
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
-    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. Every rank's outputs
-    are the whole model's. Rank 0 warns of what makes the model slow here.
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. Outputs are the whole
+    model's. Rank 0 warns of what makes it slow here.
 
     Args:
         folder: A shard folder.
@@ -72,24 +73,25 @@ def load(
         dtype: What to run in; by default the checkpoint's own.
         timeouts: How long ranks wait for each other.
         verify: Whether to check each shard's SHA-256 while loading it.
-        check_inputs: Whether ranks compare their inputs at each call, by one small collective. Set
-            it to False if your server guarantees that all ranks receive the same inputs.
+        check_inputs: Whether ranks compare their inputs at each call, unless your server does.
+        dequantize: When quantized weights are computed: in the "forward", each time, in the memory
+            of the shard; or once, at "load", for speed, in that of weights in `dtype`.
 
     Returns:
         transformers' own model class, with parallel layers.
 
     Raises:
         RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
-            inputs, if a shard is missing, damaged, renamed or of another split, or if a rank dies,
-            stalls or never joins.
+            inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
+        UsageError: If `dequantize` is neither of the two.
 
     Example:
-        >>> model = load("llama-tp4")  # doctest: +SKIP
-        >>> model(input_ids).logits.shape  # doctest: +SKIP
+        >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
+    check_dequantize(dequantize)
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs)
+    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs, dequantize)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -101,6 +103,7 @@ def load_with_warnings(
     dtype: torch.dtype | None,
     verify: bool = False,
     check_inputs: bool = False,
+    dequantize: Dequantize = "forward",
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     group.set_status("preparing to load")
@@ -116,7 +119,7 @@ def load_with_warnings(
     assert model is not None
     group.set_status("loading")
     try:
-        load_into(model, shard, group, verify)
+        load_into(model, shard, group, verify, dequantize)
         slow_experts = choose_expert_kernel(model)
     except Exception as fault:
         error = first_line(fault, 1000)
@@ -168,7 +171,11 @@ def load_signature(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]
 
 
 def load_into(
-    model: PreTrainedModel, shard: RankShard, group: TensorParallelGroup, verify: bool
+    model: PreTrainedModel,
+    shard: RankShard,
+    group: TensorParallelGroup,
+    verify: bool,
+    dequantize: Dequantize,
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
@@ -188,16 +195,18 @@ def load_into(
         part.name: weight
         for weight in plan.grouping.weights.values()
         if weight.name in names
-        for _, part in weight.parts
+        for _, part in weight.operands
     }
-    stored = read_tensors(shard.folder, manifest, rank, names | by_part.keys(), verify)
-    tensors = collect_weights(stored, by_part, model.config.dtype)
+    read = read_tensors(shard.folder, manifest, rank, names | by_part.keys(), verify)
+    stored = ((name, tensor.to(group.device)) for name, tensor in read)
+    tensors = pack_weights(stored, by_part, model.config.dtype)
 
     def count_lengths(name: str) -> Sequence[int]:
         placement = weights[name]
         return () if placement.style is EXPERT else placement.section_lengths(rank)
 
-    fill_parameters(model, tensors, conversions, group.device, model.config.dtype, count_lengths)
+    dtype, is_packed = model.config.dtype, dequantize == "forward"
+    fill_parameters(model, tensors, conversions, dtype, count_lengths, is_packed)
     if not rank.is_first:
         zero_tensors(model, [name for name, p in placements.items() if p.style is ADD_ONCE])
     tie_and_initialize(model, missing, group.device)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from shardkit.errors import ManifestError
 from shardkit.planning.placement import Placement
 from shardkit.runtime.conversion import Conversion
+from shardkit.runtime.packed import PackedTensor, compute_tensor
+from shardkit.runtime.packing import RecordLayout
 
 MAX_COMPUTED = 4 << 30  # bytes that a model computes for itself: tables of positions, masks
 
@@ -65,13 +67,19 @@ def fill_parameters(
     model: PreTrainedModel,
     tensors: Iterable[tuple[str, torch.Tensor]],
     conversions: list[Conversion],
-    device: torch.device,
     dtype: torch.dtype,
     count_lengths: Callable[[str], Sequence[int]],
+    is_packed: bool,
 ) -> None:
     """Convert each of the model's tensors once all that it is made of are read, and set it.
 
-    `count_lengths` says how much of each section of a tensor on disk this rank has.
+    Args:
+        model: The model.
+        tensors: Names on disk, and tensors; quantized weights are packed ones.
+        conversions: What makes the model's tensors of them.
+        dtype: The model's.
+        count_lengths: How much of each section of a tensor on disk this rank has.
+        is_packed: Whether packed tensors stay so. They are converted before they are computed.
     """
     keep = tuple(model._get_dtype_plan(dtype))
     by_source = {name: at for at, c in enumerate(conversions) for name, _ in c.sources}
@@ -79,19 +87,24 @@ def fill_parameters(
     for source, tensor in tensors:
         at = by_source[source]
         conversion, parts = conversions[at], incomplete.setdefault(at, {})
-        parts[source] = tensor.to(device)
+        parts[source] = tensor
         if len(parts) < len(conversion.sources):
             continue
-        for name, value in conversion.run(incomplete.pop(at), model, count_lengths).items():
+        with torch.inference_mode(False), RecordLayout():  # type: ignore[no-untyped-call]
+            converted = conversion.run(incomplete.pop(at), model, count_lengths)
+        for name, value in converted.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             keeps_float32 = any(part in name for part in keep)
             target_dtype = torch.float32 if keeps_float32 else getattr(module, leaf).dtype
-            set_tensor(module, leaf, _own_memory(value.to(target_dtype)))
+            typed = value.to(target_dtype)
+            set_tensor(module, leaf, _own_memory(typed if is_packed else compute_tensor(typed)))
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, without the rest of a larger one that it is a view of and would keep alive."""
+    if isinstance(tensor, PackedTensor):
+        return tensor
     is_whole = tensor.untyped_storage().nbytes() <= tensor.nbytes
     return tensor if is_whole else tensor.clone()
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.generation.utils import ALL_CACHE_NAMES, GenerationMixin
 
 from shardkit.runtime.model_runner import ModelRunner, Tensors
+from shardkit.runtime.packed import iter_stored
 
 SUMMED_BIAS = "summed_bias"  # a bias that was loaded, and is added after the sum over ranks
 STEPS = 3  # tokens to generate: the prompt's pass, and two of one token each
@@ -67,10 +68,11 @@ def measure_usage(
 
 
 def count_weight_bytes(model: nn.Module) -> int:
-    """The bytes of a model's parameters and stored buffers, tied ones once."""
+    """The bytes in memory of a model's parameters and stored buffers, tied ones once."""
     tensors = [*model.state_dict(keep_vars=True).values()]
     tensors += [t for name, t in model.named_buffers() if name.endswith(SUMMED_BIAS)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    stored = (each for tensor in tensors for each in iter_stored(tensor))
+    storages = [tensor.untyped_storage() for tensor in stored]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

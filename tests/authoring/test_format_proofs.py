@@ -16,9 +16,9 @@ MODELS = {model.name: model for model in list_format_models()}
     ("sample", "model", "verdicts"),
     [
         ("fp8-block", "grouped-heads", ["proven"] * 2),  # 576 rows in blocks of 128
-        ("fp8-block", "latent-attention", ["proven", "refused"]),
+        ("fp8-block", "latent-attention", ["proven", "refused"] * 2),  # whole experts, too
         ("gptq-desc-act", "fused", ["proven"] * 2),
-        ("mxfp4", "stacked-experts", ["proven"] * 2),  # 5 groups of 32
+        ("mxfp4", "stacked-experts", ["proven"] * 4),  # 5 groups of 32
     ],
 )
 def test_a_model_in_a_format_is_what_it_is_unsharded(

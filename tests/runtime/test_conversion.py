@@ -65,8 +65,7 @@ def test_a_parameter_cut_from_a_larger_tensor_keeps_no_more_than_itself(
 ) -> None:
     conversions = find_conversions(seeing_model, {QKV: (96, 32)})
     tensors = [(QKV, torch.randn(96, 32))]
-    cpu = torch.device("cpu")
-    fill_parameters(seeing_model, tensors, conversions, cpu, torch.float32, lambda _: ())
+    fill_parameters(seeing_model, tensors, conversions, torch.float32, lambda _: (), True)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = seeing_model.get_parameter(f"model.vision_tower.layers.0.attn.{name}.weight")
         assert weight.untyped_storage().nbytes() == weight.nbytes, name

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 from shardkit.recipe.formats.format import Scheme, StoredPart
 from shardkit.tensor import AlikeTensors, TensorSpec, generalize_name
@@ -21,6 +22,12 @@ class WeightKind:
     scheme: Scheme
     shape: tuple[int, ...]
     tensors: tuple[StoredPart, ...] = ()
+
+    @cached_property
+    def is_operand(self) -> tuple[bool, ...]:
+        """Of each stored tensor, whether the weight is computed from it."""
+        others = {id(other) for other in self.scheme.format.others}
+        return tuple(id(tensor) not in others for tensor in self.tensors)
 
     @cached_property
     def plain_shape(self) -> tuple[int, ...]:
@@ -57,6 +64,11 @@ class QuantizedWeight:
     def parts(self) -> tuple[tuple[StoredPart, TensorSpec], ...]:
         """What its format says of each stored tensor, and the tensor, the codes first."""
         return tuple(zip(self.kind.tensors, self.specs, strict=True))
+
+    @property
+    def operands(self) -> tuple[tuple[StoredPart, TensorSpec], ...]:
+        """Those of its parts that it is computed from."""
+        return tuple(compress(self.parts, self.kind.is_operand))
 
     @property
     def axes(self) -> tuple[str, str]:
@@ -160,6 +172,17 @@ class Grouping:
     def constant_names(self) -> frozenset[str]:
         """The names of the constants."""
         return frozenset(name for each in self.constants for name in each.names)
+
+    @cached_property
+    def unused(self) -> frozenset[str]:
+        """The stored tensors that nothing is computed with, and no rank keeps in memory."""
+        others = (
+            part.names
+            for each in self.alike
+            for part, is_operand in zip(each.parts, each.kind.is_operand, strict=True)
+            if not is_operand
+        )
+        return self.constant_names.union(*others)
 
     @cached_property
     def schemes(self) -> tuple[Scheme, ...]:

@@ -14,6 +14,7 @@ from shardkit.errors import ManifestError
 from shardkit.runtime.engine.messages import forward_request, generate_request, load_request
 from shardkit.runtime.engine.rank_processes import OnTokens, RankProcesses
 from shardkit.runtime.engine.text_decoder import decode_stream
+from shardkit.runtime.packing import Dequantize, check_dequantize
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -34,6 +35,7 @@ def launch(
     dtype: torch.dtype | None = None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
+    dequantize: Dequantize = "forward",
 ) -> "Engine":
     """Start the ranks of a shard folder on this host, one process each, and load the model.
 
@@ -45,12 +47,14 @@ def launch(
         dtype: What to compute in; None means the checkpoint's own dtype.
         timeouts: How long to wait for the ranks.
         verify: Whether each rank checks the SHA-256 of its shard while loading it.
+        dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
 
     Returns:
         The running model, to be closed or used in a `with`.
 
     Raises:
         ManifestError: The folder is not a finished split; no process is started.
+        UsageError: `dequantize` is neither of the two.
         RanksError: A rank cannot load its shard, died, or did not answer in time; the message
             names the rank and the cause.
 
@@ -59,10 +63,11 @@ def launch(
         ...     for text in engine.stream("Once upon a time", max_new_tokens=64):
         ...         print(text, end="", flush=True)
     """
+    check_dequantize(dequantize)
     manifest = read_manifest(Path(folder))
     ranks = RankProcesses(manifest.tp_size, device, timeouts)
     try:
-        return Engine(Path(folder), ranks, dtype, verify)
+        return Engine(Path(folder), ranks, dtype, verify, dequantize)
     except BaseException:
         ranks.close()
         raise
@@ -87,11 +92,12 @@ class Engine:
         ranks: RankProcesses,
         dtype: torch.dtype | None = None,
         verify: bool = False,
+        dequantize: Dequantize = "forward",
     ) -> None:
         """Load `folder` into `ranks`, which the engine then owns."""
         self.folder = folder.resolve()
         self.ranks = ranks
-        response = ranks.request(load_request(self.folder, dtype, verify))[0]
+        response = ranks.request(load_request(self.folder, dtype, verify, dequantize))[0]
         self.dtype: torch.dtype = getattr(torch, response.header["dtype"])
         if warning := response.header["warning"]:
             warnings.warn(warning, RuntimeWarning, stacklevel=3)  # where launch was called

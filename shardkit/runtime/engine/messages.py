@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from shardkit.runtime.packing import Dequantize
+
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 64 << 30
 SIZES = struct.Struct("<QQ")
@@ -31,11 +33,16 @@ class Message:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def load_request(folder: Path, dtype: torch.dtype | None, verify: bool = False) -> Message:
+def load_request(
+    folder: Path,
+    dtype: torch.dtype | None,
+    verify: bool = False,
+    dequantize: Dequantize = "forward",
+) -> Message:
     """Load each rank's shard of a folder; `dtype` None is the checkpoint's own."""
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    header = {"action": "load", "folder": str(folder.resolve()), "dtype": name, "verify": verify}
-    return Message(header)
+    header = {"action": "load", "folder": str(folder.resolve()), "dtype": name}
+    return Message({**header, "verify": verify, "dequantize": dequantize})
 
 
 def forward_request(

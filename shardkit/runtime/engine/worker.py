@@ -70,8 +70,9 @@ class Worker:
         self._runner = None
         name = request.header["dtype"]
         dtype = getattr(torch, name) if name else None
-        folder, verify = Path(request.header["folder"]), request.header["verify"]
-        model, warning = load_with_warnings(folder, self.group, dtype, verify)
+        options = {name: request.header[name] for name in ("verify", "dequantize")}
+        folder = Path(request.header["folder"])
+        model, warning = load_with_warnings(folder, self.group, dtype, **options)
         self._runner = ModelRunner(model, self.group.device)
         return Message({"dtype": str(model.dtype).removeprefix("torch."), "warning": warning})
 

@@ -22,7 +22,9 @@ class ParallelLMHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., vocabulary]`, the same on every rank."""
-        return self.group.all_gather(super().forward(x), self.sizes)
+        # As rows: by the last token of each sequence, torch multiplies a copy of 16-bit weights.
+        logits = super().forward(x.reshape(-1, x.shape[-1]))
+        return self.group.all_gather(logits.view(*x.shape[:-1], logits.shape[-1]), self.sizes)
 
 
 class VocabParallelEmbedding(nn.Embedding):

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.dtypes import torch_name
+from shardkit.runtime.packed import PackedTensor
 
 GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped matmul
 
@@ -14,19 +15,20 @@ GROUPED_ALIGNMENT = 16  # bytes a row must be a multiple of for torch's grouped 
 def choose_expert_kernel(model: PreTrainedModel) -> str:
     """Use transformers' plain loop if stacked experts do not suit torch's grouped matmul.
 
-    The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64.
-    Returns which experts those are, in words; nothing if all suit.
+    The grouped kernel wants 16-byte rows, which a rank's width may not give, and no float64. And it
+    takes all experts: of packed ones, the loop computes only those that tokens are routed to.
+    Returns which experts do not suit it, in words; nothing if all do, or are packed.
     """
-    unsuited = [
-        (width, torch_name(p.dtype))
-        for p in iter_stacked_experts(model)
-        for width in _find_unsuited_widths(p)
-    ]
-    if not unsuited:
+    experts = list(iter_stacked_experts(model))
+    plain = [p for p in experts if not isinstance(p, PackedTensor)]
+    unsuited = [(width, torch_name(p.dtype)) for p in plain for width in _find_unsuited_widths(p)]
+    if not unsuited and len(plain) == len(experts):
         return ""
     model.set_experts_implementation("eager")
     for module in _iter_expert_modules(model):
         module.config._experts_implementation = "eager"  # some have a copy, of their layer's config
+    if not unsuited:
+        return ""
     width, dtype = min(unsuited)
     return f"{width} wide in {dtype}"
 

@@ -8,9 +8,9 @@ from shardkit.authoring.quantize import quantize_weight
 from shardkit.dtypes import BY_TORCH_NAME, DTYPES, torch_name
 from shardkit.errors import RecipeError
 from shardkit.recipe.formats import QuantizedWeight, find_schemes, group_quantized
-from shardkit.runtime.dequantize import dequantize_weight
 from shardkit.tensor import TensorSpec
 from shardkit.verification.plain_weights import compute_weight
+from tests.helpers.runtime_helpers import dequantize_weight
 
 SAMPLES = list(list_format_samples())
 MAX_ERRORS = {4: 0.13, 8: 0.03}  # of a random weight: the rounding of so many bits

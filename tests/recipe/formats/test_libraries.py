@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardkit.authoring.format_samples import FormatSample
-from shardkit.runtime.dequantize import dequantize_weight
+from tests.helpers.runtime_helpers import dequantize_weight
 from tests.recipe.formats.test_arithmetic import SAMPLES, make_weight
 
 COMPRESSED = [
