@@ -54,7 +54,7 @@ def inject_expert_faults(
     }
     for fault, stacks in faults.items():
         folder = scratch / fault.replace(" ", "-")
-        _write_rotated(source, stacks, folder / "source")
+        rotate_experts(source, stacks, folder / "source")
         with Checkpoint(folder / "source") as checkpoint:
             manifest = split_checkpoint(
                 checkpoint, plan, recipe, shard_destination(folder / "shards")
@@ -83,7 +83,7 @@ def _name_stack(placement: Placement) -> str:
     return ".".join([*path[:at], "*", *path[at + 1 :]])
 
 
-def _write_rotated(source: Path, stacks: Mapping[str, list[Placement]], folder: Path) -> None:
+def rotate_experts(source: Path, stacks: Mapping[str, list[Placement]], folder: Path) -> None:
     """Write a checkpoint again with each of these experts in the place of the one before."""
     tensors = load_file(source / WEIGHT_FILE)
     for same in stacks.values():

@@ -12,9 +12,10 @@ from typing import NoReturn
 
 import click
 
-from shardkit.errors import RanksError
+from shardkit.errors import RanksError, UsageError
 from shardkit.files import ProgressCallback
 from shardkit.timeouts import Timeouts
+from shardkit.verification.available_memory import parse_size
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -117,6 +118,39 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
             bar.update(done - bar.n)
 
         yield show
+
+
+@contextmanager
+def block_bar() -> Iterator[ProgressCallback | None]:
+    """A bar of blocks on stderr, with the time they still take, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="numerics", unit="block", leave=False, delay=1) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def read_size(_ctx: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    """Bytes of a size such as 80G. Raises click.BadParameter."""
+    try:
+        return None if value is None else parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+MAX_MEMORY = click.option(
+    "--max-memory",
+    metavar="SIZE",
+    callback=read_size,
+    help="Memory that may be taken, such as 80G (default: what is free, less a tenth).",
+)
 
 
 @contextmanager

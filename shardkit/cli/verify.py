@@ -1,6 +1,10 @@
 """`shardkit verify`: the levels on stdout, and the exit code."""
 
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,15 +15,22 @@ from shardkit.cli.options import (
     DTYPE,
     FOLDER,
     JSON,
+    MAX_MEMORY,
     REVISION,
     TIMEOUT,
+    block_bar,
     end_on_sigterm,
     progress_bar,
     quiet_transformers,
 )
 from shardkit.cli.output import print_json, print_line
+from shardkit.cli.report_file import REPORT, write_report_file
 from shardkit.errors import VerifyError
-from shardkit.timeouts import Timeouts
+from shardkit.verification.numerics_options import (
+    NumericsOptions,
+    RankChoice,
+    ignore_blocks,
+)
 
 
 def read_subset(
@@ -55,6 +66,22 @@ def read_subset(
     metavar="N/T",
     help="Read the data of the N-th of T subsets of the ranks' files.",
 )
+@click.option(
+    "--ranks",
+    type=click.Choice(["auto", "real", "turns"]),
+    default="auto",
+    help="Run the ranks as processes, or in turns in this one, block by block, in bounded memory"
+    " (default: as processes if all fits into memory).",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Compare the first and last block, one of each kind, and N drawn at random.",
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="What a sample is drawn from.")
+@MAX_MEMORY
+@REPORT
 @REVISION
 @ALLOW_PICKLE
 @DTYPE
@@ -64,16 +91,13 @@ def read_subset(
 def verify(
     shards: Path,
     source: str | None,
-    level: verification.Level | None,
-    quick: bool,
-    rank: int | None,
-    subset: tuple[int, int] | None,
-    revision: str | None,
-    allow_pickle: bool,
-    dtype: str | None,
-    device: str | None,
-    timeouts: Timeouts,
+    ranks: RankChoice,
+    sample: int | None,
+    seed: int,
+    max_memory: int | None,
+    report_file: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Verify a shard folder and report what is wrong.
 
@@ -89,22 +113,15 @@ def verify(
     """
     quiet_transformers()
     end_on_sigterm()
-    with progress_bar("verify") as progress:
+    with progress_bar("verify") as progress, block_bar() as show:
+        numerics = NumericsOptions(ranks, max_memory, sample, seed, show or ignore_blocks)
         report = verification.verify(
-            shards,
-            source,
-            level=level,
-            quick=quick,
-            rank=rank,
-            subset=subset,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            dtype=dtype,
-            device=device,
-            timeouts=timeouts,
-            progress=progress,
+            shards, source, numerics=numerics, progress=progress, **options
         )
     if report is not None:
+        report = replace(report, command=shlex.join(["shardkit", *sys.argv[1:]]))
+        if report_file is not None:
+            write_report_file(report, report_file)
         show_report(report, as_json)
 
 

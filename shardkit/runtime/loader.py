@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from os import close
@@ -17,9 +17,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from shardkit.dtypes import DTYPES, torch_name
 from shardkit.errors import ManifestError, first_line
 from shardkit.layout.style import ADD_ONCE, EXPERT
-from shardkit.planning import Rank
+from shardkit.planning import Placement, Rank
+from shardkit.recipe.formats import QuantizedWeight
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
-from shardkit.runtime.conversion import find_conversions, loaded_shapes
+from shardkit.runtime.conversion import Conversion, find_conversions, loaded_shapes
 from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.distributed.input_check import coordinate_calls
@@ -170,6 +171,27 @@ def load_signature(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]
     }
 
 
+@dataclass(frozen=True, slots=True)
+class RankParts:
+    """What a rank's model is filled from.
+
+    Attributes:
+        conversions: How tensors on disk become tensors of the model.
+        placements: Of each of the model's tensors that the shards make, what it is made of.
+        missing: The model's tensors that no shard makes.
+        weights_by_part: For each stored tensor of a quantized weight, the weight.
+        stored_names: The tensors of the rank's file that the model is made of.
+        count_lengths: How much of each section of a tensor on disk the rank has.
+    """
+
+    conversions: list[Conversion]
+    placements: dict[str, Placement]
+    missing: set[str]
+    weights_by_part: dict[str, QuantizedWeight]
+    stored_names: set[str]
+    count_lengths: Callable[[str], Sequence[int]]
+
+
 def load_into(
     model: PreTrainedModel,
     shard: RankShard,
@@ -178,10 +200,19 @@ def load_into(
     dequantize: Dequantize,
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
-    manifest, plan, rank = shard.manifest, shard.manifest.plan, shard.rank
-    weights = manifest.weights
-    shapes = loaded_shapes(weights)
-    conversions = find_conversions(model, shapes, plan.wrapper_prefix)
+    parts, dtype = prepare_rank(model, shard, group), model.config.dtype
+    read = read_tensors(shard.folder, shard.manifest, shard.rank, parts.stored_names, verify)
+    stored = ((name, tensor.to(group.device)) for name, tensor in read)
+    tensors = pack_weights(stored, parts.weights_by_part, dtype)
+    is_packed = dequantize == "forward"
+    fill_parameters(model, tensors, parts.conversions, dtype, parts.count_lengths, is_packed)
+    finish_rank(model, shard, parts, group.device)
+
+
+def prepare_rank(model: PreTrainedModel, shard: RankShard, group: TensorParallelGroup) -> RankParts:
+    """Make the whole model, on the meta device, the one that this rank's tensors fit into."""
+    weights, plan, rank = shard.manifest.weights, shard.manifest.plan, shard.rank
+    conversions = find_conversions(model, loaded_shapes(weights), plan.wrapper_prefix)
     matched = match_conversions(model, weights, conversions)
     placements = {name: weights[conversion.sources[0][0]] for name, conversion in matched.items()}
     missing = model.state_dict().keys() - placements.keys()
@@ -197,24 +228,32 @@ def load_into(
         if weight.name in names
         for _, part in weight.operands
     }
-    read = read_tensors(shard.folder, manifest, rank, names | by_part.keys(), verify)
-    stored = ((name, tensor.to(group.device)) for name, tensor in read)
-    tensors = pack_weights(stored, by_part, model.config.dtype)
 
     def count_lengths(name: str) -> Sequence[int]:
         placement = weights[name]
         return () if placement.style is EXPERT else placement.section_lengths(rank)
 
-    dtype, is_packed = model.config.dtype, dequantize == "forward"
-    fill_parameters(model, tensors, conversions, dtype, count_lengths, is_packed)
-    if not rank.is_first:
-        zero_tensors(model, [name for name, p in placements.items() if p.style is ADD_ONCE])
-    tie_and_initialize(model, missing, group.device)
-    keep_local_units(model, plan, placements, rank)
+    stored = names | by_part.keys()
+    return RankParts(conversions, placements, missing, by_part, stored, count_lengths)
+
+
+def finish_rank(
+    model: PreTrainedModel, shard: RankShard, parts: RankParts, device: torch.device
+) -> None:
+    """Once the model is filled: make what no shard stores, and keep what is this rank's."""
+    if not shard.rank.is_first:
+        zero_tensors(model, list_added_once(parts))
+    tie_and_initialize(model, parts.missing, device)
+    keep_local_units(model, shard.manifest.plan, parts.placements, shard.rank)
     for module in model.modules():
         finish_layer(module)
     if model.can_generate() and shard.configs.generation is not None:
         model.generation_config = GenerationConfig.from_dict(shard.configs.generation)
+
+
+def list_added_once(parts: RankParts) -> list[str]:
+    """The model's tensors that only rank 0 adds; they are zero on the others."""
+    return [name for name, p in parts.placements.items() if p.style is ADD_ONCE]
 
 
 def resolve_model_class(config: PreTrainedConfig) -> Any:

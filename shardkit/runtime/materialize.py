@@ -132,20 +132,20 @@ def tie_and_initialize(model: PreTrainedModel, missing: set[str], device: torch.
     """
     untied = set(missing)
     model.tie_weights(missing_keys=untied, recompute_mapping=False)
-    untied = {name for name in untied if _is_meta(model, name)}
+    untied = {name for name in untied if _is_empty(model.get_parameter_or_buffer(name))}
     computed = model._keys_to_ignore_on_load_missing or []
     for name in sorted(untied):
         if not any(re.search(pattern, name) for pattern in computed):
             raise ManifestError(f"{name}: {type(model).__name__} needs it, and no shard holds it")
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    nbytes = sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == "meta")
+    nbytes = sum(tensor.nbytes for _, tensor in tensors if _is_empty(tensor))
     if nbytes > MAX_COMPUTED:
         raise ManifestError(
             f"config.json: {type(model).__name__} would compute tables of {nbytes} bytes for"
             f" itself, more than the {MAX_COMPUTED} allowed"
         )
     for name, tensor in tensors:
-        if tensor.device.type == "meta":
+        if _is_empty(tensor):
             _allocate(model, name, tensor, device)
         else:
             tensor._is_hf_initialized = True
@@ -165,5 +165,6 @@ def _allocate(
         owner._parameters[leaf] = nn.Parameter(memory, requires_grad=False)
 
 
-def _is_meta(model: PreTrainedModel, name: str) -> bool:
-    return bool(model.get_parameter_or_buffer(name).device.type == "meta")
+def _is_empty(tensor: torch.Tensor) -> bool:
+    """Whether nothing was set: what is set is marked, and may be to come on the meta device."""
+    return tensor.device.type == "meta" and not getattr(tensor, "_is_hf_initialized", False)

@@ -38,7 +38,7 @@ def read_tensors(
     with RankReader(folder, manifest, rank, verify) as reader:
         for spec in reader.specs:
             if spec.name in names:
-                tensor, view = _allocate_tensor(spec)
+                tensor, view = allocate_tensor(spec)
                 reader.read(spec, split_blocks(view))
                 yield spec.name, tensor
             elif verify:
@@ -46,7 +46,7 @@ def read_tensors(
         reader.finish()
 
 
-def _allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
+def allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks."""
     dtype = find_torch_dtype(spec.dtype)
     if dtype is None:

@@ -6,7 +6,7 @@ import torch
 
 from shardkit.layout import Span
 from shardkit.layout.style import COLUMN, EXPERT, PADDED, REPLICATE
-from shardkit.planning import Placement, Rank
+from shardkit.planning import Mesh, Placement, Rank
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
@@ -33,13 +33,32 @@ def describe_divergence(
     shapes = loaded_shapes(manifest.weights)
     conversions = find_conversions(unsharded.model, shapes, manifest.plan.wrapper_prefix)
     placements = placements_by_parameter(unsharded.model, manifest.weights, conversions)
+    return find_divergence(placements, manifest.mesh, expected, rounded, ranks)
+
+
+def find_divergence(
+    placements: Mapping[str, Placement],
+    mesh: Mesh,
+    expected: Tensors,
+    rounded: Tensors,
+    ranks: Sequence[Tensors],
+) -> str:
+    """One line that names the first module whose output is too far off on a rank.
+
+    Args:
+        placements: Of each of the model's tensors, what it is made of.
+        mesh: The ranks.
+        expected: What modules output in the reference, by name, in the order they ran.
+        rounded: What they output in the unsharded model.
+        ranks: What they output on each rank.
+    """
     for name in expected:
         for tp_rank, outputs in enumerate(ranks):
             if name not in outputs or name not in rounded:
                 continue
             if not outputs[name].is_floating_point():
                 continue  # the numbers of experts, which follow from scores
-            spans = _output_spans(placements.get(f"{name}.weight"), manifest.mesh.rank(tp_rank))
+            spans = _output_spans(placements.get(f"{name}.weight"), mesh.rank(tp_rank))
             parts = [_select_part(t[name], outputs[name], spans) for t in (rounded, expected)]
             if parts[0] is None or parts[1] is None or _is_partial(name, placements):
                 continue

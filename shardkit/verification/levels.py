@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.checkpoint.pickled.convert import open_source
@@ -17,13 +17,21 @@ from shardkit.errors import (
     ManifestError,
     RanksLost,
     ShardkitError,
-    UsageError,
 )
 from shardkit.files import ProgressCallback, track_progress
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from shardkit.verification.evidence import describe_split, list_versions
 from shardkit.verification.files import check_files
+from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Report
+from shardkit.verification.request import (
+    Level,
+    Request,
+    check_numerics_options,
+    choose_level,
+    name_dtype,
+)
 from shardkit.verification.scope import Scope
 from shardkit.verification.weights import check_weights
 
@@ -32,9 +40,6 @@ if TYPE_CHECKING:
 
     from shardkit.runtime.engine.controller import TorchrunRanks
 
-Level = Literal["files", "weights", "numerics"]
-LEVELS: tuple[Level, ...] = get_args(Level)
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 NO_SOURCE = "only a comparison with the source shows that: name it with --against"
 BAD_FILES = "the files are not what the split wrote"
 
@@ -51,12 +56,11 @@ def verify(
     allow_pickle: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
+    numerics: NumericsOptions = DEFAULT_NUMERICS,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     progress: ProgressCallback | None = None,
 ) -> Report | None:
     """Verify a shard folder, and report what is wrong.
-
-    Ranks are started on this host; under torchrun its ranks are used, and every rank calls this.
 
     Args:
         shards: The shard folder.
@@ -69,26 +73,27 @@ def verify(
         allow_pickle: Convert a source's pickled weights, in a sandboxed subprocess.
         dtype: What to compute in, such as "bfloat16" (default: the checkpoint's own dtype).
         device: "cpu" or "cuda" (default: cuda if available).
+        numerics: How the last level is run: which ranks, in how much memory, on which blocks.
         timeouts: How long to wait for ranks.
         progress: Called with the bytes read so far and in all.
 
     Returns:
-        The report; None on every rank of torchrun but rank 0.
+        The report. Under torchrun its ranks are used: every one calls this, and rank 0 gets it.
 
     Raises:
         ShardkitError: A UsageError, LayoutError, CheckpointError or RanksError.
     """
     scope, name = Scope(rank, subset, quick), None if source is None else str(source)
-    request = _Request(
+    request = Request(
         Path(shards), name, choose_level(scope, level), scope, revision, allow_pickle,
-        _dtype_name(dtype), device, timeouts,
+        name_dtype(dtype), device, check_numerics_options(numerics), timeouts,
     )  # fmt: skip
     return _run_request(request, progress)
 
 
-def _run_request(request: _Request, progress: ProgressCallback | None) -> Report | None:
+def _run_request(request: Request, progress: ProgressCallback | None) -> Report | None:
     """Run the levels on torchrun's rank 0, or here; the other ranks follow it."""
-    is_torchrun = "WORLD_SIZE" in os.environ
+    is_torchrun, is_real = "WORLD_SIZE" in os.environ, _choose_real_ranks(request)
     ranks = _connect(request) if is_torchrun and request.runs_numerics else None
     if is_torchrun and os.environ.get("RANK", "0") != "0":
         if ranks is not None:
@@ -97,59 +102,26 @@ def _run_request(request: _Request, progress: ProgressCallback | None) -> Report
     try:
         with _open_source(request) as checkpoint:
             advance = track_progress(_count_bytes(request), progress)
-            run = _Run(request, checkpoint, ranks, advance)
+            run = _Run(request, checkpoint, is_real, ranks, advance)
             if checkpoint is not None:
                 checkpoint.check_download(advance)
-            return Report(str(request.folder), tuple(run.checks()))
+            checks = tuple(run.checks())
+            return Report(str(request.folder), checks, _describe_split(request), list_versions())
     finally:
         if ranks is not None:
             ranks.close()
 
 
-def choose_level(scope: Scope, level: Level | None) -> Level:
-    """The deepest level that a scope allows, unless one is given. Raises UsageError."""
-    if scope.subset and (scope.quick or scope.rank is not None):
-        raise UsageError(
-            "--subset selects whose data is read: it cannot be combined with --quick or --rank"
-        )
-    deepest: Level = "files" if scope.quick else "numerics" if scope.is_everything else "weights"
-    if level is None:
-        return deepest
-    if level not in LEVELS:
-        raise UsageError(f"level {level!r}: it must be one of {', '.join(LEVELS)}")
-    if LEVELS.index(level) > LEVELS.index(deepest):
-        raise UsageError(
-            f"--level {level} needs more data than --quick, --rank or --subset leave to be read"
-        )
-    return level
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What to verify, against what, how deep, and how to run it."""
-
-    folder: Path
-    source: str | None
-    level: Level
-    scope: Scope
-    revision: str | None
-    allow_pickle: bool
-    dtype: str | None
-    device: str | None
-    timeouts: Timeouts
-
-    @property
-    def runs_numerics(self) -> bool:
-        """Whether the model will be run."""
-        return self.level == "numerics" and self.source is not None
-
-
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A verification with its source open, and torchrun's ranks if there are any."""
+    """A verification with its source open, and torchrun's ranks if there are any.
 
-    request: _Request
+    `is_real` tells whether ranks are processes, or take turns.
+    """
+
+    request: Request
     source: Checkpoint | None
+    is_real: bool
     ranks: TorchrunRanks | None
     advance: Callable[[int], object]
 
@@ -178,23 +150,20 @@ class _Run:
     def _check_numerics(self) -> Check:
         if self.source is None:
             return Check("numerics", "not run", NO_SOURCE)
-        from shardkit.runtime.engine.controller import RankController
         from shardkit.runtime.engine.rank_processes import RankProcesses
-        from shardkit.verification.models import ShardedModel
-        from shardkit.verification.numerics import check_numerics
+        from shardkit.verification.block_check import check_blocks
+        from shardkit.verification.rank_choice import check_on_ranks
 
         request, source = self.request, self.source
-        manifest = read_manifest(request.folder)
-
-        def check(ranks: RankController) -> Check:
-            model, dtype = ShardedModel(ranks), _to_torch(request.dtype)
-            return check_numerics(request.folder, manifest, source.folder, model, dtype)
-
+        manifest, dtype = read_manifest(request.folder), _to_torch(request.dtype)
+        split = request.folder, manifest, source.folder, dtype
         try:
+            if not self.is_real:
+                return check_blocks(*split, request.numerics)
             if self.ranks is not None:
-                return check(self.ranks)
+                return check_on_ranks(*split, self.ranks, request.numerics)
             with RankProcesses(manifest.tp_size, request.device, request.timeouts) as ranks:
-                return check(ranks)
+                return check_on_ranks(*split, ranks, request.numerics)
         except RanksLost:
             raise
         except CheckpointError as error:
@@ -203,8 +172,28 @@ class _Run:
             return Check("numerics", "failed", "the shards do not run", (str(error),))
 
 
+def _choose_real_ranks(request: Request) -> bool:
+    """Whether ranks will be processes. Raises UsageError if what is chosen has not the memory."""
+    if not request.runs_numerics:
+        return True
+    from shardkit.verification.rank_choice import choose_real_ranks
+
+    try:
+        manifest = read_manifest(request.folder)
+        return choose_real_ranks(manifest, request.numerics, request.dtype, request.device)
+    except (ManifestError, LayoutError):
+        return True  # of which the level files will say more
+
+
+def _describe_split(request: Request) -> Mapping[str, object]:
+    try:
+        return describe_split(read_manifest(request.folder))
+    except (ManifestError, LayoutError):
+        return {}
+
+
 @contextmanager
-def _open_source(request: _Request) -> Iterator[Checkpoint | None]:
+def _open_source(request: Request) -> Iterator[Checkpoint | None]:
     """The source, if there is one and a level needs it. Raises CheckpointError."""
     if request.source is None or request.level == "files":
         yield None
@@ -214,14 +203,14 @@ def _open_source(request: _Request) -> Iterator[Checkpoint | None]:
         yield checkpoint
 
 
-def _connect(request: _Request) -> TorchrunRanks:
+def _connect(request: Request) -> TorchrunRanks:
     from shardkit.runtime.distributed.group import connect
     from shardkit.runtime.engine.controller import TorchrunRanks
 
     return TorchrunRanks(connect(request.device, request.timeouts))
 
 
-def _count_bytes(request: _Request) -> int:
+def _count_bytes(request: Request) -> int:
     """How many bytes will be read, as far as the manifest says; 0 if it cannot be read."""
     try:
         manifest = read_manifest(request.folder)
@@ -233,16 +222,6 @@ def _count_bytes(request: _Request) -> int:
         return total
     source_bytes = sum(placement.spec.nbytes for placement in manifest.plan.placements)
     return total * 2 + (0 if Path(request.source).is_dir() else source_bytes)
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """The name of a dtype that models compute in. Raises UsageError for any other."""
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r}: it must be one of {', '.join(DTYPES)}")
-    return name
 
 
 def _to_torch(name: str | None) -> torch.dtype | None:

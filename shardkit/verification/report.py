@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from math import isfinite
+from typing import Any, Literal
 
+SCHEMA = 1  # of the JSON: raised when a field changes its meaning or goes; new fields may come
 Verdict = Literal["passed", "failed", "not run"]
 
 
@@ -35,10 +37,16 @@ class Report:
     Attributes:
         folder: The shard folder.
         checks: The levels that were asked for, in order.
+        split: The split, its digests and layout, as JSON values; empty if there is no manifest.
+        versions: With what it was run, by name.
+        command: The command line, if there was one.
     """
 
     folder: str
     checks: tuple[Check, ...]
+    split: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def passed(self) -> bool:
@@ -49,7 +57,22 @@ class Report:
     def to_json(self) -> dict[str, object]:
         """The report as JSON values."""
         return {
+            "schema": SCHEMA,
             "folder": self.folder,
             "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
+            "checks": [replace_infinite(asdict(check)) for check in self.checks],
+            "split": dict(self.split),
+            "versions": dict(self.versions),
+            "command": self.command,
         }
+
+
+def replace_infinite(value: Any) -> Any:
+    """A JSON value with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: replace_infinite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_infinite(item) for item in value]
+    return value

@@ -72,12 +72,17 @@ def compare_outputs(
             size mean nothing.
         rounding: Neither do errors below this share of the reference's size.
     """
-    error, size = measure_error(unsharded, reference), _measure_size(reference)
+    error, size = measure_error(unsharded, reference), measure_size(reference)
+    allowed = allow_error(error, size, dtype, rounding)
+    return Comparison(measure_error(sharded, reference), error, allowed)
+
+
+def allow_error(error: Error, size: Error, dtype: torch.dtype, rounding: float = 0.0) -> Error:
+    """The error that is allowed where the unsharded model has this one, of values of this size."""
     floor = max(0.5 * torch.finfo(dtype).eps, rounding)
-    allowed = Error(
+    return Error(
         FACTOR * max(error.max, floor * size.max), FACTOR * max(error.rms, floor * size.rms)
     )
-    return Comparison(measure_error(sharded, reference), error, allowed)
 
 
 def worst_output(
@@ -93,7 +98,7 @@ def worst_output(
     """
     rounding = max(
         (
-            measure_error(unsharded[name], values).max / (_measure_size(values).max or 1.0)
+            measure_error(unsharded[name], values).max / (measure_size(values).max or 1.0)
             for name, values in reference.items()
             if values.numel() >= FEW_VALUES
         ),
@@ -125,5 +130,6 @@ def top1_agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((logits.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
-def _measure_size(values: torch.Tensor) -> Error:
+def measure_size(values: torch.Tensor) -> Error:
+    """The largest and the root-mean-square value."""
     return measure_error(values, torch.zeros_like(values))

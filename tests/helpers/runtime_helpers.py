@@ -27,7 +27,8 @@ def cut(
     """Split a checkpoint folder, by its own recipe unless another is given."""
     with open_checkpoint(str(source)) as checkpoint:
         recipe = recipe or find_recipe(checkpoint.config)
-        plan = make_plan(checkpoint.specs(), recipe, checkpoint.config, tp_size, expert_parallel)
+        specs, config = checkpoint.specs(), checkpoint.config
+        plan = make_plan(specs, recipe, config, tp_size, expert_parallel)
         return split_checkpoint(checkpoint, plan, recipe, shard_destination(out))
 
 

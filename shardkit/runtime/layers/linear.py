@@ -65,7 +65,7 @@ class RowParallelSubclass(nn.Linear):
         bias = self._parameters.get("bias")
         if bias is not None:
             self._parameters["bias"] = None
-            self.summed_bias = bias.detach()
+            self._buffers["summed_bias"] = bias
 
 
 def make_row_parallel(

@@ -1,0 +1,228 @@
+"""Level 3 block by block, in bounded memory: every block on the inputs that the reference has.
+
+The reference is the unsharded model in float64. A 16-bit model is compared in float32, too: a
+mixture in 16 bits may route a token elsewhere by its own rounding, and then what is allowed there
+is large; in float32 routes do not flip, and a wrong layout shows.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.dtypes import torch_name
+from shardkit.errors import CheckpointError
+from shardkit.layout.style import PADDED
+from shardkit.planning import Placement
+from shardkit.runtime.conversion import find_conversions, loaded_shapes
+from shardkit.runtime.materialize import placements_by_parameter
+from shardkit.runtime.model_runner import Tensors
+from shardkit.shards import Manifest
+from shardkit.verification.block_record import (
+    BlockComparison,
+    BlockRecord,
+    list_errors_by_block,
+)
+from shardkit.verification.block_runs import Action, TurnRanks, UnshardedModels
+from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
+from shardkit.verification.divergence import NO_MODULE, find_divergence
+from shardkit.verification.dummy_inputs import count_steps
+from shardkit.verification.numerics_options import DEFAULT_NUMERICS, BlockProgress, NumericsOptions
+from shardkit.verification.report import Check, Verdict
+from shardkit.verification.sampling import choose_skips
+from shardkit.verification.streamed_weights import ByteCounts
+
+REFERENCE = torch.float64
+PROVEN_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def check_blocks(
+    folder: Path,
+    manifest: Manifest,
+    source: Path,
+    dtype: torch.dtype | None = None,
+    options: NumericsOptions = DEFAULT_NUMERICS,
+) -> Check:
+    """Run the shards and the unsharded model, block by block, on the same inputs.
+
+    Args:
+        folder: The shard folder.
+        manifest: Its manifest.
+        source: The folder of the unsharded checkpoint.
+        dtype: What to compute in; None means the checkpoint's own dtype.
+        options: Which blocks the ranks run, and what shows progress.
+
+    Raises:
+        RanksError: The shards cannot run.
+        CheckpointError: The source cannot run.
+    """
+    counts, pace = ByteCounts(), _Pace(options.progress)
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(TurnRanks(folder, manifest, dtype, counts, pace.advance))]
+        own = ranks[0].dtype
+        if (wider := PROVEN_IN.get(own)) is not None:
+            ranks.insert(
+                0, stack.enter_context(TurnRanks(folder, manifest, wider, counts, pace.advance))
+            )
+        checkpoint = stack.enter_context(Checkpoint(source))
+        dtypes = [REFERENCE, *(each.dtype for each in ranks)]
+        unsharded = UnshardedModels(checkpoint, dtypes, counts, pace.advance)
+        return _BlockCheck(manifest, unsharded, ranks, own, counts, options, pace).run()
+
+
+@dataclass
+class _Pace:
+    """How many calls of blocks are done, of all models that run together."""
+
+    progress: BlockProgress
+    total: int = 0
+    done: int = 0
+
+    def advance(self) -> None:
+        self.done += 1
+        self.progress(self.done, max(self.total, self.done))
+
+
+@dataclass
+class _BlockCheck:
+    """The models of one check, and the numbers so far."""
+
+    manifest: Manifest
+    unsharded: UnshardedModels
+    ranks: Sequence[TurnRanks]
+    own: torch.dtype
+    counts: ByteCounts
+    options: NumericsOptions
+    pace: _Pace
+    numbers: dict[str, object] = field(default_factory=dict)
+    skips: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        whole, weights = self.ranks[0].whole, self.manifest.weights
+        shapes, prefix = loaded_shapes(weights), self.manifest.plan.wrapper_prefix
+        conversions = find_conversions(whole, shapes, prefix)
+        self._placements = placements_by_parameter(whole, weights, conversions)
+        self._padded = list_padded(self._placements)
+
+    def run(self) -> Check:
+        inputs = self.unsharded.make_inputs()
+        reference, calls = self.unsharded.reference, len(self.unsharded.blocks) + 1
+        steps = count_steps(reference, inputs) if reference.can_generate() else 0
+        runs = 1 + min(steps, CACHED_STEPS + 1)
+        self.pace.total = runs * calls * (1 + len(self.ranks))
+        forward = self._compare(lambda runner: runner.forward(inputs))
+        records, faults = [forward], self._describe_faults(forward, inputs)
+        if not faults and steps:
+            action = make_cached_action(inputs, steps)
+            try:
+                records.append(self._compare(action))
+                faults = self._describe_faults(records[1], inputs, action)
+                self.numbers["cached_steps"] = "differ" if faults else "equal"
+            except CheckpointError as error:  # a class that cannot generate what it says it can
+                self.numbers["cached_steps"] = f"none unsharded: {error}"
+        verdict: Verdict = "failed" if faults else "passed"
+        return Check("numerics", verdict, self._summarize(records), (*faults,), self.numbers)
+
+    def _compare(self, action: Action) -> BlockRecord:
+        record = BlockRecord(self.own, skipped=self._padded)
+        self.unsharded.run(action, record)
+        blocks = self.unsharded.blocks
+        self.skips = choose_skips(
+            self.unsharded.reference, blocks, self.unsharded.plain_blocks, self.options
+        )
+        for ranks in self.ranks:
+            ranks.run(action, record, blocks, skips=self.skips)
+        return record
+
+    def _describe_faults(
+        self, record: BlockRecord, inputs: Tensors, action: Action | None = None
+    ) -> list[str]:
+        """The first block that is too far off, and what in it is to blame."""
+        fault = record.find_first_fault()
+        if fault is None:
+            return []
+        cached = action is not None
+        text = f"{'cached decoding, ' if cached else ''}{describe_block_fault(fault)}"
+        return [text, self._blame(fault, action or (lambda runner: runner.forward(inputs)))]
+
+    def _blame(self, fault: BlockComparison, action: Action) -> str:
+        """Run once more, to compare the modules inside of the block."""
+        block = fault.call.block
+        names = [n for n, _ in self.unsharded.reference.named_modules() if n]
+        traced = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
+        record = BlockRecord(self.own, skipped=self._padded)
+        models = self.unsharded.run(action, record, traced)
+        ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
+        parts = ranks.run(action, record, self.unsharded.blocks, traced)
+        rounded = models[self.unsharded.dtypes.index(fault.dtype, 1)]
+        cause = find_divergence(self._placements, self.manifest.mesh, models[0], rounded, parts)
+        if cause != NO_MODULE:
+            return cause
+        return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {NO_MODULE}"
+
+    def _summarize(self, records: Sequence[BlockRecord]) -> str:
+        """The worst block of each dtype in one line; the numbers have the own dtype's."""
+        texts = []
+        for dtype in dict.fromkeys(each.dtype for each in self.ranks):
+            worst = max(
+                filter(None, (record.find_worst(dtype) for record in records)),
+                key=lambda each: each.result.excess,
+                default=None,
+            )
+            if worst is None:
+                continue
+            result = worst.result
+            self.numbers |= {
+                "dtype": torch_name(dtype),
+                "block": str(worst.call),
+                "error": asdict(result.sharded),
+                "unsharded_error": asdict(result.unsharded),
+                "allowed": asdict(result.allowed),
+            }
+            texts.append(
+                f"{torch_name(dtype)} error {result.sharded.max:.2g} of {result.allowed.max:.2g}"
+                f" allowed in {worst.call}"
+            )
+        self.numbers |= {
+            "ranks": "turns",
+            "reference_dtype": torch_name(REFERENCE),
+            "block_count": len(self.unsharded.blocks),
+            "by_block": {
+                torch_name(each.dtype): list_errors_by_block(records, each.dtype)
+                for each in self.ranks
+            },
+            "bytes_read": self.counts.read,
+            "peak_weight_bytes": self.counts.peak,
+        }
+        steps = self.numbers.get("cached_steps")
+        return f"{self._count_blocks()}, ranks in turns: {'; '.join(texts)}" + (
+            f"; cached steps are {steps}" if steps in ("equal", "differ") else ""
+        )
+
+    def _count_blocks(self) -> str:
+        """How many blocks were compared; of a sample, that it is one."""
+        every, seed = len(self.unsharded.blocks), self.options.seed
+        if self.options.sample is None:
+            return f"{every} blocks"
+        compared = every - len(self.skips)
+        self.numbers["sample"] = {"blocks": compared, "of": every, "seed": seed}
+        return f"a sample of {compared} of {every} blocks, by seed {seed}"
+
+
+def list_padded(placements: Mapping[str, Placement]) -> frozenset[str]:
+    """The modules whose outputs have zeros where other ranks' features are."""
+    names = (name for name, p in placements.items() if p.style is PADDED)
+    return frozenset(name.removesuffix(".weight") for name in names)
+
+
+def describe_block_fault(fault: BlockComparison) -> str:
+    """How far a block is off, in one line."""
+    result = fault.result
+    return (
+        f"{fault.call}, on rank {fault.tp_rank} in {torch_name(fault.dtype)}: error"
+        f" {result.sharded.max:.3g} (rms {result.sharded.rms:.3g}), but the unsharded block's"
+        f" rounding allows {result.allowed.max:.3g} (rms {result.allowed.rms:.3g})"
+    )

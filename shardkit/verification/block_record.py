@@ -1,0 +1,156 @@
+"""What the unsharded model computes block by block, and how far others are from it: no I/O.
+
+Every model gets the same inputs in every block: what a block outputs is replaced by what the
+reference outputs. So errors do not compound, and each block is compared by itself. The first
+output, the hidden states, is rounded to the narrowest dtype that is tested, in the reference, too.
+Others may be states of which a rank has its own part: the reference keeps them as they are.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardkit.verification.blocks import BlockCall
+from shardkit.verification.tolerance import (
+    FEW_VALUES,
+    Comparison,
+    Error,
+    allow_error,
+    measure_error,
+    measure_size,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockComparison:
+    """One output of one block on one rank, in one dtype."""
+
+    call: BlockCall
+    tp_rank: int
+    dtype: torch.dtype
+    result: Comparison
+
+
+@dataclass
+class BlockRecord:
+    """One run of the unsharded models, and what was compared with it.
+
+    Attributes:
+        narrowest: The dtype that hidden states are rounded to.
+        expected: The reference's outputs of each call, in the order of the calls.
+        rounding: The unsharded model's errors in each dtype, by call.
+        comparisons: The sharded model's.
+        skipped: Blocks whose outputs are neither compared nor replaced.
+    """
+
+    narrowest: torch.dtype
+    expected: dict[BlockCall, list[torch.Tensor]] = field(default_factory=dict)
+    rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
+    comparisons: list[BlockComparison] = field(default_factory=list)
+    skipped: Collection[str] = ()
+
+    def keep_expected(
+        self, call: BlockCall, outputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Note the reference's outputs; what replaces them are they, rounded."""
+        self.expected[call] = [output.detach().clone() for output in outputs]
+        return self.replace_outputs(call, outputs)
+
+    def measure_rounding(
+        self, dtype: torch.dtype, call: BlockCall, outputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Note how far the unsharded model is in a dtype; returns what replaces its outputs."""
+        errors = [
+            measure_error(output, expected) if output.shape == expected.shape else Error(0.0, 0.0)
+            for output, expected in zip(outputs, self.expected.get(call, ()), strict=False)
+        ]
+        self.rounding.setdefault(dtype, {})[call] = errors
+        return self.replace_outputs(call, outputs)
+
+    def compare_rank(
+        self, dtype: torch.dtype, tp_rank: int, call: BlockCall, outputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Compare a rank's outputs; returns what replaces them. Rank-local ones are left."""
+        if call.block in self.skipped:
+            return [None] * len(outputs)
+        errors = self.rounding[dtype].get(call, [])
+        typical = self.find_typical_rounding(dtype)
+        for output, expected, error in zip(
+            outputs, self.expected.get(call, ()), errors, strict=False
+        ):
+            if output.shape != expected.shape:
+                continue
+            rounding = typical if output.numel() < FEW_VALUES else 0.0
+            allowed = allow_error(error, measure_size(expected), dtype, rounding)
+            result = Comparison(measure_error(output, expected), error, allowed)
+            self.comparisons.append(BlockComparison(call, tp_rank, dtype, result))
+        return self.replace_outputs(call, outputs)
+
+    def find_typical_rounding(self, dtype: torch.dtype) -> float:
+        """The largest error of an output of many values, as a share of its size."""
+        if dtype not in self._typical:
+            shares = [
+                error.max / (measure_size(expected).max or 1.0)
+                for call, errors in self.rounding[dtype].items()
+                for error, expected in zip(errors, self.expected[call], strict=False)
+                if expected.numel() >= FEW_VALUES
+            ]
+            self._typical[dtype] = max(shares, default=0.0)
+        return self._typical[dtype]
+
+    def find_first_fault(self) -> BlockComparison | None:
+        """The first block, in the order they run, that is too far off; of those, the worst rank."""
+        order = {call: at for at, call in enumerate(self.expected)}
+        faults = [each for each in self.comparisons if not each.result.ok]
+        return min(faults, key=lambda f: (order[f.call], -f.result.excess), default=None)
+
+    def find_worst(self, dtype: torch.dtype) -> BlockComparison | None:
+        """The comparison in a dtype that is nearest to what is allowed, or farthest beyond."""
+        every = [each for each in self.comparisons if each.dtype is dtype]
+        return max(every, key=lambda each: each.result.excess, default=None)
+
+    def __post_init__(self) -> None:
+        self._typical: dict[torch.dtype, float] = {}
+
+    def replace_outputs(
+        self, call: BlockCall, outputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """The reference's outputs, rounded, in the dtype of these; None where shapes differ."""
+        expected = self.expected.get(call, [])
+        if len(expected) != len(outputs):
+            return [None] * len(outputs)
+        dtypes = [self.narrowest, *(output.dtype for output in outputs[1:])]
+        return [
+            round_values(value, dtype).to(output.dtype) if value.shape == output.shape else None
+            for value, output, dtype in zip(expected, outputs, dtypes, strict=True)
+        ]
+
+
+def round_values(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values as a dtype can hold them, the finite ones finite."""
+    limits = torch.finfo(dtype)
+    bounded = values.clamp(limits.min, limits.max).where(values.isfinite(), values)
+    return bounded.to(dtype)
+
+
+def list_errors_by_block(
+    records: Iterable[BlockRecord], dtype: torch.dtype
+) -> list[dict[str, object]]:
+    """Of each block, in the order they run, the worst error of any rank, call and output.
+
+    `error` and `allowed` are shares of the largest value that the reference has there.
+    """
+    worst: dict[str, tuple[float, float, float, int]] = {}
+    for record in records:
+        for each in record.comparisons:
+            if each.dtype is not dtype:
+                continue
+            size = max(measure_size(v).max for v in record.expected[each.call]) or 1.0
+            result, block = each.result, each.call.block or "output"
+            found = result.excess, result.sharded.max / size, result.allowed.max / size
+            worst[block] = max(worst.get(block, (-1.0, 0.0, 0.0, 0)), (*found, each.tp_rank))
+    return [
+        {"block": block, "error": error, "allowed": allowed, "excess": excess, "tp_rank": rank}
+        for block, (excess, error, allowed, rank) in worst.items()
+    ]

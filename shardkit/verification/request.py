@@ -1,0 +1,82 @@
+"""What is to be verified, against what, how deep and how: options as values, checked."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from shardkit.errors import UsageError
+from shardkit.timeouts import Timeouts
+from shardkit.verification.numerics_options import NumericsOptions, RankChoice
+from shardkit.verification.scope import Scope
+
+Level = Literal["files", "weights", "numerics"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to verify, against what, how deep, and how to run it."""
+
+    folder: Path
+    source: str | None
+    level: Level
+    scope: Scope
+    revision: str | None
+    allow_pickle: bool
+    dtype: str | None
+    device: str | None
+    numerics: NumericsOptions
+    timeouts: Timeouts
+
+    @property
+    def runs_numerics(self) -> bool:
+        """Whether the model will be run."""
+        return self.level == "numerics" and self.source is not None
+
+
+def choose_level(scope: Scope, level: Level | None) -> Level:
+    """The deepest level that a scope allows, unless one is given. Raises UsageError."""
+    if scope.subset and (scope.quick or scope.rank is not None):
+        raise UsageError(
+            "--subset selects whose data is read: it cannot be combined with --quick or --rank"
+        )
+    deepest: Level = "files" if scope.quick else "numerics" if scope.is_everything else "weights"
+    if level is None:
+        return deepest
+    if level not in LEVELS:
+        raise UsageError(f"level {level!r}: it must be one of {', '.join(LEVELS)}")
+    if LEVELS.index(level) > LEVELS.index(deepest):
+        raise UsageError(
+            f"--level {level} needs more data than --quick, --rank or --subset leave to be read"
+        )
+    return level
+
+
+def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
+    """The options with the ranks that there will be: torchrun's are real, a sample's take turns.
+
+    Raises UsageError for options that contradict each other.
+    """
+    ranks = options.ranks
+    if ranks not in get_args(RankChoice):
+        raise UsageError(f"ranks {ranks!r}: they must be one of {', '.join(get_args(RankChoice))}")
+    is_torchrun = "WORLD_SIZE" in os.environ
+    if options.sample is not None and (ranks == "real" or is_torchrun):
+        raise UsageError("--sample compares block by block: it needs --ranks turns, no torchrun")
+    if is_torchrun and ranks == "turns":
+        raise UsageError("--ranks turns runs every rank in one process: start it without torchrun")
+    if is_torchrun:
+        return replace(options, ranks="real")
+    return options if options.sample is None else replace(options, ranks="turns")
+
+
+def name_dtype(dtype: object) -> str | None:
+    """The name of a dtype that models compute in. Raises UsageError for any other."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r}: it must be one of {', '.join(DTYPES)}")
+    return name
