@@ -29,9 +29,11 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import CONFIG_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 
 from shardkit.authoring.format_samples import choose_weights
+from shardkit.authoring.model_classes import list_classes
 from shardkit.checkpoint.header import encode_header
 from shardkit.config_fields import AUDIO_MODULES, PROJECTORS, VISION_MODULES
 from shardkit.errors import MODEL_ERRORS, RecipeError
@@ -179,9 +181,12 @@ def store_weight(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
 
 def make_checkpoint(name: str, configs: Path) -> tuple[list[TensorSpec], dict[str, Any]]:
     """The tensors of a name's class in bfloat16, and its config."""
-    stated = read_published_config(name).get("architectures") or ["class for it"]
+    published = read_published_config(name)
+    stated = published.get("architectures") or ["class for it"]
     class_name = CHECKPOINTS.get(name, stated[0])
     model_class = find_model_class(class_name)
+    if model_class is None and published.get("model_type") in CONFIG_MAPPING:
+        model_class = list_classes(published["model_type"])[0]  # its own name is the vendor's
     if model_class is None:
         raise ValueError(f"transformers has no {class_name}")
     config = make_config(name, model_class, configs)

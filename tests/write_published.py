@@ -17,7 +17,8 @@ from shardkit.authoring.served import SERVED, describe_plan, plan_served
 from shardkit.errors import RecipeError, ShardkitError
 from shardkit.planning import Plan, make_plan
 from shardkit.recipe import find_recipe
-from shardkit.tensor import TensorSpec
+from shardkit.recipe.formats import group_checkpoint
+from shardkit.tensor import TensorSpec, TensorTable
 from tests.helpers.published import PUBLISHED, read_published_config, read_published_specs
 
 PROOFS = Path(__file__).resolve().parents[1] / "recipes" / "proofs"
@@ -111,7 +112,8 @@ def _plan_row(name: str) -> list[str]:
         recipe = find_recipe(config)
     except ShardkitError as refusal:
         return [name, names, "", "", "refused", "refused", str(refusal)]
-    cells, notes, formats = [], dict[str, None](), ""
+    schemes = group_checkpoint(TensorTable.of(specs), config).schemes
+    cells, notes = [], dict[str, None]()
     for expert_parallel in (False, True):
         try:
             plan = make_plan(specs, recipe, config, TP_SIZE, expert_parallel)
@@ -121,17 +123,10 @@ def _plan_row(name: str) -> list[str]:
             notes |= {} if is_dense else {str(refusal): None}
             continue
         cells.append(describe_plan(plan))
-        formats = ", ".join(scheme.format.title for scheme in plan.grouping.schemes)
         if not expert_parallel and plan.grouping.schemes:
             notes |= {_describe_blocks(plan): None}
-    return [
-        name,
-        names,
-        f"{len(specs):,}",
-        formats or "16 bits",
-        *cells,
-        "; ".join(filter(None, notes)),
-    ]
+    formats = ", ".join(scheme.format.title for scheme in schemes) or "16 bits"
+    return [name, names, f"{len(specs):,}", formats, *cells, "; ".join(filter(None, notes))]
 
 
 def _describe_blocks(plan: Plan) -> str:

@@ -42,6 +42,8 @@ OPENED = {
     "shardkit/authoring/model_classes.py": "the bundled table of classes, as measured",
     "shardkit/authoring/cross_loading.py": "small models that are measured",
     "shardkit/authoring/forms.py": "a small model that it has made",
+    "shardkit/authoring/expert_faults.py": "a small model that it has made",
+    "shardkit/authoring/served.py": "the stored plans of a checkout",
     "shardkit/authoring/form_check.py": "a small model that forms have made",
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
     "shardkit/cli/recipe_draft.py": "makes the drafted recipe, exclusive",
