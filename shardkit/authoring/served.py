@@ -78,7 +78,8 @@ def render_served(
     yield ""
     yield (
         f"As they are published, or if that is not known as the class's defaults and the published"
-        f" config have them: {planned} of {len(rows)} are planned over 8 and over 16 ranks."
+        f" config have them: {planned} of {len(rows)} are planned over 8 and over 16 ranks, one way"
+        " or the other."
         " *tp*, *ep*: the largest rank's bytes over 8 and 16 ranks, with its ratio to the mean if"
         " that is not 1; with whole experts on each. *Run and verified*: proofs of small models of"
         " the type (split, merged, run, compared), and of small models in its formats."
@@ -106,9 +107,16 @@ def _list_missing(row: Mapping[str, Any]) -> list[str]:
     """What cannot be done with a checkpoint, in words."""
     if row["refusal"]:
         return [row["refusal"]]
-    cells = [row[f"tp{size}"] for size in TP_SIZES]
-    return [cell.removeprefix("refused: ") for cell in cells if cell.startswith("refused")]
+    whole = {size: _is_refused(row[f"ep{size}"]) or row[f"ep{size}"] == DENSE for size in TP_SIZES}
+    cells = [row[f"tp{size}"] for size in TP_SIZES if whole[size]]
+    return list(
+        dict.fromkeys(cell.removeprefix("refused: ") for cell in cells if _is_refused(cell))
+    )
 
 
 def _shorten(cell: str) -> str:
-    return "refused" if cell.startswith("refused") else cell
+    return "refused" if _is_refused(cell) else cell
+
+
+def _is_refused(cell: str) -> bool:
+    return cell.startswith("refused")
