@@ -42,6 +42,8 @@ VISION_MODULES = frozenset(
         "vision_backbone", "vit", "sam_model", "qwen2_model", "image_encoder", "vqmodel",
     )
 )  # fmt: skip
+# Modules of a mixture: its experts, and one of them alone if it is not called by its number.
+EXPERTS_MODULE, EXPERT_PREFIX = "experts", "expert_"
 AUDIO_MODULES = frozenset(("audio_tower", "audio_model", "sound_encoder", "perception"))
 PROJECTORS = frozenset(
     (

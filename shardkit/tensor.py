@@ -73,14 +73,6 @@ def generalize_name(name: str) -> str:
     return NUMBER.sub(".*", f".{name}")[1:]  # to look for dots is twice as fast as to look behind
 
 
-def group_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by their pattern, in order."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(generalize_name(name), []).append(name)
-    return groups
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class AlikeTensors:
     """Tensors of one dtype and shape whose names differ by numbers only.

@@ -32,7 +32,8 @@ OUTPUT_MODULES = (
     "lm_head", "embed_out", "decoder", "output", "output_projection", "lm_loss", "head", "cls",
     "unembed", "proj_out", "logits_dense",
 )  # fmt: skip
-ROUTED_EXPERT = re.compile(r"expert_\d+")  # a module of its own, in the model as on disk
+# A module of its own, in the model as on disk.
+ROUTED_EXPERT = re.compile(rf"{fields.EXPERT_PREFIX}\d+")
 MATRICES_PER_CELL = 2  # of a recurrent cell: one for its input, one for its hidden state
 
 
@@ -158,10 +159,13 @@ def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) ->
     top_k = _read_experts_per_token(config) or 1
     sums: dict[str, int] = {}
     for group in rows:
-        if "experts" in group.path:
+        if fields.EXPERTS_MODULE in group.path:
             sections, is_flat = group.layout.sections, len(group.tensors.shape) == 2
             count = top_k if is_flat and any(s.repeat > 1 for s in sections) else 1
-            stacks = {f".{name}".partition(".experts.")[0] for name in group.tensors.names}
+            stacks = {
+                f".{name}".partition(f".{fields.EXPERTS_MODULE}.")[0]
+                for name in group.tensors.names
+            }
             sums |= dict.fromkeys(stacks, count)
     return sum(sums.values())
 
@@ -200,7 +204,7 @@ def _part_towers(
 
 
 def _list_dense_paths(rows: list[PlacementGroup]) -> list[Path]:
-    dense = (group.tensors.names for group in rows if "experts" not in group.path)
+    dense = (group.tensors.names for group in rows if fields.EXPERTS_MODULE not in group.path)
     return [name.split(".") for names in dense for name in names]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from shardkit.config_fields import EXPERT_PREFIX
 from shardkit.layout import (
     Section,
     Span,
@@ -32,7 +33,7 @@ class Expert:
     @property
     def module_names(self) -> tuple[str, str]:
         """What a module of this expert alone may be called in its stack."""
-        return str(self.number), f"expert_{self.number}"
+        return str(self.number), f"{EXPERT_PREFIX}{self.number}"
 
     def is_on(self, rank: Rank) -> bool:
         """Whether a rank has it, of a mesh in which each has whole experts."""

@@ -72,8 +72,9 @@ class PlacementTable(Sequence[Placement]):
             tensors = group.tensors
             key = (tensors.pattern, tensors.dtype, tensors.shape, group.layout)
             merged.setdefault(key, []).extend(tensors.names)
-        made = _make_groups({key: sorted(n, key=places.__getitem__) for key, n in merged.items()})
-        return tuple(sorted(made, key=lambda group: places[group.tensors.names[0]]))
+        ordered = {key: sorted(n, key=places.__getitem__) for key, n in merged.items()}
+        groups = _make_groups(ordered)
+        return tuple(sorted(groups, key=lambda group: places[group.tensors.names[0]]))
 
     def list_tensors(self) -> TensorTable:
         """The tensors, in their groups."""

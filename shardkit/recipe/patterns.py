@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from shardkit.config_fields import EXPERT_PREFIX
+
 
 def rename_tensor(tensor: str, renames: Mapping[str, str]) -> str:
     """A tensor's name after renaming; numbers stay, in their order.
@@ -59,7 +61,7 @@ def compile_experts_pattern(patterns: Iterable[str]) -> re.Pattern[str]:
     Its group `stack` is the module, and `number` the expert's if each has a module of its own.
     """
     modules = "|".join(map(_translate_pattern, patterns))
-    number = r"(?:\.(?:expert_)?(?P<number>\d{1,9})(?=\.))?"
+    number = rf"(?:\.(?:{EXPERT_PREFIX})?(?P<number>\d{{1,9}})(?=\.))?"
     return re.compile(rf"(?P<stack>(?:.*\.)?(?:{modules})){number}(?:\..*)?")
 
 

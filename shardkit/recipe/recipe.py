@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from shardkit.config_fields import EXPERTS_MODULE
 from shardkit.errors import RecipeError
 from shardkit.layout import Style, Term
 from shardkit.recipe.patterns import (
@@ -19,7 +20,7 @@ from shardkit.recipe.patterns import (
 )
 from shardkit.tensor import AlikeTensors, generalize_name
 
-EXPERTS = ("experts",)  # what nearly every model calls the module
+EXPERTS = (EXPERTS_MODULE,)  # what nearly every model calls the module
 NUMBER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # a part of a name that is one
 STATED_NUMBER = re.compile(r"(?<![^.,{])\d+(?![^.,}])")  # a part of a pattern that is one
 

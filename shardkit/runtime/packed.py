@@ -45,11 +45,11 @@ class PackedTensor(torch.Tensor):
         device: torch.device,
     ) -> "PackedTensor":
         """A tensor without memory of its own, of the shape that the source makes."""
-        made: PackedTensor = torch.Tensor._make_wrapper_subclass(
+        tensor: PackedTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=device
         )
-        made.source = source
-        return made
+        tensor.source = source
+        return tensor
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -100,9 +100,9 @@ class PackedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedTensor":
         """A parameter of its own copies of the stored tensors."""
-        copied: PackedTensor = torch.nn.Parameter(map_stored(self, torch.clone), False)  # type: ignore[assignment]
-        memo[id(self)] = copied
-        return copied
+        clone: PackedTensor = torch.nn.Parameter(map_stored(self, torch.clone), False)  # type: ignore[assignment]
+        memo[id(self)] = clone
+        return clone
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Its shape and dtype; the numbers are not computed to be shown."""
@@ -176,18 +176,20 @@ def map_stored(
 ) -> PackedTensor:
     """A packed tensor, a function applied to each of the tensors in memory that it is made of."""
     source = packed.source
-    made: StoredWeight | Rearrangement
+    mapped: StoredWeight | Rearrangement
     if isinstance(source, StoredWeight):
-        made = source.map(function)
+        mapped = source.map(function)
     else:
         args, kwargs = tree_map_only(
             torch.Tensor,
             lambda t: map_stored(t, function) if isinstance(t, PackedTensor) else function(t),
             (source.args, dict(source.kwargs)),
         )
-        made = Rearrangement(source.function, args, kwargs)
-    device = next(iter_stored(PackedTensor(made, packed.shape, packed.dtype, packed.device))).device
-    return PackedTensor(made, packed.shape, packed.dtype, device)
+        mapped = Rearrangement(source.function, args, kwargs)
+    device = next(
+        iter_stored(PackedTensor(mapped, packed.shape, packed.dtype, packed.device))
+    ).device
+    return PackedTensor(mapped, packed.shape, packed.dtype, device)
 
 
 def _alias(packed: PackedTensor) -> PackedTensor:
@@ -231,10 +233,10 @@ def _write(tensor: torch.Tensor, out: torch.Tensor) -> None:
 def _record_any(function: Any, inner: Any, *dims: int) -> torch.Tensor:
     """Record an operation, or run it if nothing that it takes is packed."""
     is_packed = any(isinstance(each, PackedTensor) for each in tree_iter(inner))
-    made: torch.Tensor = (
+    result: torch.Tensor = (
         record_operation(function, inner, *dims) if is_packed else function(inner, *dims)
     )
-    return made
+    return result
 
 
 def _move(

@@ -143,7 +143,10 @@ class _BlockCheck:
         """The first block that is too far off, and what in it is to blame."""
         fault = record.find_first_fault()
         if fault is None:
-            return []
+            size = self.manifest.tp_size
+            return [
+                line for each in self.ranks for line in record.list_uncompared(each.dtype, size)
+            ]
         cached = action is not None
         text = f"{'cached decoding, ' if cached else ''}{describe_block_fault(fault)}"
         return [text, self._blame(fault, action or (lambda runner: runner.forward(inputs)))]

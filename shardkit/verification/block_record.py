@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardkit.verification.blocks import BlockCall
+from shardkit.verification.blocks import WHOLE, BlockCall
 from shardkit.verification.tolerance import (
     FEW_VALUES,
     Comparison,
@@ -105,6 +105,19 @@ class BlockRecord:
         faults = [each for each in self.comparisons if not each.result.ok]
         return min(faults, key=lambda f: (order[f.call], -f.result.excess), default=None)
 
+    def list_uncompared(self, dtype: torch.dtype, tp_size: int) -> list[str]:
+        """Calls of the model of which a rank had no output to compare, in words.
+
+        Blocks may output a rank's own part, which cannot be compared; a model's outputs are whole.
+        """
+        compared = {(c.call, c.tp_rank) for c in self.comparisons if c.dtype is dtype}
+        return [
+            f"{call}: rank {tp_rank} has no output of the reference's shape to compare"
+            for call, outputs in self.expected.items()
+            for tp_rank in range(tp_size)
+            if call.block == WHOLE and outputs and (call, tp_rank) not in compared
+        ]
+
     def find_worst(self, dtype: torch.dtype) -> BlockComparison | None:
         """The comparison in a dtype that is nearest to what is allowed, or farthest beyond."""
         every = [each for each in self.comparisons if each.dtype is dtype]
@@ -148,8 +161,8 @@ def list_errors_by_block(
                 continue
             size = max(measure_size(v).max for v in record.expected[each.call]) or 1.0
             result, block = each.result, each.call.block or "output"
-            found = result.excess, result.sharded.max / size, result.allowed.max / size
-            worst[block] = max(worst.get(block, (-1.0, 0.0, 0.0, 0)), (*found, each.tp_rank))
+            shares = result.excess, result.sharded.max / size, result.allowed.max / size
+            worst[block] = max(worst.get(block, (-1.0, 0.0, 0.0, 0)), (*shares, each.tp_rank))
     return [
         {"block": block, "error": error, "allowed": allowed, "excess": excess, "tp_rank": rank}
         for block, (excess, error, allowed, rank) in worst.items()

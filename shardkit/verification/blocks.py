@@ -76,12 +76,12 @@ def visit_blocks(model: nn.Module, blocks: Sequence[str], visit: Visitor) -> Ite
 
 
 @contextmanager
-def find_plain_blocks(model: nn.Module, blocks: Sequence[str], found: set[str]) -> Iterator[None]:
+def find_plain_blocks(model: nn.Module, blocks: Sequence[str], plain: set[str]) -> Iterator[None]:
     """In a `with`, collects the blocks that output one tensor."""
 
     def after(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            found.add(name)
+            plain.add(name)
 
     hooks = [model.get_submodule(n).register_forward_hook(partial(after, n)) for n in blocks]
     try:

@@ -1,16 +1,13 @@
 """What a report is about: the split, its digests, what each rank holds, and what computed."""
 
 import platform
-import re
-from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 
 from shardkit import __version__
-from shardkit.planning import Plan
+from shardkit.planning import PlacementGroup, Plan, Rank
 from shardkit.shards import Manifest, hash_manifest
 
 PACKAGES = ("torch", "transformers", "safetensors")
-NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def describe_split(manifest: Manifest) -> dict[str, object]:
@@ -42,34 +39,32 @@ def describe_layout(plan: Plan) -> list[dict[str, object]]:
     Tensors whose names differ in numbers alone are of one kind, in the order of the first.
     """
     ranks = list(plan.mesh.ranks())
-    kinds: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(ranks))
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    whole: dict[tuple[str, str], int] = defaultdict(int)
-    for placement in plan.placements:
-        kind = NUMBERS.sub("*", placement.spec.name), placement.style.name
-        counts[kind] += 1
-        whole[kind] += placement.spec.nbytes
-        for at, rank in enumerate(ranks):
-            part = placement.shard_spec(rank)
-            kinds[kind][at] += part.nbytes if part else 0
+    kinds: dict[tuple[str, str], list[PlacementGroup]] = {}
+    for group in plan.groups:
+        kinds.setdefault((group.tensors.pattern, group.layout.style.name), []).append(group)
     return [
         {
-            "tensors": kind[0],
-            "style": kind[1],
-            "count": counts[kind],
-            "bytes": whole[kind],
-            "bytes_by_rank": nbytes,
+            "tensors": pattern,
+            "style": style,
+            "count": sum(group.count for group in groups),
+            "bytes": sum(group.count * group.first.spec.nbytes for group in groups),
+            "bytes_by_rank": [sum(_count_bytes(group, rank) for group in groups) for rank in ranks],
         }
-        for kind, nbytes in kinds.items()
+        for (pattern, style), groups in kinds.items()
     ]
+
+
+def _count_bytes(group: PlacementGroup, rank: Rank) -> int:
+    part = group.first.shard_spec(rank)
+    return group.count * part.nbytes if part else 0
 
 
 def list_versions() -> dict[str, str]:
     """The versions of what computes, by name."""
-    found = {"shardkit": __version__, "python": platform.python_version()}
+    versions = {"shardkit": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

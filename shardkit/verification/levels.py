@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from shardkit.errors import (
     ShardkitError,
 )
 from shardkit.files import ProgressCallback, track_progress
+from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from shardkit.verification.evidence import describe_split, list_versions
@@ -93,7 +94,8 @@ def verify(
 
 def _run_request(request: Request, progress: ProgressCallback | None) -> Report | None:
     """Run the levels on torchrun's rank 0, or here; the other ranks follow it."""
-    is_torchrun, is_real = "WORLD_SIZE" in os.environ, _choose_real_ranks(request)
+    is_torchrun, manifest = "WORLD_SIZE" in os.environ, _read_manifest(request)
+    is_real = _choose_real_ranks(request, manifest)
     ranks = _connect(request) if is_torchrun and request.runs_numerics else None
     if is_torchrun and os.environ.get("RANK", "0") != "0":
         if ranks is not None:
@@ -101,12 +103,13 @@ def _run_request(request: Request, progress: ProgressCallback | None) -> Report 
         return None
     try:
         with _open_source(request) as checkpoint:
-            advance = track_progress(_count_bytes(request), progress)
+            advance = track_progress(_count_bytes(request, manifest), progress)
             run = _Run(request, checkpoint, is_real, ranks, advance)
             if checkpoint is not None:
                 checkpoint.check_download(advance)
             checks = tuple(run.checks())
-            return Report(str(request.folder), checks, _describe_split(request), list_versions())
+            split = describe_split(manifest) if manifest else {}
+            return Report(str(request.folder), checks, split, list_versions())
     finally:
         if ranks is not None:
             ranks.close()
@@ -172,24 +175,21 @@ class _Run:
             return Check("numerics", "failed", "the shards do not run", (str(error),))
 
 
-def _choose_real_ranks(request: Request) -> bool:
+def _read_manifest(request: Request) -> Manifest | None:
+    """The manifest; None if it cannot be read, of which the level files will say more."""
+    try:
+        return read_manifest(request.folder)
+    except (ManifestError, LayoutError):
+        return None
+
+
+def _choose_real_ranks(request: Request, manifest: Manifest | None) -> bool:
     """Whether ranks will be processes. Raises UsageError if what is chosen has not the memory."""
-    if not request.runs_numerics:
+    if manifest is None or not request.runs_numerics:
         return True
     from shardkit.verification.rank_choice import choose_real_ranks
 
-    try:
-        manifest = read_manifest(request.folder)
-        return choose_real_ranks(manifest, request.numerics, request.dtype, request.device)
-    except (ManifestError, LayoutError):
-        return True  # of which the level files will say more
-
-
-def _describe_split(request: Request) -> Mapping[str, object]:
-    try:
-        return describe_split(read_manifest(request.folder))
-    except (ManifestError, LayoutError):
-        return {}
+    return choose_real_ranks(manifest, request.numerics, request.dtype, request.device)
 
 
 @contextmanager
@@ -210,12 +210,13 @@ def _connect(request: Request) -> TorchrunRanks:
     return TorchrunRanks(connect(request.device, request.timeouts))
 
 
-def _count_bytes(request: Request) -> int:
+def _count_bytes(request: Request, manifest: Manifest | None) -> int:
     """How many bytes will be read, as far as the manifest says; 0 if it cannot be read."""
+    if manifest is None:
+        return 0
     try:
-        manifest = read_manifest(request.folder)
         ranks = request.scope.ranks_read(manifest.tp_size)
-    except (ManifestError, LayoutError):
+    except LayoutError:
         return 0
     total = sum(manifest.ranks[rank].digest.size for rank in ranks)
     if request.source is None or request.level == "files":

@@ -73,8 +73,8 @@ def _render_checks(checks: Sequence[Check]) -> Iterable[str]:
 def _render_blocks(checks: Sequence[Check]) -> Iterable[str]:
     """For each dtype, the error of every block and the allowed one, as a plot."""
     numbers = next((c.numbers for c in checks if c.name == "numerics"), {})
-    found: Any = numbers.get("by_block")
-    if not found:
+    by_dtype: Any = numbers.get("by_block")
+    if not by_dtype:
         return
     yield "<h2>Error by block</h2>"
     yield (
@@ -82,7 +82,7 @@ def _render_blocks(checks: Sequence[Check]) -> Iterable[str]:
         " own rounding allows (line), both as a share of the block&rsquo;s largest value; every"
         " block gets the reference&rsquo;s inputs.</p>"
     )
-    for dtype, blocks in found.items():
+    for dtype, blocks in by_dtype.items():
         yield f"<h3>{escape(dtype)}</h3>"
         yield f'<div class="scroll">{_draw_errors(blocks)}</div>'
 

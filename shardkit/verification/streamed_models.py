@@ -76,8 +76,8 @@ class _Maker:
     def make(self, name: str) -> dict[str, torch.Tensor]:
         conversion = self.conversions[name]
         stored = {source: self.read(source) for source, _ in conversion.sources}
-        made = conversion.run(stored, self.whole, self.count_lengths)
-        return {n: torch.zeros_like(t) if n in self.zeros else t for n, t in made.items()}
+        tensors = conversion.run(stored, self.whole, self.count_lengths)
+        return {n: torch.zeros_like(t) if n in self.zeros else t for n, t in tensors.items()}
 
 
 @dataclass

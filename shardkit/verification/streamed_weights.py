@@ -133,10 +133,10 @@ class StreamedWeights(TorchFunctionMode):
 
     def _find_value(self, name: str) -> torch.Tensor:
         if name not in self._values:
-            for made, value in self._load(name).items():
-                if made in self._tensors and made not in self._values:
-                    value = value.to(self._tensors[made].dtype)
-                    self._values[made] = value
+            for target, value in self._load(name).items():
+                if target in self._tensors and target not in self._values:
+                    value = value.to(self._tensors[target].dtype)
+                    self._values[target] = value
                     self._counts.add(value.nbytes)
         return self._values[name]
 

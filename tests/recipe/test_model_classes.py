@@ -1,11 +1,13 @@
 """Which class a checkpoint is of, and which of its tensors that class loads."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from shardkit.recipe import LoadedTensors, find_loaded_tensors
-from shardkit.tensor import group_names
+from shardkit.tensor import TensorTable
+from tests.helpers.synthetic_checkpoints import specs_of
 
 LAYER = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"]
 POOLER = ["bert.pooler.dense.weight"]
@@ -17,8 +19,13 @@ LLAMA = [
 ]  # fmt: skip
 
 
+def group(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their pattern, as a plan has them."""
+    return TensorTable.of(specs_of(dict.fromkeys(names, ()))).names_by_pattern
+
+
 def load(names: list[str], model_type: str = "bert", **fields: Any) -> LoadedTensors:
-    return find_loaded_tensors({"model_type": model_type, **fields}, group_names(names))
+    return find_loaded_tensors({"model_type": model_type, **fields}, group(names))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_the_rows_of_a_head_tell_classes_of_the_same_names_apart(
     single_rows: list[str], model_class: str
 ) -> None:
     names = [*LAYER, *POOLER, "classifier.weight"]
-    loaded = find_loaded_tensors({"model_type": "bert"}, group_names(names), single_rows)
+    loaded = find_loaded_tensors({"model_type": "bert"}, group(names), single_rows)
     assert loaded.model_class == model_class
 
 

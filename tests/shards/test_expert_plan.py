@@ -12,6 +12,7 @@ from shardkit.planning import Plan, make_plan
 from shardkit.recipe import find_recipe
 from shardkit.shards.plan_json import OPTIONAL_KEYS, parse_plan, plan_to_json
 from shardkit.strict_json import JsonError, JsonObject
+from tests.helpers.manifests import changed as put
 from tests.helpers.synthetic_checkpoints import specs_of
 from tests.planning.test_experts import GPT_OSS, LAYER, MIXTRAL, ROUTED, list_mixtral
 
@@ -38,15 +39,6 @@ def to_table(plan: Plan) -> Table:
 @pytest.mark.parametrize("plan", [PLAN, STACKED])
 def test_a_plan_of_whole_experts_is_read_back(plan: Plan) -> None:
     assert plan_to_json(parse(to_table(plan), plan)) == to_table(plan)
-
-
-def put(*path: Any, to: Any) -> Callable[[Table], None]:
-    def change(table: Table) -> None:
-        for key in path[:-1]:
-            table = table[key]
-        table[path[-1]] = to
-
-    return change
 
 
 @pytest.mark.parametrize(

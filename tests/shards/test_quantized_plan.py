@@ -10,6 +10,7 @@ import pytest
 from shardkit.errors import LayoutError
 from shardkit.shards.plan_json import OPTIONAL_KEYS, parse_plan, plan_to_json
 from shardkit.strict_json import JsonError, JsonObject
+from tests.helpers.manifests import changed as put
 from tests.recipe.formats.test_blocks import make_llama
 
 PLAN = make_llama(576, {}, 2)
@@ -30,15 +31,6 @@ def test_a_plan_of_quantized_weights_is_read_back() -> None:
     assert [p.spec for p in plan.weights] == [p.spec for p in PLAN.weights]
     assert [p.sections for p in plan.weights] == [p.sections for p in PLAN.weights]
     assert plan.units == PLAN.units
-
-
-def put(*path: Any, to: Any) -> Callable[[Table], None]:
-    def change(table: Table) -> None:
-        for key in path[:-1]:
-            table = table[key]
-        table[path[-1]] = to
-
-    return change
 
 
 @pytest.mark.parametrize(

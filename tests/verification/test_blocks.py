@@ -32,6 +32,7 @@ from shardkit.verification.blocks import (
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.rank_choice import check_on_ranks
+from tests.helpers.layout_faults import LAYOUT_FAULTS
 from tests.helpers.model_samples import VARIANTS, make
 from tests.helpers.runtime_helpers import altered, cut
 
@@ -111,20 +112,6 @@ def test_sixteen_ranks_run_in_one_process(dtype: torch.dtype, tmp_path: Path) ->
     found = Split(source, tmp_path / "shards", manifest).check()
     assert found.verdict == "passed", found.faults
     assert found.numbers["cached_steps"] == "equal"
-
-
-LAYOUT_FAULTS = {
-    "Q, K, V blocks read as interleaved": (
-        "gpt2", '"3 heads"', '"heads 3"', "transformer.h.0.attn.c_proj", "c_attn.weight",
-    ),
-    "interleaved q, k, v read as blocks": (
-        "gpt_neox", '"heads 3"', '"3 heads"', "gpt_neox.layers.0.attention.dense",
-        "query_key_value.weight",
-    ),
-    "gate and up cut as one axis": (
-        "phi3", '"2 ffn"', '"ffn 2"', "model.layers.0.mlp.down_proj", "gate_up_proj.weight",
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
@@ -274,3 +261,27 @@ def test_outputs_are_replaced_wherever_they_are_nested() -> None:
 def test_rounded_values_stay_finite() -> None:
     values = torch.tensor([1e9, -1e9, 1.0001, torch.inf], dtype=torch.float64)
     assert round_values(values, torch.float16).tolist() == [65504.0, -65504.0, 1.0, torch.inf]
+
+
+def test_a_rank_whose_output_cannot_be_compared_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that returns the logits of fewer tokens: of another shape, at the model's output."""
+    split, prepare_rank = split_sample("llama", tmp_path, 2), TurnRanks._prepare
+
+    def prepare(self: TurnRanks, shard: Any, counts: Any) -> Any:
+        streamed = prepare_rank(self, shard, counts)
+        if shard.rank.index == 1:
+            streamed.model.register_forward_hook(drop_token)
+        return streamed
+
+    def drop_token(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        output["logits"] = output["logits"][:, 1:]
+        return output
+
+    monkeypatch.setattr(TurnRanks, "_prepare", prepare)
+    check = split.check()
+    assert check.verdict == "failed"
+    assert check.faults == (
+        "the model's output: rank 1 has no output of the reference's shape to compare",
+    )

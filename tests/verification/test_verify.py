@@ -19,6 +19,7 @@ from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification import Check, check_files, check_weights
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
+from tests.helpers.layout_faults import LAYOUT_FAULTS
 from tests.helpers.model_samples import SampleFolder, make
 from tests.helpers.runtime_helpers import altered, cut
 
@@ -57,20 +58,6 @@ def numerics(shards: Path, source: Path, ranks: RankProcesses) -> Check:
     with ShardedCheckpoint(shards) as opened:
         manifest = opened.manifest
     return check_numerics(shards, manifest, source, ShardedModel(ranks))
-
-
-LAYOUT_FAULTS = {
-    "Q, K, V blocks read as interleaved": (
-        "gpt2", '"3 heads"', '"heads 3"', "transformer.h.0.attn.c_proj", "c_attn.weight",
-    ),
-    "interleaved q, k, v read as blocks": (
-        "gpt_neox", '"heads 3"', '"3 heads"', "gpt_neox.layers.0.attention.dense",
-        "query_key_value.weight",
-    ),
-    "gate and up cut as one axis": (
-        "phi3", '"2 ffn"', '"ffn 2"', "model.layers.0.mlp.down_proj", "gate_up_proj.weight",
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)

@@ -118,9 +118,9 @@ def _find_weights(
                 stored = _name_parts(same, tails, parts)
                 yield AlikeWeights(kind, [base + end for base in same], stored)
             else:
-                left = [base + tails[0] for base in same]
-                names += left
-                faults |= dict.fromkeys(left, kind) if kind else {}
+                others = [base + tails[0] for base in same]
+                names += others
+                faults |= dict.fromkeys(others, kind) if kind else {}
     if fault := next((faults[name] for name in names if name in faults), ""):
         raise RecipeError(fault)
 
