@@ -1,7 +1,8 @@
 """Makes a model's experts those of one rank, if each rank has whole ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,11 +14,11 @@ from shardkit.runtime.conversion import Conversion
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.expert_parallel import (
     LocalExperts,
-    empty_parameter,
     find_expert_form,
     keep_local_experts,
     make_expert_parallel,
 )
+from shardkit.runtime.materialize import set_tensor
 
 Conversions = Mapping[str, Conversion]
 Placements = Mapping[str, Placement]
@@ -58,14 +59,23 @@ def distribute_experts(
         stacks.setdefault(_find_stack_module(model, name), []).append(local)
         _check_count(model, name, local, first)
         if not local.numbers:
-            module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            empty_parameter(module, leaf, (0, *getattr(module, leaf).shape[1:]), group.device)
+            _empty_parameters(model, [name], group.device)
     for path, names in containers.items():
-        keep_local_experts(model.get_submodule(path), group, names)
+        for expert in keep_local_experts(model.get_submodule(path), group, names):
+            _empty_parameters(expert, [name for name, _ in expert.named_parameters()], group.device)
     for path, every in stacks.items():
         module = model.get_submodule(path)
         fewest = min(every, key=lambda local: local.count)
         make_expert_parallel(module, group, fewest, _is_last(path, model, stacks))
+
+
+def _empty_parameters(module: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Make parameters that this rank has nothing of ones without elements."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        full = module.get_parameter(name)
+        nothing = torch.empty(0, *full.shape[1:], dtype=full.dtype, device=device)
+        set_tensor(module.get_submodule(path), leaf, nothing)
 
 
 def find_local_experts(conversion: Conversion, placements: Placements, rank: Rank) -> LocalExperts:

@@ -131,7 +131,7 @@ class BlockRecord:
     ) -> list[torch.Tensor | None]:
         """The reference's outputs, rounded, in the dtype of these; None where shapes differ."""
         expected = self.expected.get(call, [])
-        if len(expected) != len(outputs):
+        if not outputs or len(expected) != len(outputs):
             return [None] * len(outputs)
         dtypes = [self.narrowest, *(output.dtype for output in outputs[1:])]
         return [

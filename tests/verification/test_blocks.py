@@ -57,7 +57,19 @@ def split_sample(
     return Split(source, folder / "shards", cut(source, folder / "shards", tp_size, recipe))
 
 
-CLEAN = ("llama", "gpt2", "bert", "t5", "mixtral", "bamba", "clip", "mllama", "albert", "lstm")
+CLEAN = (
+    "llama",
+    "gpt2",
+    "bert",
+    "t5",
+    "mixtral",
+    "bamba",
+    "clip",
+    "mllama",
+    "albert",
+    "lstm",
+    "deepseek_v2",
+)
 
 
 @pytest.mark.parametrize("name", CLEAN)

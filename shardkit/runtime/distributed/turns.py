@@ -33,11 +33,15 @@ class Turns:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what an earlier run has left, such as one that failed."""
         self._deposits: dict[int, tuple[str, Any]] = {}
         self._results: dict[int, Any] = {}
         self._ended: set[int] = set()
         self._fault: tuple[int, BaseException] | None = None
-        self._wake = [threading.Semaphore(0) for _ in range(size)]
+        self._wake = [threading.Semaphore(0) for _ in range(self.size)]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run one task for each index, and return what they return.
@@ -46,7 +50,7 @@ class Turns:
             RanksError: A task failed, with its index and in one line; or one ended while others
                 waited for it in an exchange. The error that it raised is the cause.
         """
-        self.__init__(self.size)  # type: ignore[misc]  # what a failed run has left
+        self._reset()
         outcomes: dict[int, T] = {}
         start = _ThreadState.save()
 

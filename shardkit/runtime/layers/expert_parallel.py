@@ -7,7 +7,6 @@ that takes rows ordered by expert runs on its experts' rows.
 """
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,31 +150,25 @@ def make_expert_parallel(
             setattr(module, name, full - local.count + len(local.numbers))
 
 
-def empty_parameter(
-    module: nn.Module, leaf: str, shape: Sequence[int], device: torch.device
-) -> None:
-    """Give a parameter that this rank has nothing of a shape without elements."""
-    nothing = torch.empty(*shape, dtype=getattr(module, leaf).dtype, device=device)
-    module._parameters[leaf] = parameter = nn.Parameter(nothing, requires_grad=False)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-
-def keep_local_experts(container: nn.Module, group: TensorParallelGroup, local: set[str]) -> None:
-    """Of a module that holds a module for each expert, keep a rank's own; sum its output.
+def keep_local_experts(
+    container: nn.Module, group: TensorParallelGroup, local: set[str]
+) -> list[nn.Module]:
+    """Of a module that holds a module for each expert, run a rank's own; sum its output.
 
     Args:
         container: A dictionary or list of modules with a forward of its own.
         group: The ranks.
         local: The names in it of the experts that this rank has.
+
+    Returns:
+        The others, which use no weights.
     """
-    for name, expert in container.named_children():
-        if name not in local:
-            convert_class(expert, mix_class(AbsentExpert, type(expert)))
-            for module in expert.modules():
-                for leaf, tensor in module.named_parameters(recurse=False):
-                    empty_parameter(module, leaf, (0, *tensor.shape[1:]), group.device)
+    absent = [expert for name, expert in container.named_children() if name not in local]
+    for expert in absent:
+        convert_class(expert, mix_class(AbsentExpert, type(expert)))
 
     def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return group.all_reduce(output)
 
     container.register_forward_hook(hook)
+    return absent
