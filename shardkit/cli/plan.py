@@ -22,6 +22,7 @@ from shardkit.planning import (
     KvCopies,
     Plan,
     PlanReport,
+    list_shared_blocks,
     list_unloaded,
 )
 from shardkit.planning import plan as plan_source
@@ -86,6 +87,7 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
         **plan_bytes_to_json(report.summary),
         "groups": [group_to_json(group) for group in report.summary.groups],
         "kv_cache": _kv_cache_to_json(report.kv_cache),
+        "shared_block_bytes": report.shared_block_bytes,
         "kv_copies": _kv_copies_to_json(report.kv_copies),
         "collectives": _collectives_to_json(report.collectives),
         "possible_tp": {
@@ -168,6 +170,8 @@ def _print_plan(report: PlanReport) -> None:
     ranks = format_count(plan.tp_size, "rank")
     print_line(f"Over {ranks}, each one's file and its weights in memory:")
     print_plan_bytes(summary)
+    if report.shared_block_bytes:
+        print_line(f"Block copies {_describe_block_copies(report)}")
     _print_kv_cache(report.kv_cache)
     if (copies := report.kv_copies) is not None:
         print_line(f"KV copies    {_describe_kv_copies(copies, plan.tp_size)}")
@@ -190,6 +194,14 @@ def _describe_quantization(plan: Plan) -> str:
         for count, block in unit.blocks.items()
     ]
     return f"{text}; {', '.join(blocks)}" if blocks else text
+
+
+def _describe_block_copies(report: PlanReport) -> str:
+    """What it costs that several ranks store a block, since each computes a part of it."""
+    shared = ", ".join(list_shared_blocks(report.plan))
+    why = f": {shared} are fewer blocks than ranks" if shared else ""
+    copies = format_bytes(report.shared_block_bytes)
+    return f"{copies} in all of quantized blocks that several ranks have a part of{why}"
 
 
 def _print_loading(plan: Plan) -> None:

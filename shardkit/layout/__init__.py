@@ -2,11 +2,14 @@
 
 from shardkit.layout.axis import Term, Unit, parse_axis, resolve_sections
 from shardkit.layout.spans import (
+    Cover,
     KvHeadMode,
     Section,
     Span,
     Tile,
+    choose_block,
     cover_axis,
+    cover_spans,
     kv_head_mode,
     num_indices,
     partition,
@@ -16,6 +19,7 @@ from shardkit.layout.style import STYLES, Style
 
 __all__ = [
     "STYLES",
+    "Cover",
     "KvHeadMode",
     "Section",
     "Span",
@@ -23,7 +27,9 @@ __all__ = [
     "Term",
     "Tile",
     "Unit",
+    "choose_block",
     "cover_axis",
+    "cover_spans",
     "kv_head_mode",
     "num_indices",
     "parse_axis",

@@ -38,6 +38,14 @@ class Span(NamedTuple):
     stop: int
 
 
+class Cover(NamedTuple):
+    """Whole blocks [start, stop) of an axis, and where the indices lie in them that are wanted."""
+
+    start: int
+    stop: int
+    wanted: tuple[Span, ...]
+
+
 class Tile(NamedTuple):
     """A stretch [start, stop) of an axis, and where a rank keeps it: from `local` of its shard."""
 
@@ -61,8 +69,9 @@ class Section:
         group_tail: If not 0, the axis is `[repeat, units, shared_by / units + group_tail, size]`:
             each unit's group of sharing units, then this many indices of its own, which go with
             every unit of the group.
-        block: How many units stay together, the last of them perhaps fewer: a quantized weight is
-            cut between its blocks. If the units are shared, it counts those that share them.
+        block: How many units stay together, the last of them perhaps fewer, if there are as many
+            blocks as ranks: a quantized weight is cut between its blocks. If the units are
+            shared, it counts those that share them.
     """
 
     units: int
@@ -91,15 +100,17 @@ class Section:
 
     @property
     def max_tp_size(self) -> int:
-        """The most ranks that each still hold a unit of it, or a block of them."""
-        return -(-(self.shared_by or self.units) // self.block)
+        """The most ranks that each still hold a unit of it."""
+        return self.shared_by or self.units
 
     def __len__(self) -> int:
         return self.repeat * self.units * self.indices_per_unit
 
 
 def partition(units: int, tp_rank: int, tp_size: int, block: int = 1) -> range:
-    """The units that `tp_rank` holds, distributed as `torch.tensor_split` does, block by block.
+    """The units that `tp_rank` holds, distributed as `torch.tensor_split` does.
+
+    They go block by block, or if there are fewer blocks than ranks one by one.
 
     Raises:
         LayoutError: If a rank would be left without a unit.
@@ -110,17 +121,20 @@ def partition(units: int, tp_rank: int, tp_size: int, block: int = 1) -> range:
         >>> [len(partition(1536, tp_rank, 8, block=128)) for tp_rank in (0, 7)]
         [256, 128]
     """
-    blocks = -(-units // block)
-    if blocks < tp_size:
-        together = f" in blocks of {block}" if block > 1 else ""
+    if units < tp_size:
         raise LayoutError(
-            f"{units} units{together} cannot be divided over tp_size {tp_size}; possible: 1 to"
-            f" {blocks}"
+            f"{units} units cannot be divided over tp_size {tp_size}; possible: 1 to {units}"
         )
-    each, over = divmod(blocks, tp_size)
+    block = choose_block(units, tp_size, block)
+    each, over = divmod(-(-units // block), tp_size)
     start = tp_rank * each + min(tp_rank, over)
     stop = start + each + (tp_rank < over)
     return range(start * block, min(stop * block, units))
+
+
+def choose_block(units: int, tp_size: int, block: int) -> int:
+    """How many of some units stay together: `block`, unless there would be fewer than ranks."""
+    return block if -(-units // block) >= tp_size else 1
 
 
 @lru_cache
@@ -138,7 +152,7 @@ def kv_head_mode(kv_heads: int, heads: int, tp_size: int, block: int = 1) -> KvH
     """
     if heads % kv_heads:
         raise LayoutError(f"{heads} units cannot share {kv_heads}: not a multiple")
-    group_size = heads // kv_heads
+    group_size, block = heads // kv_heads, choose_block(heads, tp_size, block)
     is_even = kv_heads % tp_size == 0 and (block == 1 or heads % (block * tp_size) == 0)
     if is_even or block % group_size == 0:
         return "split"
@@ -197,6 +211,42 @@ def coalesce(spans: Iterable[Span]) -> tuple[Span, ...]:
         else:
             result.append(span)
     return tuple(result)
+
+
+def cover_spans(spans: Iterable[Span], block: int, axis_length: int) -> tuple[Cover, ...]:
+    """The whole blocks of an axis that spans of it lie in, in the order of the spans.
+
+    Args:
+        spans: What is wanted of the axis.
+        block: The indices of a block; the last of the axis may have fewer.
+        axis_length: How long the axis is.
+
+    Raises:
+        LayoutError: If a block with fewer indices would come before another.
+
+    Example:
+        >>> cover_spans([Span(192, 384)], 128, 768)
+        (Cover(start=128, stop=384, wanted=(Span(start=64, stop=256),)),)
+    """
+    covers: list[Cover] = []
+    local = last = 0
+    for start, stop in spans:
+        first, end = start // block * block, min(-(-stop // block) * block, axis_length)
+        if covers and last <= start and first <= covers[-1].stop:
+            before = covers.pop()
+            local -= before.stop - before.start
+            first, wanted = before.start, before.wanted
+        else:
+            wanted = ()
+        wanted += (Span(local + start - first, local + stop - first),)
+        covers.append(Cover(first, end, wanted))
+        local, last = local + end - first, stop
+    if any(cover.stop % block for cover in covers[:-1]):
+        raise LayoutError(
+            f"a rank would hold the last indices of an axis of {axis_length}, which are no whole"
+            f" block of {block}, before others"
+        )
+    return tuple(covers)
 
 
 def num_indices(spans: Iterable[Span]) -> int:

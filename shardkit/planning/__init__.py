@@ -11,7 +11,9 @@ from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Expert, Layout, Placement
 from shardkit.planning.placement_table import PlacementGroup, PlacementTable
+from shardkit.planning.quantized import check_parts
 from shardkit.planning.report import PlanReport, plan
+from shardkit.planning.shared_blocks import count_shared_bytes, list_shared_blocks
 from shardkit.planning.summary import (
     Imbalance,
     PlanSummary,
@@ -40,13 +42,16 @@ __all__ = [
     "PlanSummary",
     "Rank",
     "TensorGroup",
+    "check_parts",
     "count_collectives",
+    "count_shared_bytes",
     "decide_loading",
     "describe_treatment",
     "describe_units",
     "estimate_kv_cache",
     "find_blocking_tensor",
     "generates_text",
+    "list_shared_blocks",
     "list_unloaded",
     "make_plan",
     "place_tensor",

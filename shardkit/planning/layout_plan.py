@@ -86,7 +86,7 @@ class Plan:
         return self.list_weights()
 
     def list_weights(self) -> PlacementTable:
-        """As `weights`. Raises LayoutError for a quantized weight that is cut inside of a block."""
+        """As `weights`. Raises LayoutError for a quantized weight that is cut in no axis of its."""
         placements = PlacementTable.of(self.placements)
         return view_weights(placements, self.grouping) if self.grouping.alike else placements
 
@@ -127,13 +127,9 @@ class Plan:
         return f"tp_size {self.tp_size} is not 1 to {most}"
 
     def _describe_units(self, placement: Placement, section: Section) -> str:
-        """What a section is divided by: `8 heads`, or `8 heads in blocks of 4`."""
+        """What a section is divided by: `8 heads`."""
         count = section.shared_by or section.units
-        weight = self.grouping.codes_by_part.get(placement.spec.name)
-        name = self.name_unit(placement, count, 0)
-        if section.block > 1:
-            return f"{count} {name} in blocks of {section.block} that are quantized together"
-        return f"{count} {'blocks' if weight and name == 'units' else name}"
+        return f"{count} {self.name_unit(placement, count, 0)}"
 
     def name_unit(self, placement: Placement, count: int, shared_by: int) -> str:
         """What the recipe calls a unit of a tensor, told by its counts; else just units."""

@@ -5,11 +5,13 @@ from functools import cached_property
 
 from shardkit.config_fields import EXPERT_PREFIX
 from shardkit.layout import (
+    Cover,
     Section,
     Span,
     Style,
     Tile,
     cover_axis,
+    cover_spans,
     num_indices,
     partition,
     rank_spans,
@@ -52,6 +54,10 @@ class Layout:
         in_model: Whether the model's class has a place for it.
         units: The names of the units that its rule divides; none if it is read from a manifest.
         expert: The expert that the whole tensor is of, if each rank has whole ones.
+        index_size: How many indices of the sections one index of `dim` stands for, if the tensor is
+            part of a quantized weight.
+        block_size: How many indices of the sections are stored together: a rank stores the whole
+            of each block that it has a part of.
     """
 
     style: Style
@@ -60,15 +66,23 @@ class Layout:
     in_model: bool = True
     units: tuple[str, ...] = field(default=(), compare=False)
     expert: Expert | None = None
+    index_size: int = 1
+    block_size: int = 1
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.style.name, self.dim, self.sections, self.in_model, self.expert))
+        sizes = self.index_size, self.block_size
+        return hash((self.style.name, self.dim, self.sections, self.in_model, self.expert, sizes))
 
     @property
     def is_loaded(self) -> bool:
         """Whether a rank loads such a tensor; what is not loaded is stored for a merge."""
         return self.style.is_loaded and self.in_model
+
+    def cover(self, rank: Rank) -> tuple[Cover, ...]:
+        """The whole blocks of the sections that a rank stores. Raises LayoutError."""
+        spans = rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
+        return cover_spans(spans, self.block_size, sum(map(len, self.sections)))
 
     def __hash__(self) -> int:
         return self._hash  # once for the ten thousand tensors that have one layout
@@ -119,7 +133,9 @@ class Placement:
     def spans(self, rank: Rank) -> tuple[Span, ...]:
         """The spans of `dim` that a rank holds; of one undivided row if `dim` is None."""
         if self.dim is not None:
-            return rank_spans(self.sections, rank.tp_rank, rank.mesh.tp_size)
+            size = self.layout.index_size
+            covers = self.layout.cover(rank)
+            return tuple(Span(start // size, -(-stop // size)) for start, stop, _ in covers)
         if self.expert is not None:
             return (Span(0, 1),) if self.expert.is_on(rank) else ()
         return (Span(0, 1),) if self.is_loaded or rank.is_first else ()

@@ -1,8 +1,9 @@
 """Where the stored tensors of a quantized weight lie, which follows from where the weight lies.
 
 A weight is placed as it would be in 16 bits; each tensor that stores it is divided along the axes
-that it shares with it, at the same places. No block is ever shared by two ranks, so the units that
-are distributed are made of whole blocks.
+that it shares with it, at the same places. The units that are distributed are made of whole blocks,
+so that no block is of two ranks, if there are as many of these as ranks; otherwise each rank stores
+the whole of every block that it has a part of, and computes its part.
 """
 
 import math
@@ -140,11 +141,9 @@ def place_part(
     per = None if at is None else _count_per_index(weight, tensor, part, axis)
     if at is None or per is None:
         return whole
-    sections = tuple(
-        scale_section(section, per, part.name, is_last=number == len(placement.sections) - 1)
-        for number, section in enumerate(placement.sections)
-    )
-    return _move(placement, part, lead + at, sections)
+    layout = _move(placement, part, lead + at, placement.sections).layout
+    sizes = {"index_size": per, "block_size": count_indices_per_cut(weight, axis)}
+    return Placement(part, replace(layout, **sizes))
 
 
 def _move(
@@ -184,47 +183,6 @@ def _count_per_index(
     return None if math.prod(part.shape) == 1 else per
 
 
-def scale_section(section: Section, per: int, name: str, is_last: bool) -> Section:
-    """A weight's section in a tensor of which each index stands for `per` of the weight's.
-
-    Raises LayoutError if an index would be of two ranks.
-    """
-    if section.size % per == 0:
-        return replace(section, size=section.size // per)
-    length, whole = len(section), section.units * section.size
-    if (length % per and not is_last) or (section.repeat > 1 and whole % per):
-        raise LayoutError(
-            f"{name}: a section of {whole if section.repeat > 1 else length} is not a multiple of"
-            f" the {per} that are quantized together, so a block would be of two ranks;"
-            " split the 16-bit weights"
-        )
-    if section.replicated:
-        return Section(1, -(-length // per), replicated=True)
-    merged = per // math.gcd(section.size, per)
-    if section.shared_by:
-        if (
-            section.group_tail
-            or section.units % merged
-            or section.block % (merged * section.group_size)
-        ):
-            raise LayoutError(
-                f"{name}: {section.units} units of {section.size} cannot be divided between blocks"
-                f" of {per}; split the 16-bit weights"
-            )
-        size = section.size * merged // per
-        return replace(section, units=section.units // merged, size=size)
-    if section.block * section.size % per:
-        raise LayoutError(
-            f"{name}: blocks of {per} are cut between units; split the 16-bit weights"
-        )
-    return Section(-(-whole // per), 1, section.repeat, block=section.block * section.size // per)
-
-
-def widen_section(section: Section, per: int) -> Section:
-    """The weight's section whose codes are packed, `per` to an index: the converse of scaling."""
-    return replace(section, size=section.size * per)
-
-
 def view_weights(placements: PlacementTable, grouping: Grouping) -> PlacementTable:
     """The placements with each quantized weight as one, as it would be in 16 bits."""
     dtype = find_plain_dtype(placements.list_tensors(), grouping)
@@ -245,6 +203,19 @@ def view_weights(placements: PlacementTable, grouping: Grouping) -> PlacementTab
     return PlacementTable([name for view in views for name in view.tensors.names], views)
 
 
+def check_parts(placements: PlacementTable, grouping: Grouping) -> None:
+    """Raise LayoutError unless what stores each quantized weight lies where its codes say."""
+    layouts = {name: group.layout for group in placements.groups for name in group.tensors.names}
+    for each in grouping.alike:
+        for weights in each.split_by(each.codes.names, layouts.__getitem__):
+            first = weights.first
+            view = _view_weight(first, layouts[first.codes.name])
+            for part in _place_alike(weights, view):
+                for name in part.tensors.names:
+                    if layouts[name] != part.layout:
+                        raise LayoutError(f"{name}: is not placed as {first.codes.name} is")
+
+
 def _view_weight(weight: QuantizedWeight, codes: Layout) -> Layout:
     """The layout of a weight in 16 bits, by that of its codes."""
     tensor, part = weight.parts[0]
@@ -254,7 +225,5 @@ def _view_weight(weight: QuantizedWeight, codes: Layout) -> Layout:
     axis = tensor.axes[codes.dim - lead]
     if not axis.axis:
         raise LayoutError(f"{part.name}: dimension {codes.dim} is inside of a block")
-    per = weight.scheme.count_per_index(tensor, axis, part.dtype) or 1
-    sections = tuple(widen_section(section, per) for section in codes.sections)
     dim = lead + weight.axes.index(axis.axis)
-    return replace(codes, dim=dim, sections=sections)
+    return replace(codes, dim=dim, index_size=1, block_size=1)

@@ -13,6 +13,7 @@ from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
 from shardkit.planning.kv_copies import KvCopies, find_kv_copies
 from shardkit.planning.layout_plan import Plan
 from shardkit.planning.parts import generates_text
+from shardkit.planning.shared_blocks import count_shared_bytes
 from shardkit.planning.summary import PlanSummary, find_blocking_tensor, summarize_plan
 from shardkit.recipe import Recipe
 from shardkit.strict_json import put_off_collection
@@ -69,6 +70,11 @@ class PlanReport:
     def kv_copies(self) -> KvCopies | None:
         """What copies of kv heads cost; None if there are none."""
         return find_kv_copies(self.plan, self.config)
+
+    @cached_property
+    def shared_block_bytes(self) -> int:
+        """What all ranks store of quantized blocks beyond what they compute of them."""
+        return count_shared_bytes(self.plan)
 
     @cached_property
     def collectives(self) -> Collectives:

@@ -34,7 +34,13 @@ from shardkit.runtime.materialize import (
     zero_tensors,
 )
 from shardkit.runtime.models.registry import find_model_class
-from shardkit.runtime.packing import Dequantize, check_dequantize, pack_weights
+from shardkit.runtime.packing import (
+    Dequantize,
+    Excerpt,
+    check_dequantize,
+    find_excerpts,
+    pack_weights,
+)
 from shardkit.runtime.parallelize import keep_local_units, parallelize_model
 from shardkit.runtime.weights import find_torch_dtype, read_tensors
 from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
@@ -179,6 +185,7 @@ class RankParts:
         conversions: How tensors on disk become tensors of the model.
         placements: Of each of the model's tensors that the shards make, what it is made of.
         missing: The model's tensors that no shard makes.
+        excerpts: What the rank computes of weights that share blocks with other ranks.
         weights_by_part: For each stored tensor of a quantized weight, the weight.
         stored_names: The tensors of the rank's file that the model is made of.
         count_lengths: How much of each section of a tensor on disk the rank has.
@@ -187,6 +194,7 @@ class RankParts:
     conversions: list[Conversion]
     placements: dict[str, Placement]
     missing: set[str]
+    excerpts: dict[str, Excerpt]
     weights_by_part: dict[str, QuantizedWeight]
     stored_names: set[str]
     count_lengths: Callable[[str], Sequence[int]]
@@ -203,7 +211,7 @@ def load_into(
     parts, dtype = prepare_rank(model, shard, group), model.config.dtype
     read = read_tensors(shard.folder, shard.manifest, shard.rank, parts.stored_names, verify)
     stored = ((name, tensor.to(group.device)) for name, tensor in read)
-    tensors = pack_weights(stored, parts.weights_by_part, dtype)
+    tensors = pack_weights(stored, parts.weights_by_part, dtype, parts.excerpts)
     is_packed = dequantize == "forward"
     fill_parameters(model, tensors, parts.conversions, dtype, parts.count_lengths, is_packed)
     finish_rank(model, shard, parts, group.device)
@@ -234,7 +242,8 @@ def prepare_rank(model: PreTrainedModel, shard: RankShard, group: TensorParallel
         return () if placement.style is EXPERT else placement.section_lengths(rank)
 
     stored = names | by_part.keys()
-    return RankParts(conversions, placements, missing, by_part, stored, count_lengths)
+    excerpts = find_excerpts(plan, rank)
+    return RankParts(conversions, placements, missing, excerpts, by_part, stored, count_lengths)
 
 
 def finish_rank(

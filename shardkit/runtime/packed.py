@@ -154,6 +154,8 @@ def select_first(tensor: torch.Tensor, index: int) -> torch.Tensor:
         return _record_any(function, [select_first(each, index) for each in inner], dims[0] - 1)
     if function is aten.transpose.int and min(dims) > 0:
         return _record_any(function, select_first(inner, index), dims[0] - 1, dims[1] - 1)
+    if function is aten.slice.Tensor and dims[0] > 0:
+        return _record_any(function, select_first(inner, index), dims[0] - 1, *dims[1:])
     if function is aten._to_copy.default:
         return select_first(inner, index).to(tensor.dtype)
     return compute_tensor(tensor)[index]

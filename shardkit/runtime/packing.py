@@ -5,6 +5,7 @@ without computing the packed ones among them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from shardkit.errors import UsageError
+from shardkit.layout import Span, num_indices
+from shardkit.planning import Plan, Rank
 from shardkit.recipe.formats import QuantizedWeight
 from shardkit.runtime.dequantize import StoredWeight, store_weight
 from shardkit.runtime.packed import PackedTensor, pack_weight, record_operation
@@ -26,6 +29,14 @@ LAYOUTS = {
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """The spans of one dimension that are computed of a weight whose blocks are stored whole."""
+
+    dim: int
+    spans: tuple[Span, ...]
+
+
 def check_dequantize(value: str) -> None:
     """Raise UsageError for a value of `dequantize` that is none."""
     if value not in get_args(Dequantize):
@@ -37,6 +48,7 @@ def pack_weights(
     tensors: Iterable[tuple[str, torch.Tensor]],
     weights_by_part: Mapping[str, QuantizedWeight],
     dtype: torch.dtype,
+    excerpts: Mapping[str, Excerpt],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors as they are read, each quantized weight packed once all that stores it is there.
 
@@ -44,6 +56,7 @@ def pack_weights(
         tensors: Names on disk and tensors, in any order.
         weights_by_part: For each stored tensor that a weight is computed from, the weight.
         dtype: What weights are computed in.
+        excerpts: What the rank computes of each weight that it does not compute all of.
     """
     incomplete: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
@@ -53,7 +66,37 @@ def pack_weights(
         parts = incomplete.setdefault(weight.name, {})
         parts[name] = tensor
         if len(parts) == len(weight.operands):
-            yield weight.name, pack_weight(store_weight(weight, incomplete.pop(weight.name)), dtype)
+            stored = store_weight(weight, incomplete.pop(weight.name))
+            yield weight.name, pack_excerpt(stored, dtype, excerpts.get(weight.name))
+
+
+def pack_excerpt(weight: StoredWeight, dtype: torch.dtype, excerpt: Excerpt | None) -> PackedTensor:
+    """A weight that stays as it is stored, or what is computed of it."""
+    packed = pack_weight(weight, dtype)
+    if excerpt is None:
+        return packed
+    pieces = [_narrow(packed, excerpt.dim, start, stop) for start, stop in excerpt.spans]
+    return (
+        pieces[0] if len(pieces) == 1 else record_operation(aten.cat.default, pieces, excerpt.dim)
+    )
+
+
+def find_excerpts(plan: Plan, rank: Rank) -> dict[str, Excerpt]:
+    """What a rank computes of the weights that share blocks with other ranks, by their names."""
+    weights = {placement.spec.name: placement for placement in plan.weights}
+    names = {codes: weight.name for codes, weight in plan.grouping.weights.items()}
+    excerpts: dict[str, Excerpt] = {}
+    for group in plan.groups:
+        if group.layout.dim is None or group.layout.block_size == 1:
+            continue
+        covers = group.layout.cover(rank)
+        spans = tuple(span for cover in covers for span in cover.wanted)
+        if num_indices(spans) == sum(cover.stop - cover.start for cover in covers):
+            continue
+        for codes in filter(names.__contains__, group.tensors.names):
+            name = names[codes]
+            excerpts[name] = Excerpt(weights[name].dim or 0, spans)
+    return excerpts
 
 
 class RecordLayout(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,8 +5,8 @@ from collections import Counter
 from shardkit.checkpoint import is_wrapper_prefix
 from shardkit.checkpoint.header import MAX_DIM
 from shardkit.layout import Section
-from shardkit.layout.style import EXPERT, REPLICATE
-from shardkit.planning import Placement, Plan, Rank
+from shardkit.layout.style import EXPERT
+from shardkit.planning import Placement, PlacementTable, Plan, Rank, check_parts
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest, rank_file_name
 from shardkit.strict_json import JsonError, quote
 
@@ -25,7 +25,7 @@ def check_manifest(manifest: Manifest) -> None:
 def check_placement(placement: Placement) -> None:
     """Raise JsonError unless the sections are those of the dimension that is divided."""
     spec, style, sections = placement.spec, placement.style, placement.sections
-    width = sum(map(len, sections))
+    width = -(-sum(map(len, sections)) // placement.layout.index_size)
     _check_expert(placement)
     if placement.dim is None:
         gathers_input = style.divides == "nothing" and style.axis == "stated"
@@ -77,11 +77,9 @@ def _check_files(manifest: Manifest) -> None:
 
 def _check_weights(plan: Plan) -> None:
     """Each quantized weight is cut along one of its axes, and what stores it at the same places."""
-    styles = {placement.spec.name: placement.style for placement in plan.placements}
-    plan.list_weights()
-    for part, codes in plan.grouping.codes_by_part.items():
-        if styles[part] not in (styles[codes], REPLICATE):
-            raise JsonError(f"{quote(part)} is {styles[part].name}, and its weight another style")
+    for group in plan.list_weights().groups:
+        check_placement(group.first)
+    check_parts(PlacementTable.of(plan.placements), plan.grouping)
 
 
 def _check_units(plan: Plan) -> None:

@@ -19,6 +19,9 @@ PLAN_OPTIONS, IN_MODEL, EXPERT = "model_class wrapper_prefix", "in_model", "expe
 MESH_KEYS = "tp_size ep_size pp_size"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
 BLOCK, BLOCKS, QUANTIZATION = "block", "blocks", "quantization"
+SIZES = ("index_size", "block_size")  # of a tensor that is part of a quantized weight
+TENSOR_KEYS = "dtype shape style dim sections"
+TENSOR_OPTIONS = " ".join((IN_MODEL, EXPERT, *SIZES))
 OPTIONAL_KEYS = f"{PLAN_OPTIONS} {QUANTIZATION}"
 ATTRIBUTE_KEYS = "module attribute unit per_unit"
 ARGUMENT_KEYS = "module argument dim unit outer"
@@ -50,6 +53,7 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
         "style": placement.style.name,
         "dim": -1 if placement.dim is None else placement.dim,
         "sections": [_section_to_json(section) for section in placement.sections],
+        **{key: size for key in SIZES if (size := getattr(placement.layout, key)) > 1},
         **({} if placement.in_model else {IN_MODEL: False}),
         **(
             {}
@@ -123,7 +127,7 @@ def _parse_scheme(value: Any, where: str) -> Scheme:
 def _parse_placement(name: str, value: Any) -> Placement:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
         raise JsonError(f"tensor name {quote(name)} is empty, too long or unprintable")
-    fields = JsonObject(value, name, "dtype shape style dim sections", f"{IN_MODEL} {EXPERT}")
+    fields = JsonObject(value, name, TENSOR_KEYS, TENSOR_OPTIONS)
     shape = fields.items("shape", lambda size, at: read_integer(size, f"{name}: {at}", MAX_DIM))
     dtype, style = map(fields.string, ("dtype", "style"))
     if dtype not in DTYPES or len(shape) > MAX_RANK:
@@ -137,7 +141,10 @@ def _parse_placement(name: str, value: Any) -> Placement:
         IN_MODEL not in fields or fields.boolean(IN_MODEL),
     )
     expert = _parse_expert(fields.value(EXPERT), name) if EXPERT in fields else None
-    layout = Layout(STYLES[style], None if dim == -1 else dim, sections, in_model, expert=expert)
+    sizes = {key: fields.integer(key, MAX_DIM, 2) for key in SIZES if key in fields}
+    layout = Layout(
+        STYLES[style], None if dim == -1 else dim, sections, in_model, expert=expert, **sizes
+    )
     placement = Placement(spec, layout)
     check_placement(placement)
     return placement

@@ -26,8 +26,8 @@ from shardkit.runtime.loader import (
 )
 from shardkit.runtime.materialize import fill_parameters, tie_and_initialize
 from shardkit.runtime.model_runner import ModelRunner
-from shardkit.runtime.packed import compute_tensor, pack_weight
-from shardkit.runtime.packing import pack_weights
+from shardkit.runtime.packed import compute_tensor
+from shardkit.runtime.packing import pack_excerpt, pack_weights
 from shardkit.runtime.weights import allocate_tensor, find_torch_dtype
 from shardkit.shards.integrity import RankReader, split_blocks
 from shardkit.tensor import TensorSpec
@@ -202,7 +202,7 @@ def stream_rank(
     by_part = parts.weights_by_part
     specs = {spec.name: spec for spec in reader.specs if spec.name in parts.stored_names}
     stored = ((name, _make_stub(spec)) for name, spec in specs.items())
-    packed = pack_weights(stored, by_part, dtype)
+    packed = pack_weights(stored, by_part, dtype, parts.excerpts)
     stubs = {n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in packed}
     tensors, by_target = _fill_with_stubs(
         model, whole, parts.conversions, stubs, parts.count_lengths
@@ -214,7 +214,9 @@ def stream_rank(
         if (weight := quantized.get(name)) is None:
             return _read_part(reader, specs[name], counts)
         stored = {p.name: _read_part(reader, specs[p.name], counts) for _, p in weight.operands}
-        return compute_tensor(pack_weight(store_weight(weight, stored), dtype))
+        return compute_tensor(
+            pack_excerpt(store_weight(weight, stored), dtype, parts.excerpts.get(name))
+        )
 
     zeros = frozenset() if shard.rank.is_first else frozenset(list_added_once(parts))
     maker = _Maker(whole, by_target, read_tensor, parts.count_lengths, zeros)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shardkit.errors import LayoutError
+from shardkit.planning import PlacementTable, check_parts
 from shardkit.shards.plan_json import OPTIONAL_KEYS, parse_plan, plan_to_json
 from shardkit.strict_json import JsonError, JsonObject
 from tests.helpers.manifests import changed as put
@@ -46,12 +47,18 @@ def test_a_plan_of_quantized_weights_is_read_back() -> None:
         (put("tensors", GATE, "sections", 0, "block", to=0), "block: is 0, not an integer of 2"),
         (put("tensors", GATE, "sections", 0, "block", to="x"), "block: is 'x', not an integer"),
         (put("tensors", f"{GATE}_scale_inv", "shape", to=[6, 4]), "its sections are not those"),
+        (put("tensors", f"{GATE}_scale_inv", "index_size", to=0), "is 0, not an integer of 2"),
+        (put("tensors", f"{GATE}_scale_inv", "block_size", to=64), "is not placed as"),
+        (put("tensors", GATE, "block_size", to=64), "is not placed as"),
+        (put("tensors", GATE, "style", to="row"), "is not placed as"),
     ],
 )
 def test_what_no_plan_can_say_is_refused(change: Callable[[Table], None], message: str) -> None:
     table = copy.deepcopy(json.loads(json.dumps(plan_to_json(PLAN))))
     change(table)
     with pytest.raises((JsonError, LayoutError)) as caught:
-        parse(table).check()
+        plan = parse(table)
+        plan.check()
+        check_parts(PlacementTable.of(plan.placements), plan.grouping)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

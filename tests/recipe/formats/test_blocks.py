@@ -8,10 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkit.errors import LayoutError, RecipeError
-from shardkit.layout import Section, kv_head_mode, num_indices, rank_spans
-from shardkit.layout.style import GATHER
-from shardkit.planning import Layout, Placement, PlacementTable, Plan, make_plan, summarize_plan
-from shardkit.planning.quantized import place_part, place_parts, scale_section, widen_section
+from shardkit.layout import Section, Span, cover_spans, kv_head_mode, num_indices, rank_spans
+from shardkit.layout.style import COLUMN, GATHER
+from shardkit.planning import (
+    Layout,
+    Mesh,
+    Placement,
+    PlacementTable,
+    Plan,
+    count_shared_bytes,
+    list_shared_blocks,
+    make_plan,
+    summarize_plan,
+)
+from shardkit.planning.quantized import place_part, place_parts
 from shardkit.recipe import find_recipe
 from shardkit.recipe.formats import find_schemes, group_quantized
 from shardkit.tensor import TensorSpec
@@ -82,8 +92,34 @@ def test_heads_that_end_inside_of_a_block_stay_together() -> None:
     assert plan.units["heads"].blocks == {8: 4}
     assert list_local(plan, "self_attn.k_proj.weight") == [(128, 512)] * 2
     assert [plan.count_local_units("heads", rank) for rank in plan.mesh.ranks()] == [4, 4]
-    with pytest.raises(LayoutError, match="divides over tp_size 1 to 2"):
-        make_llama(512, {}, 4)
+
+
+def test_ranks_share_blocks_if_there_are_fewer_than_ranks() -> None:
+    """Each of 4 ranks has a kv head of 64, and stores the block of 128 that it is half of."""
+    plan = make_llama(512, {}, 4)
+    assert [plan.count_local_units("heads", rank) for rank in plan.mesh.ranks()] == [2] * 4
+    assert list_local(plan, "self_attn.q_proj.weight") == [(128, 512)] * 4
+    assert list_local(plan, "self_attn.k_proj.weight") == [(128, 512)] * 4
+    assert list_local(plan, "self_attn.k_proj.weight_scale_inv") == [(1, 4)] * 4
+    codes = next(p for p in plan.placements if p.spec.name.endswith("k_proj.weight"))
+    wanted = [cover.wanted for rank in plan.mesh.ranks() for cover in codes.layout.cover(rank)]
+    assert wanted == [((0, 64),), ((64, 128),)] * 2
+    copies = 2 * 4 * (64 * 512 + 64 * 32 // 256)  # of k and v, what ranks do not compute
+    assert (count_shared_bytes(plan), count_shared_bytes(make_llama(512, {}, 2))) == (copies, 0)
+    assert list_shared_blocks(plan) == ["8 heads in blocks of 4", "4 kv_heads in blocks of 4"]
+    assert plan.weights.names == make_llama(512, {}, 2).weights.names
+    rows = [placement.shard_spec(plan.mesh.rank(1)) for placement in plan.weights]
+    assert (64, 512) in [spec.shape for spec in rows if spec and "k_proj" in spec.name]
+
+
+def test_a_hidden_width_of_fewer_blocks_than_ranks_is_divided_evenly() -> None:
+    """1,280 in 10 blocks of 128 over 16 ranks: 80 each, which lie in one block or in two."""
+    fields = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+    plan = make_llama(1280, fields, 16)
+    rows = [-(-(80 * r + 80) // 128) * 128 - 80 * r // 128 * 128 for r in range(16)]
+    assert set(rows) == {128, 256}
+    assert list_local(plan, "mlp.up_proj.weight") == [(size, 512) for size in rows]
+    assert list_local(plan, "mlp.down_proj.weight_scale_inv") == [(4, s // 128) for s in rows]
 
 
 def test_kv_heads_of_a_whole_block_are_replicated_as_ever() -> None:
@@ -93,10 +129,17 @@ def test_kv_heads_of_a_whole_block_are_replicated_as_ever() -> None:
     assert list_local(plan, "self_attn.k_proj.weight_scale_inv") == [(1, 4)] * 4
 
 
-def test_a_fused_weight_whose_parts_end_inside_of_a_block_is_refused() -> None:
+def test_a_fused_weight_whose_parts_end_inside_of_a_block_is_stored_in_whole_blocks() -> None:
     """Gate and up of 320 rows in one weight: the third block has rows of both."""
-    with pytest.raises(LayoutError, match="a section of 320 is not a multiple of the 128"):
-        scale_section(Section(320, 1, repeat=2, block=128), 128, "gate_up_proj", is_last=True)
+    layout = Layout(COLUMN, 0, (Section(320, 1, repeat=2, block=128),), block_size=128)
+    covers = [layout.cover(rank) for rank in Mesh(2).ranks()]
+    assert covers[0] == ((0, 640, ((0, 256), (320, 576))),)
+    assert covers[1] == ((256, 384, ((0, 64),)), (512, 640, ((192, 256),)))
+
+
+def test_a_short_block_before_another_is_refused() -> None:
+    with pytest.raises(LayoutError, match="the last indices of an axis of 200"):
+        cover_spans([Span(100, 200), Span(0, 100)], 128, 200)
 
 
 def test_what_is_not_quantized_is_cut_as_ever() -> None:
@@ -145,25 +188,28 @@ def test_a_weight_stored_the_other_way_round_is_refused() -> None:
 
 @given(
     units=st.integers(1, 40), size=st.sampled_from([1, 16, 48, 64, 128, 192]),
-    per=st.sampled_from([1, 8, 16, 32, 128]), tp_size=st.integers(1, 6),
-    factor=st.integers(1, 3),
+    repeat=st.integers(1, 3), shared=st.sampled_from([0, 1, 3]), per=st.sampled_from([1, 8, 128]),
+    merged=st.integers(1, 3), tp_size=st.integers(1, 6), factor=st.integers(1, 5),
 )  # fmt: skip
-def test_a_part_is_cut_where_its_weight_is(
-    units: int, size: int, per: int, tp_size: int, factor: int
-) -> None:
-    """Each rank's stored indices stand for exactly the weight's indices that it holds."""
-    block = factor * per
-    section = Section(units, size, block=block)
-    scaled = scale_section(section, per, "w", is_last=True)
-    if section.max_tp_size < tp_size:
+def test_a_rank_stores_the_blocks_of_what_it_computes_and_no_more(
+    units: int, size: int, repeat: int, shared: int, per: int, merged: int, tp_size: int,
+    factor: int,
+) -> None:  # fmt: skip
+    """What is wanted of the stored blocks is what the rank has; each block has some of it."""
+    section = Section(units, size, repeat, shared * units, block=factor)
+    length, block = len(section), per * merged
+    if section.max_tp_size < tp_size or length % block:
         return
-    for tp_rank in range(tp_size):
-        weight = rank_spans([section], tp_rank, tp_size)
-        part = rank_spans([scaled], tp_rank, tp_size)
-        stands_for = [(a * per, min(b * per, units * size)) for a, b in part]
-        assert [tuple(span) for span in weight] == stands_for
-    if size % per == 0:
-        assert widen_section(scaled, per) == section
+    layout = Layout(COLUMN, 0, (section,), index_size=per, block_size=block)
+    codes = Placement(TensorSpec("w", "I8", (length // per, 4)), layout)
+    for rank in Mesh(tp_size).ranks():
+        stored = [i for start, stop in codes.spans(rank) for i in range(start * per, stop * per)]
+        wanted = [span for cover in layout.cover(rank) for span in cover.wanted]
+        spans = rank_spans([section], rank.tp_rank, tp_size)
+        computed = [i for start, stop in spans for i in range(start, stop)]
+        assert [stored[i] for start, stop in wanted for i in range(start, stop)] == computed
+        assert {i // block for i in stored} == {i // block for i in computed}
+    assert codes.tiles(Mesh(tp_size))[-1].stop == length // per
 
 
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 8), st.integers(1, 8))
@@ -172,7 +218,7 @@ def test_blocks_of_heads_take_their_kv_heads_with_them(
 ) -> None:
     heads = kv_heads * group_size
     section = Section(kv_heads, 1, shared_by=heads, block=blocks * group_size)
-    if section.max_tp_size < tp_size:
+    if -(-heads // section.block) < tp_size:
         return
     assert kv_head_mode(kv_heads, heads, tp_size, section.block) == "split"
     counts = [num_indices(rank_spans([section], rank, tp_size)) for rank in range(tp_size)]
