@@ -13,6 +13,7 @@ those of the quantization that its published config states.
 """
 
 import argparse
+import copy
 import fnmatch
 import json
 import os
@@ -32,6 +33,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 
+from benchmarks.checkpoints import CHECKPOINTS, STATED
 from shardkit.authoring.format_samples import choose_weights
 from shardkit.authoring.model_classes import list_classes
 from shardkit.checkpoint.header import encode_header
@@ -50,40 +52,12 @@ LISTS_OF_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude
 TOWERS = VISION_MODULES | AUDIO_MODULES | PROJECTORS  # which publishers leave as they are
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FAULTS: tuple[type[Exception], ...] = (*MODEL_ERRORS, RecipeError)
-# A checkpoint, and the class that it is saved from.
-CHECKPOINTS = {
-    "deepseek-v4-flash": "DeepseekV4ForCausalLM",
-    "deepseek-r1": "DeepseekV3ForCausalLM",
-    "qwen3.5-397b-a17b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
-    "glm-5-fp8": "GlmMoeDsaForCausalLM",
-    "kimi-k2.5": "Kimi_K25ForConditionalGeneration",
-    "minimax-m3-mxfp8": "MiniMaxM3SparseForConditionalGeneration",
-    "qwen3.6-35b-a3b-nvfp4": "Qwen3_5MoeForConditionalGeneration",
-    "qwen3.8": "Qwen3_5MoeForCausalLM",
-    "gpt-oss-120b": "GptOssForCausalLM",
-    "minimax-m2": "MiniMaxM2ForCausalLM",
-    "llama-3.3-70b": "LlamaForCausalLM",
-    "qwen3-235b-a22b-fp8": "Qwen3MoeForCausalLM",
-    "glm-4.5": "Glm4MoeForCausalLM",
-    "deepseek-v3.2": "DeepseekV32ForCausalLM",
-    "nemotron-3-super-120b-a12b-nvfp4": "NemotronHForCausalLM",
-    "qwen3-vl-30b-a3b": "Qwen3VLMoeForConditionalGeneration",
-    "gemma-4-26b-a4b-nvfp4": "Gemma4ForConditionalGeneration",
-    "gemma-3-27b": "Gemma3ForConditionalGeneration",
-    "mistral-large-4": "MistralLarge4ForConditionalGeneration",
-    "mimo-v2-flash": "MiMoV2FlashForCausalLM",
-    "step-3.7-flash-fp8": "Step3p7ForConditionalGeneration",
-    "hy3": "HYV3ForCausalLM",
-    "llama-4-scout": "Llama4ForConditionalGeneration",
-    "qwen2.5-72b": "Qwen2ForCausalLM",
-    "qwen2.5-vl-72b": "Qwen2_5_VLForConditionalGeneration",
-}
 
 
 def make_config(name: str, model_class: Any, folder: Path) -> Any:
-    """The published config without its quantization, or the class's defaults."""
+    """The published config without its quantization, or what is known of it."""
     path = folder / name / "config.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = json.loads(path.read_text()) if path.exists() else copy.deepcopy(STATED.get(name, {}))
     for part in (table, *(value for value in table.values() if isinstance(value, dict))):
         part.pop("quantization_config", None)
     return model_class.config_class.from_dict(table)

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from benchmarks.plan import CHECKPOINTS, FAULTS, make_published
+from benchmarks.checkpoints import CHECKPOINTS
+from benchmarks.plan import FAULTS, make_published
 from shardkit.authoring.publishing import format_table
 from shardkit.authoring.served import SERVED, describe_plan, plan_served
 from shardkit.errors import RecipeError, ShardkitError

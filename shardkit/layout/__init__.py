@@ -2,19 +2,14 @@
 
 from shardkit.layout.axis import Term, Unit, parse_axis, resolve_sections
 from shardkit.layout.spans import (
-    Cover,
     KvHeadMode,
     Section,
-    Span,
-    Tile,
     choose_block,
-    cover_axis,
-    cover_spans,
     kv_head_mode,
-    num_indices,
     partition,
     rank_spans,
 )
+from shardkit.layout.stretches import Cover, Span, Tile, cover_axis, cover_spans, num_indices
 from shardkit.layout.style import STYLES, Style
 
 __all__ = [

@@ -142,8 +142,8 @@ def place_part(
     if at is None or per is None:
         return whole
     layout = _move(placement, part, lead + at, placement.sections).layout
-    sizes = {"index_size": per, "block_size": count_indices_per_cut(weight, axis)}
-    return Placement(part, replace(layout, **sizes))
+    block = count_indices_per_cut(weight, axis)
+    return Placement(part, replace(layout, index_size=per, block_size=block))
 
 
 def _move(

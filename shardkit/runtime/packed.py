@@ -145,6 +145,11 @@ def select_first(tensor: torch.Tensor, index: int) -> torch.Tensor:
         if source.lead:
             return pack_weight(source.select(index), tensor.dtype)
         return compute_tensor(tensor)[index]
+    return _select_inside(tensor, source, index)
+
+
+def _select_inside(tensor: PackedTensor, source: Rearrangement, index: int) -> torch.Tensor:
+    """One along the first dimension of what an operation made of packed tensors."""
     function, (inner, *dims) = source.function, source.args
     if function in (aten.stack.default, aten.cat.default, aten.transpose.int):
         dims = [dim % tensor.ndim for dim in dims] or [0]

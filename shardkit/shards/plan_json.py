@@ -141,9 +141,17 @@ def _parse_placement(name: str, value: Any) -> Placement:
         IN_MODEL not in fields or fields.boolean(IN_MODEL),
     )
     expert = _parse_expert(fields.value(EXPERT), name) if EXPERT in fields else None
-    sizes = {key: fields.integer(key, MAX_DIM, 2) for key in SIZES if key in fields}
+    index_size, block_size = (
+        fields.integer(key, MAX_DIM, 2) if key in fields else 1 for key in SIZES
+    )
     layout = Layout(
-        STYLES[style], None if dim == -1 else dim, sections, in_model, expert=expert, **sizes
+        STYLES[style],
+        None if dim == -1 else dim,
+        sections,
+        in_model,
+        expert=expert,
+        index_size=index_size,
+        block_size=block_size,
     )
     placement = Placement(spec, layout)
     check_placement(placement)

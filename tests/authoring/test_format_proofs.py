@@ -16,7 +16,7 @@ MODELS = {model.name: model for model in list_format_models()}
     ("sample", "model", "verdicts"),
     [
         ("fp8-block", "grouped-heads", ["proven"] * 2),  # 576 rows in blocks of 128
-        ("fp8-block", "latent-attention", ["proven", "refused"] * 2),  # whole experts, too
+        ("fp8-block", "latent-attention", ["proven"] * 4),  # over 3, ranks share blocks of heads
         ("gptq-desc-act", "fused", ["proven"] * 2),
         ("mxfp4", "stacked-experts", ["proven"] * 4),  # 5 groups of 32
     ],
@@ -26,8 +26,6 @@ def test_a_model_in_a_format_is_what_it_is_unsharded(
 ) -> None:
     proofs = list(prove_format(MODELS[model], SAMPLES[sample], rank_pool, tmp_path, (2, 3)))
     assert [proof.verdict for proof in proofs] == verdicts, proofs
-    for proof in proofs:
-        assert "this checkpoint divides over tp_size" in proof.detail or proof.verdict == "proven"
 
 
 def test_a_wrong_shard_is_found_by_its_numbers(rank_pool: RankPool, tmp_path: Path) -> None:

@@ -9,16 +9,12 @@ from shardkit.errors import LayoutError
 from shardkit.layout.spans import (
     MAX_SPANS,
     Section,
-    Span,
-    Tile,
-    coalesce,
-    cover_axis,
     held_units,
     kv_head_mode,
-    num_indices,
     partition,
     rank_spans,
 )
+from shardkit.layout.stretches import Span, Tile, coalesce, cover_axis, num_indices
 
 SIZES = range(1, 13)
 

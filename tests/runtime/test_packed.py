@@ -147,6 +147,7 @@ def test_only_the_experts_that_are_routed_to_are_computed(
         lambda tensors: torch.stack(tensors).transpose(1, 2).contiguous(),
         lambda tensors: torch.stack(tensors).to(torch.bfloat16),
         lambda tensors: torch.stack(tensors, 1),
+        lambda tensors: torch.stack(tensors)[:, 100:160],  # inside of a block
         lambda tensors: torch.cat(tensors),
         lambda tensors: torch.cat([tensors[0], torch.ones(3, 128)]),
         lambda tensors: torch.chunk(torch.cat(tensors), 3)[1],
@@ -173,6 +174,23 @@ def test_what_a_conversion_does_is_recorded(
         assert torch.equal(recorded[index], expected[index])
     with pytest.raises(IndexError, match="out of bounds"):
         recorded[len(expected)]
+
+
+def test_one_of_a_stack_of_excerpts_is_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that share blocks with other ranks, of which each is part of a weight."""
+    packed = [pack(SAMPLES["fp8-block"], (192, 128), seed) for seed in range(4)]
+    expected = compute_tensor(packed[2])[64:128]
+    with RecordLayout():  # type: ignore[no-untyped-call]
+        stack = torch.stack([*packed])[:, 64:128]
+    written: list[StoredWeight] = []
+
+    def count(weight: StoredWeight, out: torch.Tensor) -> None:
+        written.append(weight)
+        write_weight(weight, out)
+
+    monkeypatch.setattr(packed_module, "write_weight", count)
+    assert torch.equal(stack[2], expected)
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

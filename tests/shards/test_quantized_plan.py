@@ -25,6 +25,12 @@ def parse(table: Table) -> Any:
     return parse_plan(fields, [placement.spec.name for placement in PLAN.placements])
 
 
+def check_all(table: Table) -> None:
+    plan = parse(table)
+    plan.check()
+    check_parts(PlacementTable.of(plan.placements), plan.grouping)
+
+
 def test_a_plan_of_quantized_weights_is_read_back() -> None:
     table = json.loads(json.dumps(plan_to_json(PLAN)))
     plan = parse(table)
@@ -57,8 +63,6 @@ def test_what_no_plan_can_say_is_refused(change: Callable[[Table], None], messag
     table = copy.deepcopy(json.loads(json.dumps(plan_to_json(PLAN))))
     change(table)
     with pytest.raises((JsonError, LayoutError)) as caught:
-        plan = parse(table)
-        plan.check()
-        check_parts(PlacementTable.of(plan.placements), plan.grouping)
+        check_all(table)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
