@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
+from shardkit.runtime.distributed.choose_transport import share_memory
 from shardkit.runtime.distributed.diagnosis import (
     REPORT_BYTES,
     encode_report,
@@ -27,7 +28,11 @@ from shardkit.runtime.distributed.diagnosis import (
 )
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.runtime.distributed.rendezvous import connect_store, read_rank
+from shardkit.runtime.distributed.shared_memory import SharedMemoryTransport
+from shardkit.runtime.distributed.torch_transport import TorchTransport, Transport
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -44,6 +49,8 @@ class TensorParallelGroup:
         link: What ranks tell each other outside collectives; None unless `connect` made the group.
             Through it ranks agree before any collective, and find out which rank is missing when
             one fails.
+        transport: What carries tensors on CPUs of one host: memory that the ranks share; None for
+            the process group.
         counts: How many all-reduces and all-gathers were made since it was last reset.
         num_collectives: How many collectives of any kind were made.
         failure: Why the group can no longer be used; "" if it can.
@@ -54,6 +61,7 @@ class TensorParallelGroup:
     device: torch.device
     process_group: dist.ProcessGroup | None = None
     link: Link | None = None
+    transport: SharedMemoryTransport | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"all_reduce": 0, "all_gather": 0})
     num_collectives: int = 0
     failure: str = ""
@@ -62,7 +70,7 @@ class TensorParallelGroup:
         """Sum a tensor over the ranks.
 
         Args:
-            x: This rank's summand, of any shape; overwritten if it is contiguous.
+            x: This rank's summand, of any shape; it may be overwritten.
 
         Returns:
             The sum of every rank's `x`, on every rank.
@@ -72,8 +80,8 @@ class TensorParallelGroup:
         """
         self.counts["all_reduce"] += 1
         if self.tp_size > 1:
-            x = x.contiguous()
-            self._run("all_reduce", lambda: dist.all_reduce(x, group=self.process_group))
+            x, carry = x.contiguous(), self._carrier
+            return self._run("all_reduce", lambda: carry.sum_ranks(x))
         return x
 
     def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -103,9 +111,8 @@ class TensorParallelGroup:
             RanksError: A rank died, stalled or left; the message names it.
         """
         if self.tp_size > 1:
-            x = x.to(self.device)
-            source = dist.get_global_rank(self.process_group, 0) if self.process_group else 0
-            self._run("broadcast", lambda: dist.broadcast(x, source, self.process_group))
+            x, carry = x.to(self.device).contiguous(), self._carrier
+            return self._run("broadcast", lambda: carry.copy_first(x))
         return x
 
     def all_agree(
@@ -166,6 +173,12 @@ class TensorParallelGroup:
         if self.failure:
             raise RanksError(self.failure)
         self._run("init_process_group", self._open)
+        if self.device.type == "cpu":
+            try:
+                self.transport = share_memory(link)
+            except RanksError as error:
+                self.failure = str(error)
+                raise
 
     def leave(self) -> None:
         """Leave the process group, together with the others if they come within a few seconds.
@@ -178,8 +191,12 @@ class TensorParallelGroup:
             link.leave(self.failure, self._close)
         self.failure = self.failure or "this rank has left the group"
 
-    def _run(self, name: str, collective: Callable[[], object]) -> None:
-        """Run one collective; if it fails, end the group and say which rank is the cause."""
+    @property
+    def _carrier(self) -> Transport:
+        return self.transport or TorchTransport(self.process_group)
+
+    def _run(self, name: str, collective: Callable[[], T]) -> T:
+        """What one collective returns; if it fails, end the group and say who is the cause."""
         if self.failure:
             raise RanksLost(self.failure)
         self.num_collectives += 1
@@ -187,12 +204,13 @@ class TensorParallelGroup:
         self.set_status(f"in {numbered}")
         reason = ""
         try:
-            collective()
+            result = collective()
         except (RuntimeError, ValueError, OSError) as error:
             reason = first_sentence(error)
         if reason:  # out of `except`, since the exception holds the group, which must be closed
             self._fail(numbered, reason)
         self.set_status(f"after {numbered}")
+        return result
 
     def _fail(self, collective: str, reason: str) -> NoReturn:
         self.failure = f"{collective} failed: {reason}"
@@ -218,9 +236,8 @@ class TensorParallelGroup:
         return {rank: bytes(part.cpu().tolist()).decode() for rank, part in enumerate(parts)}
 
     def _gather_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        self._run("all_gather", lambda: dist.all_gather(parts, x, group=self.process_group))
-        return parts
+        carry = self._carrier
+        return self._run("all_gather", lambda: carry.gather_ranks(x, self.tp_size))
 
     def _open(self) -> None:
         assert self.link is not None
@@ -236,7 +253,9 @@ class TensorParallelGroup:
         self.process_group = dist.group.WORLD
 
     def _close(self) -> None:
-        self.process_group = None
+        if self.transport is not None:
+            self.transport.close()
+        self.process_group = self.transport = None
         if dist.is_initialized():
             dist.destroy_process_group()
 

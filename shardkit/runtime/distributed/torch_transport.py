@@ -1,0 +1,47 @@
+"""How tensors travel between ranks: through torch.distributed, over gloo or NCCL."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Transport(Protocol):
+    """What carries the tensors of collectives, which every rank calls in the same order.
+
+    Each raises RuntimeError if another rank is gone or late.
+    """
+
+    def sum_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's contiguous `x`, on every rank; it may be `x`, overwritten."""
+
+    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """Every rank's contiguous `x`, on every rank; they have one shape. `size` is of ranks."""
+
+    def copy_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's contiguous `x`, on every rank; it may be `x`, overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchTransport:
+    """The collectives of a process group of torch's."""
+
+    process_group: dist.ProcessGroup | None
+
+    def sum_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Transport` has it, in place."""
+        dist.all_reduce(x, group=self.process_group)
+        return x
+
+    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """As `Transport` has it."""
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x, group=self.process_group)
+        return parts
+
+    def copy_first(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Transport` has it, in place."""
+        source = dist.get_global_rank(self.process_group, 0) if self.process_group else 0
+        dist.broadcast(x, source, self.process_group)
+        return x
