@@ -195,6 +195,10 @@ class Recipe:
         return frozenset(number for text in texts for number in STATED_NUMBER.findall(text))
 
     @cached_property
+    def _stated_pattern(self) -> re.Pattern[str]:
+        return re.compile(rf"\.(?:{'|'.join(sorted(self._stated_numbers))})\.")
+
+    @cached_property
     def _rules_by_name(self) -> dict[str, list[Rule]]:
         return {}
 
@@ -220,7 +224,10 @@ class Recipe:
 
     def split_by_rule(self, tensors: AlikeTensors) -> Iterator[AlikeTensors]:
         """Alike tensors in groups, of each of which one rule names all."""
-        return tensors.split_by(self.generalize) if self._stated_numbers else iter([tensors])
+        if not self._stated_numbers:
+            return iter([tensors])
+        find = self._stated_pattern.search
+        return tensors.split_by(lambda name: self.generalize(name) if find(f".{name}.") else "")
 
     def rules_for(self, tensor: str) -> list[Rule]:
         """Every rule that names `tensor`: one, if the recipe fits."""
