@@ -10,7 +10,8 @@ with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive 
         print(text, end="", flush=True)
 """
 
-from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.connect import connect
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.engine import Engine, launch
 from shardkit.runtime.loader import load
 

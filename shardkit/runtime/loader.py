@@ -22,7 +22,8 @@ from shardkit.recipe.formats import QuantizedWeight
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import Conversion, find_conversions, loaded_shapes
 from shardkit.runtime.distribute_experts import distribute_experts
-from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.connect import connect
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer

@@ -204,7 +204,7 @@ def _open_source(request: Request) -> Iterator[Checkpoint | None]:
 
 
 def _connect(request: Request) -> TorchrunRanks:
-    from shardkit.runtime.distributed.group import connect
+    from shardkit.runtime.distributed.connect import connect
     from shardkit.runtime.engine.controller import TorchrunRanks
 
     return TorchrunRanks(connect(request.device, request.timeouts))

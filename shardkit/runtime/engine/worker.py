@@ -19,7 +19,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.distributed.group import TensorParallelGroup, connect
+from shardkit.runtime.distributed.connect import connect
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.channel import Channel, SocketChannel
 from shardkit.runtime.engine.messages import (
     INPUTS,
