@@ -71,7 +71,7 @@ def program(
             compute(group, reach, options)
         else:
             strikes = at if fault and phase == "in a collective" else None
-            sum_on(group, reach, strikes, fault, int(options.get("sums", 1 << 30)))
+            sum_on(group, reach, strikes, fault, options)
     except ShardkitError as error:
         print(f"Error: {error}", flush=True)
         return error.exit_code
@@ -90,7 +90,11 @@ def pretend(options: dict[str, str]) -> None:
 
 
 def sum_on(
-    group: TensorParallelGroup, reach: Callable[[str], None], at: Path | None, fault: str, sums: int
+    group: TensorParallelGroup,
+    reach: Callable[[str], None],
+    at: Path | None,
+    fault: str,
+    options: dict[str, str],
 ) -> None:
     """Collectives until one fails; the faulty rank may fail in the middle of one."""
     group.all_reduce(torch.ones(4))
@@ -101,11 +105,11 @@ def sum_on(
             stamp(at, "fault")
             FAULTS[fault]()
 
-        timer = threading.Timer(0.3, strike)
+        timer = threading.Timer(float(options.get("delay", "0.3")), strike)
         timer.daemon = True
         timer.start()
-    big = torch.ones(1 << 20)
-    for _ in range(sums):
+    big = torch.ones(int(options.get("elements", 1 << 20)))
+    for _ in range(int(options.get("sums", 1 << 30))):
         group.all_reduce(big)
 
 

@@ -47,7 +47,7 @@ def explain_absence() -> str:
     return ""
 
 
-def count_bytes(size: int) -> int:
+def measure_memory(size: int) -> int:
     """The bytes that `size` ranks share."""
     return _find_data(size) + 2 * size * SLOT_BYTES
 
@@ -55,7 +55,7 @@ def count_bytes(size: int) -> int:
 def create_memory(size: int, token: bytes) -> int:
     """The file descriptor of new memory for `size` ranks, which begins with a token."""
     fd = os.memfd_create("shardkit-ranks", os.MFD_CLOEXEC)
-    os.ftruncate(fd, count_bytes(size))
+    os.ftruncate(fd, measure_memory(size))
     os.pwrite(fd, token, LINE * 8 * size)
     return fd
 
@@ -66,7 +66,7 @@ def open_memory(pid: int, fd: int, size: int, token: bytes) -> mmap.mmap:
     try:
         if os.pread(own, TOKEN_BYTES, LINE * 8 * size) != token:
             raise FileNotFoundError(f"process {pid} is of another host")
-        return mmap.mmap(own, count_bytes(size))
+        return mmap.mmap(own, measure_memory(size))
     finally:
         os.close(own)
 

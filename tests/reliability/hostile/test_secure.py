@@ -34,6 +34,8 @@ OPENED = {
     "shardkit/files.py": "the safe opener itself",
     "shardkit/output/atomic.py": "folders of the output, to sync and to lock",
     "shardkit/output/publish.py": "the output: exclusive, no links, its own folders",
+    "shardkit/runtime/distributed/choose_transport.py": "the kernel's quota of processors",
+    "shardkit/runtime/distributed/shared_memory.py": "memory of another rank, by the kernel",
     "shardkit/checkpoint/pickled/convert.py": "the converted file: exclusive, in its own folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
     "shardkit/recipe/catalog.py": "the bundled recipes",
