@@ -223,14 +223,18 @@ def test_the_switch_and_the_cores_decide(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize(
-    ("ranks", "cases"),
-    [(2, 60), *(pytest.param(n, 3400, marks=pytest.mark.slow) for n in (2, 3, 4))],
+    ("ranks", "cases", "seed"),
+    [
+        (2, 60, 7),
+        *(pytest.param(n, 280, s, marks=pytest.mark.slow) for n in (2, 3, 4) for s in range(12)),
+    ],
 )
 def test_real_ranks_have_what_gloo_would_give_them(
-    ranks: int, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: int, cases: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """10,080 in all."""
     monkeypatch.setenv(choose_transport.SWITCH, "1")
-    code, said = torchrun(ranks, tmp_path, tmp_path, COMPARE, "7", str(cases))
+    code, said = torchrun(ranks, tmp_path, tmp_path, COMPARE, str(seed), str(cases))
     assert code == 0
     assert [each["kind"] for each in said] == ["SharedMemoryTransport"] * ranks
     assert all(each["same"] and each["worst"] <= 0 for each in said), said
@@ -238,15 +242,16 @@ def test_real_ranks_have_what_gloo_would_give_them(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(7))
 def test_a_rank_killed_at_any_moment_is_named_and_leaves_nothing(
-    world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """67 moments of each: in all 201."""
+    """At 210 moments in all."""
     monkeypatch.setenv(choose_transport.SWITCH, "1")
-    choose, zygote, before = random.Random(world), Zygote(), set(os.listdir("/dev/shm"))
+    choose, zygote, before = random.Random(seed), Zygote(), set(os.listdir("/dev/shm"))
     seconds = {"join": 30.0, "load": 30.0, "collective": 10.0, "request": 30.0}
     try:
-        for moment in range(67):
+        for moment in range(10):
             faulty = choose.randrange(world)
             plain: dict[str, Any] = {
                 "timeouts": seconds,
