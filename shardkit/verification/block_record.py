@@ -42,6 +42,8 @@ class BlockRecord:
         rounding: The unsharded model's errors in each dtype, by call.
         comparisons: The sharded model's.
         skipped: Blocks whose outputs are neither compared nor replaced.
+        unsampled: Blocks that ranks do not run: their outputs are replaced, and not compared.
+        restored: Ranks' calls that were compared before, by dtype.
     """
 
     narrowest: torch.dtype
@@ -49,23 +51,27 @@ class BlockRecord:
     rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
     comparisons: list[BlockComparison] = field(default_factory=list)
     skipped: Collection[str] = ()
+    unsampled: Collection[str] = ()
+    restored: set[tuple[torch.dtype, BlockCall]] = field(default_factory=set)
 
     def keep_expected(
         self, call: BlockCall, outputs: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Note the reference's outputs; what replaces them are they, rounded."""
-        self.expected[call] = [output.detach().clone() for output in outputs]
+        if call not in self.expected:
+            self.expected[call] = [output.detach().clone() for output in outputs]
         return self.replace_outputs(call, outputs)
 
     def measure_rounding(
         self, dtype: torch.dtype, call: BlockCall, outputs: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Note how far the unsharded model is in a dtype; returns what replaces its outputs."""
-        errors = [
-            measure_error(output, expected) if output.shape == expected.shape else Error(0.0, 0.0)
-            for output, expected in zip(outputs, self.expected.get(call, ()), strict=False)
-        ]
-        self.rounding.setdefault(dtype, {})[call] = errors
+        rounding = self.rounding.setdefault(dtype, {})
+        if call not in rounding:
+            rounding[call] = [
+                measure_error(output, value) if output.shape == value.shape else Error(0.0, 0.0)
+                for output, value in zip(outputs, self.expected.get(call, ()), strict=False)
+            ]
         return self.replace_outputs(call, outputs)
 
     def compare_rank(
@@ -74,6 +80,8 @@ class BlockRecord:
         """Compare a rank's outputs; returns what replaces them. Rank-local ones are left."""
         if call.block in self.skipped:
             return [None] * len(outputs)
+        if call.block in self.unsampled or (dtype, call) in self.restored:
+            return self.replace_outputs(call, outputs)
         errors = self.rounding[dtype].get(call, [])
         typical = self.find_typical_rounding(dtype)
         for output, expected, error in zip(
