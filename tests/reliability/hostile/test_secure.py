@@ -53,7 +53,7 @@ OPENED = {
     "shardkit/runtime/engine/stop_flag.py": "memory without a name, which the engine has made",
     "shardkit/runtime/engine/engine.py": "the tokenizer, by transformers, without remote code",
     "shardkit/verification/block_journal.py": "the journal that the user names: no links",
-    "shardkit/verification/available_memory.py": "the kernel's own files about memory",
+    "shardkit/output/available_memory.py": "the kernel's own files about memory",
     "shardkit/verification/streamed_models.py": "how an unsharded model generates",
     "shardkit/verification/input_table.py": "the bundled table of inputs",
     "shardkit/verification/models.py": "the unsharded model, by transformers, its headers checked",

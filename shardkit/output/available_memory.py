@@ -61,6 +61,11 @@ def measure_available_memory(process: Path = PROCESS, cgroups: Path = CGROUPS) -
     return max(min(rooms), 0)
 
 
+def measure_resident_memory(process: Path = PROCESS) -> int:
+    """Bytes of memory that this process has now (proc(5))."""
+    return _read_field(process / "status", "VmRSS:")
+
+
 def _iter_rooms(process: Path, cgroups: Path) -> Iterator[int]:
     """What each control group that the process is in has left, from its own to the outermost."""
     for line in _read_text(process / "cgroup").splitlines():
