@@ -155,6 +155,7 @@ class _BlockCheck:
                 skips = notes.list_skips(repeated) | unsampled
                 ranks.run(action, record, unsharded.blocks, (), skips, notes.end_call)
                 notes.end_run()
+        record.forget_expected()
         return record
 
     def _describe_faults(

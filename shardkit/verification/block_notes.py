@@ -94,7 +94,7 @@ class RunNotes:
         if notes.is_plain:
             self.check.plain_blocks.add(call.block)
         if self.dtype is None:
-            record.expected[call] = list(notes.outputs)
+            record.restore_expected(call, list(notes.outputs))
         else:
             record.restored.add((self.dtype, call))
         for dtype, errors in notes.rounding.items():

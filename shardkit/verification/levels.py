@@ -197,7 +197,8 @@ def _choose_real_ranks(request: Request, manifest: Manifest | None) -> bool:
         return True
     from shardkit.verification.rank_choice import choose_real_ranks
 
-    return choose_real_ranks(manifest, request.numerics, request.dtype, request.device)
+    options, dtype, device = request.numerics, request.dtype, request.device
+    return choose_real_ranks(request.folder, manifest, options, dtype, device)
 
 
 @contextmanager
