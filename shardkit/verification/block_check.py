@@ -14,8 +14,9 @@ import torch
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.dtypes import torch_name
-from shardkit.errors import CheckpointError, RanksError
+from shardkit.errors import CheckpointError, RanksError, RanksLost
 from shardkit.layout.style import PADDED
+from shardkit.output.available_memory import map_large_blocks
 from shardkit.planning import Placement
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
@@ -65,6 +66,7 @@ def check_blocks(
         CheckpointError: The source cannot run.
     """
     counts = ByteCounts()
+    map_large_blocks()
     with ExitStack() as stack:
         ranks = [stack.enter_context(TurnRanks(folder, manifest, dtype, counts))]
         own = ranks[0].dtype
@@ -128,8 +130,8 @@ class _BlockCheck:
             record = self._run_pass(name, action)
             if not is_resumed or record.find_first_fault() is None:
                 return record
-        except (CheckpointError, RanksError):
-            if not is_resumed:
+        except (CheckpointError, RanksError) as error:
+            if not is_resumed or isinstance(error, RanksLost):
                 raise
         notes.forget_run(first)
         counts.read, counts.peak, notes.done = start

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError, RanksError, ShardkitError
+from shardkit.errors import CheckpointError, RanksError, RanksLost, ShardkitError
 from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
@@ -129,6 +129,8 @@ class UnshardedModels:
     def _run_tasks(self, turns: Turns, tasks: Sequence[Callable[[], Tensors]]) -> list[Tensors]:
         try:
             return turns.run(tasks)
+        except RanksLost:
+            raise
         except RanksError as error:
             if isinstance(error.__cause__, ShardkitError):
                 raise error.__cause__ from None
