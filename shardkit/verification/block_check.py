@@ -98,6 +98,7 @@ class _BlockCheck:
         conversions = find_conversions(whole, shapes, prefix)
         self._placements = placements_by_parameter(whole, weights, conversions)
         self._padded = list_padded(self._placements)
+        self._partial: set[str] = set()
 
     def run(self) -> Check:
         inputs = self.unsharded.make_inputs()
@@ -119,26 +120,30 @@ class _BlockCheck:
         return Check("numerics", verdict, self._summarize(records), (*faults,), self.numbers)
 
     def _compare(self, name: str, action: Action) -> BlockRecord:
-        """Run all models in one pass; a fault counts only if no block of the pass was skipped.
+        """Run all models in one pass; a fault counts only if none of them was at a disadvantage.
 
-        What a layer uses of a skipped one, besides its hidden states, might be missing.
+        What a layer uses of one that was skipped, besides its hidden states, might be missing; and
+        a block of which ranks have parts was rounded in the reference alone.
         """
         notes, counts = self.notes, self.notes.counts
         first, start = f"{name} unsharded", (counts.read, counts.peak, notes.done)
-        is_resumed = notes.has_run(first)
-        try:
-            record = self._run_pass(name, action)
-            if not is_resumed or record.find_first_fault() is None:
-                return record
-        except (CheckpointError, RanksError) as error:
-            if not is_resumed or isinstance(error, RanksLost):
-                raise
-        notes.forget_run(first)
-        counts.read, counts.peak, notes.done = start
-        return self._run_pass(name, action)
+        while True:
+            is_resumed = notes.has_run(first)
+            try:
+                record = self._run_pass(name, action)
+                if record.find_first_fault() is None:
+                    return record
+                if not is_resumed and record.parts <= self._partial:
+                    return record
+                self._partial |= record.parts
+            except (CheckpointError, RanksError) as error:
+                if not is_resumed or isinstance(error, RanksLost):
+                    raise
+            notes.forget_run(first)
+            counts.read, counts.peak, notes.done = start
 
     def _run_pass(self, name: str, action: Action) -> BlockRecord:
-        record = BlockRecord(self.own, skipped=self._padded)
+        record = BlockRecord(self.own, self._padded, {*self._partial})
         unsharded, model = self.unsharded, self.unsharded.reference
         notes = self.notes.start_run(f"{name} unsharded", record, None, name == CACHED)
         if not notes.is_done:
@@ -179,7 +184,7 @@ class _BlockCheck:
         block = fault.call.block
         names = [n for n, _ in self.unsharded.reference.named_modules() if n]
         traced = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
-        record = BlockRecord(self.own, skipped=self._padded)
+        record = BlockRecord(self.own, self._padded, {*self._partial})
         models = self.unsharded.run(action, record, traced)
         ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
         parts = ranks.run(action, record, self.unsharded.blocks, traced)

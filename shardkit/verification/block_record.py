@@ -44,16 +44,21 @@ class BlockRecord:
         rounding: The unsharded model's errors in each dtype, by call.
         comparisons: The sharded model's.
         skipped: Blocks whose outputs are neither compared nor replaced.
+        partial: Blocks of whose output a rank has its own part, as far as known: no model's is
+            replaced, so that all have what the reference has, unrounded.
+        parts: Those of them that this run has met.
         unsampled: Blocks that ranks do not run: their outputs are replaced, and not compared.
         restored: Ranks' calls that were compared before, by dtype.
     """
 
     narrowest: torch.dtype
+    skipped: Collection[str] = ()
+    partial: Collection[str] = ()
     expected: dict[BlockCall, list[torch.Tensor]] = field(default_factory=dict)
     sizes: dict[BlockCall, list[Error]] = field(default_factory=dict)
     rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
     comparisons: list[BlockComparison] = field(default_factory=list)
-    skipped: Collection[str] = ()
+    parts: set[str] = field(default_factory=set)
     unsampled: Collection[str] = ()
     restored: set[tuple[torch.dtype, BlockCall]] = field(default_factory=set)
 
@@ -101,6 +106,7 @@ class BlockRecord:
             outputs, self.expected.get(call, ()), errors, sizes, strict=False
         ):
             if output.shape != expected.shape:
+                self.parts.add(call.block)
                 continue
             rounding = typical if output.numel() < FEW_VALUES else 0.0
             allowed = allow_error(error, size, dtype, rounding)
@@ -154,13 +160,16 @@ class BlockRecord:
     ) -> list[torch.Tensor | None]:
         """The reference's outputs, rounded, in the dtype of these; None where shapes differ."""
         expected = self.expected.get(call, [])
-        if not outputs or len(expected) != len(outputs):
+        if not outputs or len(expected) != len(outputs) or self._is_kept(call):
             return [None] * len(outputs)
         dtypes = [self.narrowest, *(output.dtype for output in outputs[1:])]
         return [
             round_values(value, dtype).to(output.dtype) if value.shape == output.shape else None
             for value, output, dtype in zip(expected, outputs, dtypes, strict=True)
         ]
+
+    def _is_kept(self, call: BlockCall) -> bool:
+        return call.block in self.partial or call.block in self.skipped
 
 
 def round_values(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
