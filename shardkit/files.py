@@ -67,7 +67,7 @@ def read_small_file(path: Path, limit: int, error: type[ShardkitError]) -> bytes
         if size > limit:
             raise error(f"{path}: {size} bytes, more than the {limit} allowed for such a file")
         try:
-            return file.read(limit)
+            return file.read(size)
         except OSError as failure:
             raise error(f"{path}: {failure.strerror}") from None
 

@@ -37,6 +37,7 @@ from shardkit.tensor import TensorTable
 
 MAX_COMPANION = 256 << 20
 FINGERPRINT_BYTES = 4096  # of each end of a tensor
+MAX_THREADS = 8  # that hash a download, each with a buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ class Checkpoint:
 
     def check_download(self, progress: Progress) -> None:
         """Hash what lies in a Hub cache; raise CheckpointError if it is not the Hub's file."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
             checks = [pool.submit(check_blob, *blob, progress) for blob in self._blobs()]
         for check in checks:
             check.result()

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import click
 
-from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, progress_bar
+from shardkit.cli.options import FOLDER, FORCE, JSON, MAX_MEMORY, RESUME, progress_bar
 from shardkit.cli.output import format_count, format_rate, print_json, print_line
 from shardkit.convert import merge as merge_folder
 
@@ -15,8 +15,11 @@ from shardkit.convert import merge as merge_folder
 @click.argument("out", type=FOLDER)
 @FORCE
 @RESUME
+@MAX_MEMORY
 @JSON
-def merge(shards: Path, out: Path, force: bool, resume: bool, as_json: bool) -> None:
+def merge(
+    shards: Path, out: Path, force: bool, resume: bool, max_memory: int | None, as_json: bool
+) -> None:
     """Write the unsharded checkpoint again.
 
     SHARDS is a shard folder. All of its data is checked before anything is written. OUT is the new
@@ -29,7 +32,9 @@ def merge(shards: Path, out: Path, force: bool, resume: bool, as_json: bool) -> 
     """
     started = perf_counter()
     with progress_bar("merge") as progress:
-        result = merge_folder(shards, out, force=force, resume=resume, progress=progress)
+        result = merge_folder(
+            shards, out, force=force, resume=resume, max_memory=max_memory, progress=progress
+        )
     seconds = perf_counter() - started
     if as_json:
         print_json(

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import ALLOW_PICKLE, EXPERT_PARALLEL, JSON, RECIPE, REVISION, TP
+from shardkit.cli.options import ALLOW_PICKLE, EXPERT_PARALLEL, JSON, RECIPE, REVISION
 from shardkit.cli.output import (
     format_bytes,
     format_count,
@@ -15,13 +15,17 @@ from shardkit.cli.output import (
     print_warning,
 )
 from shardkit.cli.plan_bytes import plan_bytes_to_json, print_plan_bytes
+from shardkit.cli.plan_devices import add_device_options, show_advice
 from shardkit.cli.plan_groups import group_to_json, print_groups
+from shardkit.errors import UsageError
 from shardkit.planning import (
     Collectives,
+    Devices,
     KvCache,
     KvCopies,
     Plan,
     PlanReport,
+    compare_sizes,
     list_shared_blocks,
     list_unloaded,
 )
@@ -32,7 +36,14 @@ from shardkit.strict_json import put_off_collection
 @click.command()
 @put_off_collection()
 @click.argument("source")
-@TP
+@click.option("--tp", "tp_size", type=click.IntRange(min=1), metavar="N", help="Number of ranks.")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Instead of --tp: compare the numbers of ranks that N devices could run.",
+)
+@add_device_options
 @EXPERT_PARALLEL
 @RECIPE
 @REVISION
@@ -40,12 +51,14 @@ from shardkit.strict_json import put_off_collection
 @JSON
 def plan(
     source: str,
-    tp_size: int,
+    tp_size: int | None,
+    devices: int | None,
+    memory: int | None,
+    link: str,
+    memory_bandwidth: int,
     expert_parallel: bool,
-    recipe: str | None,
-    revision: str | None,
-    allow_pickle: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what each rank would hold and cost.
 
@@ -56,15 +69,18 @@ def plan(
     Example:
       shardkit plan models/llama --tp 8
       shardkit plan models/llama --tp 8 --json
+      shardkit plan models/llama --devices 8 --memory 80G --link nvlink
     """
-    report = plan_source(
-        source,
-        tp_size,
-        recipe=recipe,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        expert_parallel=expert_parallel,
-    )
+    if (tp_size is None) == (devices is None):
+        raise UsageError("name either --tp, to plan it, or --devices, to compare sizes")
+    if devices is not None:
+        if memory is None or expert_parallel:
+            raise UsageError("--devices needs --memory, and compares whole experts, too")
+        given = Devices(devices, memory, link, memory_bandwidth)
+        show_advice(source, compare_sizes(source, given, **options), as_json)
+        return
+    assert tp_size is not None
+    report = plan_source(source, tp_size, expert_parallel=expert_parallel, **options)
     for warning in report.warnings:
         print_warning(warning)
     if as_json:

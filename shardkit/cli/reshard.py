@@ -5,7 +5,7 @@ from time import perf_counter
 
 import click
 
-from shardkit.cli.options import FOLDER, FORCE, JSON, RESUME, TP, progress_bar
+from shardkit.cli.options import FOLDER, FORCE, JSON, MAX_MEMORY, RESUME, TP, progress_bar
 from shardkit.cli.split_output import show_split
 from shardkit.convert import reshard as reshard_folder
 
@@ -16,9 +16,16 @@ from shardkit.convert import reshard as reshard_folder
 @TP
 @FORCE
 @RESUME
+@MAX_MEMORY
 @JSON
 def reshard(
-    shards: Path, out: Path, tp_size: int, force: bool, resume: bool, as_json: bool
+    shards: Path,
+    out: Path,
+    tp_size: int,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    as_json: bool,
 ) -> None:
     """Split shards for another number of ranks.
 
@@ -32,5 +39,13 @@ def reshard(
     """
     started = perf_counter()
     with progress_bar("reshard") as progress:
-        result = reshard_folder(shards, out, tp_size, force=force, resume=resume, progress=progress)
+        result = reshard_folder(
+            shards,
+            out,
+            tp_size,
+            force=force,
+            resume=resume,
+            max_memory=max_memory,
+            progress=progress,
+        )
     show_split(result, perf_counter() - started, as_json)

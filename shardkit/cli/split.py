@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from shardkit.cli.options import (
     FOLDER,
     FORCE,
     JSON,
+    MAX_MEMORY,
     RECIPE,
     RESUME,
     REVISION,
@@ -33,6 +35,7 @@ from shardkit.planning import Plan, summarize_plan
 @REVISION
 @FORCE
 @RESUME
+@MAX_MEMORY
 @ALLOW_PICKLE
 @click.option(
     "--fail-on-nonfinite",
@@ -45,15 +48,10 @@ def split(
     source: str,
     out: Path,
     tp_size: int,
-    expert_parallel: bool,
-    recipe: str | None,
-    revision: str | None,
-    force: bool,
-    resume: bool,
     allow_pickle: bool,
-    fail_on_nonfinite: bool,
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Split a checkpoint into one file per rank.
 
@@ -72,15 +70,10 @@ def split(
             source,
             out,
             tp_size,
-            recipe=recipe,
-            revision=revision,
             allow_pickle=allow_pickle,
-            expert_parallel=expert_parallel,
-            force=force,
-            resume=resume,
-            fail_on_nonfinite=fail_on_nonfinite,
             dry_run=dry_run,
             progress=progress,
+            **options,
         )
     if dry_run:
         _show_dry_run(result.plan, out, as_json)

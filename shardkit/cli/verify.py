@@ -81,6 +81,12 @@ def read_subset(
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="What a sample is drawn from.")
 @MAX_MEMORY
+@click.option(
+    "--resume",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Note in FILE what is done, block by block, and resume from it if stopped.",
+)
 @REPORT
 @REVISION
 @ALLOW_PICKLE
@@ -95,6 +101,7 @@ def verify(
     sample: int | None,
     seed: int,
     max_memory: int | None,
+    resume: Path | None,
     report_file: Path | None,
     as_json: bool,
     **options: Any,
@@ -114,7 +121,7 @@ def verify(
     quiet_transformers()
     end_on_sigterm()
     with progress_bar("verify") as progress, block_bar() as show:
-        numerics = NumericsOptions(ranks, max_memory, sample, seed, show or ignore_blocks)
+        numerics = NumericsOptions(ranks, max_memory, sample, seed, show or ignore_blocks, resume)
         report = verification.verify(
             shards, source, numerics=numerics, progress=progress, **options
         )

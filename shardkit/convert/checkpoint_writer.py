@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import encode_header, encode_index
+from shardkit.convert.copy_memory import choose_buffer_bytes
 from shardkit.convert.replaceable import merge_destination
 from shardkit.convert.steps import (
     copy_into,
@@ -41,6 +42,7 @@ def merge(
     *,
     force: bool = False,
     resume: bool = False,
+    max_memory: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> MergeResult:
     """Write the unsharded checkpoint again, in the source's own files, names and metadata.
@@ -50,12 +52,14 @@ def merge(
         out: The new folder.
         force: Whether to replace a folder that holds only files which this merge writes.
         resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
+        max_memory: Bytes that this process may take; by default what is free, less a tenth.
         progress: Called with the bytes done and the bytes in all.
 
     Raises:
         ManifestError: If `shards` is missing, unfinished or damaged.
         VerifyError: If a shard's bytes are not those that were written.
         OutputError: If the output exists, cannot be written, or has no room.
+        UsageError: If it needs more memory than is allowed.
 
     Example:
         >>> merge("llama-tp4", "llama-again").files  # doctest: +SKIP
@@ -64,13 +68,18 @@ def merge(
         summary = summarize_plan(opened.manifest.plan)
         advance = track_progress(sum(summary.stored_bytes) + summary.total_bytes, progress)
         destination = merge_destination(opened.manifest, Path(out), force, resume)
-        merge_shards(opened, destination, advance)
+        pieces = len(opened.manifest.placements)
+        buffer_bytes = choose_buffer_bytes("merge", pieces, 1.0, max_memory)
+        merge_shards(opened, destination, advance, buffer_bytes)
         names = tuple(file.name for file in opened.manifest.source.files)
     return MergeResult(Path(out), names, summary.total_bytes)
 
 
 def merge_shards(
-    shards: ShardedCheckpoint, destination: Destination, progress: Progress = ignore_progress
+    shards: ShardedCheckpoint,
+    destination: Destination,
+    progress: Progress = ignore_progress,
+    buffer_bytes: int | None = None,
 ) -> None:
     """As `merge`, of an open shard folder."""
     manifest, index = shards.manifest, shards.manifest.source.index
@@ -81,7 +90,8 @@ def merge_shards(
     destination.check_space(count_file_bytes(files) + count_companion_bytes(manifest))
     with open_output(destination, run, files, progress) as (stage, writers):
         write_companions(stage, read_shard_companions(shards))
-        copy_into(stage, files, writers, shards, _plan_source_copies(manifest), progress)
+        copies = _plan_source_copies(manifest)
+        copy_into(stage, files, writers, shards, copies, progress, buffer_bytes)
         if index:
             total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
             stage.write(index.name, encode_index(index, total))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, encode_header, open_source, read_config
+from shardkit.convert.copy_memory import choose_buffer_bytes, find_growth
 from shardkit.convert.replaceable import shard_destination
 from shardkit.convert.steps import (
     copy_into,
@@ -81,38 +82,38 @@ def split(
     resume: bool = False,
     fail_on_nonfinite: bool = False,
     dry_run: bool = False,
+    max_memory: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> SplitResult:
     """Split a checkpoint, in constant memory: `shardkit.split("models/llama", "llama-tp4", 4)`.
 
     Args:
         source: A folder of safetensors files with its config.json, or a Hub id.
-        out: The new shard folder. It appears complete or not at all.
+        out: The new shard folder, complete or absent.
         tp_size: The number of ranks.
         recipe: A recipe, or the name or file of one, instead of the one for the model_type.
         revision: A branch, tag or commit of a Hub repository.
-        allow_pickle: Whether to convert pickled `.bin` weights if there are no others.
+        allow_pickle: Convert pickled `.bin` weights if there are no others.
         expert_parallel: Whether each rank gets whole experts, instead of a part of every one.
         force: Whether to replace a shard folder that is there, in one step.
         resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
         fail_on_nonfinite: Whether to refuse weights of which a value is NaN or infinite.
         dry_run: Whether to check everything and write nothing.
+        max_memory: Bytes that this process may take; by default what is free, less a tenth.
         progress: Called with the bytes done and the bytes in all.
 
     Raises:
-        ShardkitError: A CheckpointError, RecipeError, LayoutError, OutputError or SourceChanged.
+        ShardkitError: Any but ManifestError, VerifyError and RanksError.
     """
     destination = shard_destination(Path(out), force, resume)
     destination.check()
-    with open_source(source, revision, allow_pickle) as checkpoint:
+    with open_source(source, revision, allow_pickle, max_memory) as checkpoint:
         used, plan = plan_for(checkpoint, tp_size, recipe, expert_parallel)
-        result = _describe_result(checkpoint, plan, destination.out)
-        nbytes = _check_space(checkpoint, plan, destination)
-        if dry_run:
-            return result
-        advance = track_progress(checkpoint.download_bytes + nbytes, progress)
-        manifest = split_checkpoint(checkpoint, plan, used, destination, advance, fail_on_nonfinite)
-    return _add_manifest(result, manifest)
+        advance, buffer = _check_room(checkpoint, plan, destination, max_memory, progress)
+        made = None if dry_run else split_checkpoint(
+            checkpoint, plan, used, destination, advance, fail_on_nonfinite, buffer
+        )  # fmt: skip
+        return _describe_result(checkpoint, plan, destination.out, made)
 
 
 def reshard(
@@ -122,6 +123,7 @@ def reshard(
     *,
     force: bool = False,
     resume: bool = False,
+    max_memory: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> SplitResult:
     """Cut a shard folder for another number of ranks: byte for byte what a direct split writes.
@@ -132,6 +134,7 @@ def reshard(
         tp_size: The new number of ranks.
         force: As for `split`.
         resume: As for `split`.
+        max_memory: As for `split`.
         progress: As for `split`.
 
     Raises:
@@ -139,6 +142,7 @@ def reshard(
         VerifyError: If a shard's bytes are not those that were written.
         LayoutError: If the checkpoint cannot be divided over so many ranks.
         OutputError: If the output exists, cannot be written, or has no room.
+        UsageError: If it needs more memory than is allowed.
     """
     with ShardedCheckpoint(Path(shards)) as opened:
         old_plan = opened.manifest.plan
@@ -148,7 +152,8 @@ def reshard(
         total += sum(summarize_plan(new_plan).stored_bytes)
         destination = shard_destination(Path(out), force, resume)
         advance = track_progress(total, progress)
-        manifest = reshard_shards(opened, tp_size, destination, advance)
+        buffer_bytes = _choose_buffer_bytes("reshard", new_plan, max_memory)
+        manifest = reshard_shards(opened, tp_size, destination, advance, buffer_bytes)
     return SplitResult(Path(out), manifest.plan, manifest, (), makes_text)
 
 
@@ -159,6 +164,7 @@ def split_checkpoint(
     destination: Destination,
     progress: Progress = ignore_progress,
     fail_on_nonfinite: bool = False,
+    buffer_bytes: int | None = None,
 ) -> Manifest:
     """As `split`, of an open checkpoint by a plan of it: one file per rank, the manifest last.
 
@@ -176,30 +182,43 @@ def split_checkpoint(
     source.check_download(progress)
     with open_output(destination, run, files, progress) as (stage, writers):
         companions = write_companions(stage, source.companions())
-        copy_into(stage, files, writers, source, _plan_rank_copies(draft), progress)
+        copies = _plan_rank_copies(draft)
+        copy_into(stage, files, writers, source, copies, progress, buffer_bytes)
         source.check_unchanged()
         if fail_on_nonfinite:
             _check_finite(source, writers)
         return _write_manifest(stage, draft, writers, companions)
 
 
-def _check_space(source: Checkpoint, plan: Plan, destination: Destination) -> int:
-    """The bytes of tensors that a split writes. Raises OutputError if there is no room for them."""
+def _check_room(
+    source: Checkpoint,
+    plan: Plan,
+    destination: Destination,
+    max_memory: int | None,
+    progress: ProgressCallback | None,
+) -> tuple[Progress, int]:
+    """What adds up the bytes that a split checks and writes, and the bytes of its buffers.
+
+    Raises OutputError or UsageError if there is no room for them.
+    """
     nbytes = sum(summarize_plan(plan).stored_bytes)
     destination.check_space(nbytes + source.count_companion_bytes())
-    return nbytes
+    buffer_bytes = _choose_buffer_bytes("split", plan, max_memory)
+    return track_progress(source.download_bytes + nbytes, progress), buffer_bytes
 
 
-def _describe_result(source: Checkpoint, plan: Plan, out: Path) -> SplitResult:
-    """What is known of a split before anything is written."""
-    return SplitResult(out, plan, None, source.warnings, generates_text(plan, source.config))
+def _choose_buffer_bytes(what: str, plan: Plan, max_memory: int | None) -> int:
+    pieces = len(plan.placements) * plan.mesh.world_size
+    return choose_buffer_bytes(what, pieces, find_growth(plan), max_memory)
 
 
-def _add_manifest(result: SplitResult, manifest: Manifest) -> SplitResult:
-    warnings = result.warnings
-    if manifest.nonfinite:
+def _describe_result(
+    source: Checkpoint, plan: Plan, out: Path, manifest: Manifest | None
+) -> SplitResult:
+    warnings = source.warnings
+    if manifest is not None and manifest.nonfinite:
         warnings = (*warnings, f"{describe_nonfinite(manifest.nonfinite)}; copied as they are")
-    return replace(result, manifest=manifest, warnings=warnings)
+    return SplitResult(out, plan, manifest, warnings, generates_text(plan, source.config))
 
 
 def reshard_shards(
@@ -207,6 +226,7 @@ def reshard_shards(
     tp_size: int,
     destination: Destination,
     progress: Progress = ignore_progress,
+    buffer_bytes: int | None = None,
 ) -> Manifest:
     """As `reshard`, of an open shard folder."""
     destination.check()
@@ -220,7 +240,8 @@ def reshard_shards(
     destination.check_space(count_file_bytes(files) + count_companion_bytes(old))
     with open_output(destination, run, files, progress) as (stage, writers):
         companions = write_companions(stage, read_shard_companions(shards))
-        copy_into(stage, files, writers, shards, _plan_rank_copies(draft), progress)
+        copies = _plan_rank_copies(draft)
+        copy_into(stage, files, writers, shards, copies, progress, buffer_bytes)
         return _write_manifest(stage, draft, writers, companions)
 
 

@@ -38,10 +38,12 @@ def copy_into(
     source: Source,
     copies: Sequence[TensorCopy],
     progress: Progress,
+    buffer_bytes: int | None = None,
 ) -> None:
     """Make the copies that an interrupted run has not made, and sync the files."""
     with as_output_error(stage.folder):
-        copy_tensors(source, list(remaining_copies(copies, writers)), writers, progress)
+        remaining = list(remaining_copies(copies, writers))
+        copy_tensors(source, remaining, writers, progress, buffer_bytes)
     stage.sync_files(files)
 
 

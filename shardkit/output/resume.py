@@ -27,6 +27,7 @@ from shardkit.tensor import TensorSpec
 FORMAT = 1
 MAX_BYTES = 64 << 20
 MAX_TENSORS = 1_000_000
+MAX_THREADS = 8  # each with a buffer
 _WAY_OUT = "leave --resume out, and it is removed and all is written anew"
 
 
@@ -198,7 +199,7 @@ def _reopen_writers(
         for name in entries
         if (stage.folder / name).exists()
     }
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         verdicts = list(pool.map(is_unchanged, writers))
     return {name: w for (name, w), ok in zip(writers.items(), verdicts, strict=True) if ok}
 

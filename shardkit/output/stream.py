@@ -74,10 +74,11 @@ def copy_tensors(
     copies: Sequence[TensorCopy],
     writers: Sequence[TensorWriter],
     progress: Progress,
+    buffer_bytes: int | None = None,
 ) -> None:
     """Run the copies in order. Raises what the source or a writer raises."""
     with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
-        _Copier(source, writers, pool, progress).run(copies)
+        _Copier(source, writers, pool, progress, buffer_bytes or BUFFER_BYTES).run(copies)
 
 
 class _Copier:
@@ -89,12 +90,14 @@ class _Copier:
         writers: Sequence[TensorWriter],
         pool: ThreadPoolExecutor,
         progress: Progress,
+        buffer_bytes: int,
     ) -> None:
+        self._buffer_bytes = buffer_bytes
         self._source = source
         self._writers = writers
         self._pool = pool
         self._progress = progress
-        self._buffers = [_Buffer(bytearray(BUFFER_BYTES)) for _ in range(NUM_BUFFERS)]
+        self._buffers = [_Buffer(bytearray(buffer_bytes)) for _ in range(NUM_BUFFERS)]
         self._last: dict[int, Future[None]] = {}
         self._turn = 0
 
@@ -112,7 +115,7 @@ class _Copier:
             self._submit(writer, self._writers[writer].begin, copy.spec)
         if (
             view.outer > 1
-            and view.row <= BUFFER_BYTES
+            and view.row <= self._buffer_bytes
             and all(_is_ascending(s) for _, s in copy.destinations)
         ):
             self._by_rows(copy, view)
@@ -123,7 +126,7 @@ class _Copier:
         """Small rows of which every writer gets a part: read whole, many at a time."""
         if not view.row:
             return
-        step = BUFFER_BYTES - BUFFER_BYTES % view.row
+        step = self._buffer_bytes - self._buffer_bytes % view.row
         total = view.outer * view.row
         for start in range(0, total, step):
             buffer, data = self._read(copy, start, min(start + step, total))
@@ -138,7 +141,7 @@ class _Copier:
 
         A range that several writers get, as a replicated tensor's, is read once.
         """
-        runs = [iter_chunks(view, spans) for _, spans in copy.destinations]
+        runs = [iter_chunks(view, spans, self._buffer_bytes) for _, spans in copy.destinations]
         for turn in zip_longest(*runs):
             last, buffer, data = None, self._buffers[0], memoryview(b"")
             for (writer, _), chunk in zip(copy.destinations, turn, strict=True):
@@ -186,14 +189,16 @@ def _run_in_turn(before: Future[None] | None, task: Callable[..., None], *args: 
     task(*args)
 
 
-def iter_chunks(view: ByteView, spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
+def iter_chunks(
+    view: ByteView, spans: Sequence[Span], buffer_bytes: int
+) -> Iterator[tuple[int, int]]:
     """What the spans hold, in their own order, as byte ranges of the tensor of at most a block."""
     for outer in range(view.outer):
         for span in spans:
             first = outer * view.row + span.start * view.inner
             last = outer * view.row + span.stop * view.inner
-            for start in range(first, last, BUFFER_BYTES):
-                yield start, min(start + BUFFER_BYTES, last)
+            for start in range(first, last, buffer_bytes):
+                yield start, min(start + buffer_bytes, last)
 
 
 def pack_rows(view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview) -> None:

@@ -1,5 +1,6 @@
 """Where every tensor lies, and what it costs, before a byte of weights is read."""
 
+from shardkit.planning.advice import LINKS, Advice, DeviceOption, Devices, advise_devices
 from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
@@ -12,7 +13,7 @@ from shardkit.planning.parts import generates_text
 from shardkit.planning.placement import Expert, Layout, Placement
 from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.planning.quantized import check_parts
-from shardkit.planning.report import PlanReport, plan
+from shardkit.planning.report import PlanReport, compare_sizes, plan
 from shardkit.planning.shared_blocks import count_shared_bytes, list_shared_blocks
 from shardkit.planning.summary import (
     Imbalance,
@@ -26,8 +27,12 @@ from shardkit.planning.summary import (
 )
 
 __all__ = [
+    "LINKS",
     "MAX_TP_SIZE",
+    "Advice",
     "Collectives",
+    "DeviceOption",
+    "Devices",
     "Expert",
     "Imbalance",
     "KvCache",
@@ -42,7 +47,9 @@ __all__ = [
     "PlanSummary",
     "Rank",
     "TensorGroup",
+    "advise_devices",
     "check_parts",
+    "compare_sizes",
     "count_collectives",
     "count_shared_bytes",
     "decide_loading",

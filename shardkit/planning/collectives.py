@@ -94,7 +94,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     encoder_stacks = sum(map(is_encoder, stacks)) if has_both_halves([*dense, *stacks]) else 0
     uses = _count_uses(text, dense)
     vocab = list_placements(plan, VOCAB)
-    outputs = _list_outputs(vocab)
+    outputs = list_outputs(vocab)
     tables = [p.spec.name.split(".") for p in vocab if p not in outputs]
     both, reads_ids = has_both_halves(dense), text.get(fields.FEATURES_READ) is None
     has_output = bool(vocab) and (bool(outputs) or predicts_tokens(plan, config))
@@ -156,7 +156,7 @@ def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) ->
 
     The experts of a stack that is a single matrix run one by one, through one module.
     """
-    top_k = _read_experts_per_token(config) or 1
+    top_k = read_experts_per_token(config) or 1
     sums: dict[str, int] = {}
     for group in rows:
         if fields.EXPERTS_MODULE in group.path:
@@ -187,7 +187,8 @@ def _find_whole_stacks(experts: list[PlacementGroup]) -> list[Path]:
     return [[*parent] for parent in parents]
 
 
-def _read_experts_per_token(config: Mapping[str, Any]) -> int | None:
+def read_experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """How many experts of a layer a token is routed to, as a config states it anywhere."""
     tables: Iterator[Mapping[str, Any]] = (t for t in config.values() if isinstance(t, Mapping))
     counts = (read_count(table, fields.EXPERTS_PER_TOKEN) for table in (config, *tables))
     return next((count for count in counts if count), None)
@@ -214,7 +215,7 @@ def _count_encoder_sums(paths: list[Path]) -> int:
     return sum(map(is_encoder, text)) if has_both_halves(paths) else 0
 
 
-def _list_outputs(vocab: list[Placement]) -> list[Placement]:
+def list_outputs(vocab: list[Placement]) -> list[Placement]:
     """Of vocab-parallel tensors, those of an output layer: named as one, or with a bias."""
     modules = {p.spec.name: _find_module(p.spec) for p in vocab}
     biased = {modules[p.spec.name] for p in vocab if len(p.spec.shape) == 1}

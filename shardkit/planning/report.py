@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import open_source
+from shardkit.errors import LayoutError, RecipeError
+from shardkit.planning.advice import Advice, Devices, advise_devices
 from shardkit.planning.checkpoint_plan import plan_for
 from shardkit.planning.collectives import Collectives, count_collectives
 from shardkit.planning.kv_cache import KvCache, estimate_kv_cache
@@ -122,3 +124,34 @@ def plan(
             checkpoint.config,
             checkpoint.warnings,
         )
+
+
+def compare_sizes(
+    source: str | Path,
+    devices: Devices,
+    *,
+    recipe: str | Recipe | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Advice:
+    """Compare the numbers of ranks that a checkpoint could be divided over on some devices.
+
+    Args:
+        source: As for `plan`.
+        devices: The devices.
+        recipe: As for `plan`.
+        revision: As for `plan`.
+        allow_pickle: As for `plan`.
+
+    Raises:
+        UsageError: There is no such link, or there are no devices or no memory.
+        CheckpointError: As for `plan`.
+        RecipeError: As for `plan`.
+    """
+    with put_off_collection(), open_source(source, revision, allow_pickle) as checkpoint:
+        used, made_plan = plan_for(checkpoint, 1, recipe)
+        try:
+            _, expert_plan = plan_for(checkpoint, 1, used, expert_parallel=True)
+        except (LayoutError, RecipeError):  # of a model without experts
+            return advise_devices(made_plan, None, checkpoint.config, devices)
+        return advise_devices(made_plan, expert_plan, checkpoint.config, devices)

@@ -14,13 +14,16 @@ import torch
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.dtypes import torch_name
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, RanksError, RanksLost
 from shardkit.layout.style import PADDED
+from shardkit.output.available_memory import map_large_blocks
 from shardkit.planning import Placement
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
 from shardkit.shards import Manifest
+from shardkit.verification.block_journal import BlockJournal
+from shardkit.verification.block_notes import CheckNotes
 from shardkit.verification.block_record import (
     BlockComparison,
     BlockRecord,
@@ -30,12 +33,13 @@ from shardkit.verification.block_runs import Action, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
 from shardkit.verification.divergence import NO_MODULE, find_divergence
 from shardkit.verification.dummy_inputs import count_steps
-from shardkit.verification.numerics_options import DEFAULT_NUMERICS, BlockProgress, NumericsOptions
+from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Verdict
-from shardkit.verification.sampling import choose_skips
+from shardkit.verification.sampling import choose_skips, list_repeated
 from shardkit.verification.streamed_weights import ByteCounts
 
 REFERENCE = torch.float64
+CACHED = "cached"  # the pass with a cache
 PROVEN_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -45,6 +49,7 @@ def check_blocks(
     source: Path,
     dtype: torch.dtype | None = None,
     options: NumericsOptions = DEFAULT_NUMERICS,
+    journal: BlockJournal | None = None,
 ) -> Check:
     """Run the shards and the unsharded model, block by block, on the same inputs.
 
@@ -54,36 +59,24 @@ def check_blocks(
         source: The folder of the unsharded checkpoint.
         dtype: What to compute in; None means the checkpoint's own dtype.
         options: Which blocks the ranks run, and what shows progress.
+        journal: Where what is done is noted, and what was done before.
 
     Raises:
         RanksError: The shards cannot run.
         CheckpointError: The source cannot run.
     """
-    counts, pace = ByteCounts(), _Pace(options.progress)
+    counts = ByteCounts()
+    map_large_blocks()
     with ExitStack() as stack:
-        ranks = [stack.enter_context(TurnRanks(folder, manifest, dtype, counts, pace.advance))]
+        ranks = [stack.enter_context(TurnRanks(folder, manifest, dtype, counts))]
         own = ranks[0].dtype
         if (wider := PROVEN_IN.get(own)) is not None:
-            ranks.insert(
-                0, stack.enter_context(TurnRanks(folder, manifest, wider, counts, pace.advance))
-            )
+            ranks.insert(0, stack.enter_context(TurnRanks(folder, manifest, wider, counts)))
         checkpoint = stack.enter_context(Checkpoint(source))
         dtypes = [REFERENCE, *(each.dtype for each in ranks)]
-        unsharded = UnshardedModels(checkpoint, dtypes, counts, pace.advance)
-        return _BlockCheck(manifest, unsharded, ranks, own, counts, options, pace).run()
-
-
-@dataclass
-class _Pace:
-    """How many calls of blocks are done, of all models that run together."""
-
-    progress: BlockProgress
-    total: int = 0
-    done: int = 0
-
-    def advance(self) -> None:
-        self.done += 1
-        self.progress(self.done, max(self.total, self.done))
+        unsharded = UnshardedModels(checkpoint, dtypes, counts)
+        notes = CheckNotes(counts, options.progress, unsharded.plain_blocks, journal)
+        return _BlockCheck(manifest, unsharded, ranks, own, options, notes).run()
 
 
 @dataclass
@@ -94,11 +87,10 @@ class _BlockCheck:
     unsharded: UnshardedModels
     ranks: Sequence[TurnRanks]
     own: torch.dtype
-    counts: ByteCounts
     options: NumericsOptions
-    pace: _Pace
+    notes: CheckNotes
     numbers: dict[str, object] = field(default_factory=dict)
-    skips: frozenset[str] = frozenset()
+    unsampled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         whole, weights = self.ranks[0].whole, self.manifest.weights
@@ -106,19 +98,20 @@ class _BlockCheck:
         conversions = find_conversions(whole, shapes, prefix)
         self._placements = placements_by_parameter(whole, weights, conversions)
         self._padded = list_padded(self._placements)
+        self._partial: set[str] = set()
 
     def run(self) -> Check:
         inputs = self.unsharded.make_inputs()
         reference, calls = self.unsharded.reference, len(self.unsharded.blocks) + 1
         steps = count_steps(reference, inputs) if reference.can_generate() else 0
         runs = 1 + min(steps, CACHED_STEPS + 1)
-        self.pace.total = runs * calls * (1 + len(self.ranks))
-        forward = self._compare(lambda runner: runner.forward(inputs))
+        self.notes.total = runs * calls * (1 + len(self.ranks))
+        forward = self._compare("forward", lambda runner: runner.forward(inputs))
         records, faults = [forward], self._describe_faults(forward, inputs)
         if not faults and steps:
             action = make_cached_action(inputs, steps)
             try:
-                records.append(self._compare(action))
+                records.append(self._compare(CACHED, action))
                 faults = self._describe_faults(records[1], inputs, action)
                 self.numbers["cached_steps"] = "differ" if faults else "equal"
             except CheckpointError as error:  # a class that cannot generate what it says it can
@@ -126,15 +119,50 @@ class _BlockCheck:
         verdict: Verdict = "failed" if faults else "passed"
         return Check("numerics", verdict, self._summarize(records), (*faults,), self.numbers)
 
-    def _compare(self, action: Action) -> BlockRecord:
-        record = BlockRecord(self.own, skipped=self._padded)
-        self.unsharded.run(action, record)
-        blocks = self.unsharded.blocks
-        self.skips = choose_skips(
-            self.unsharded.reference, blocks, self.unsharded.plain_blocks, self.options
+    def _compare(self, name: str, action: Action) -> BlockRecord:
+        """Run all models in one pass; a fault counts only if none of them was at a disadvantage.
+
+        What a layer uses of one that was skipped, besides its hidden states, might be missing; and
+        a block of which ranks have parts was rounded in the reference alone.
+        """
+        notes, counts = self.notes, self.notes.counts
+        first, start = f"{name} unsharded", (counts.read, counts.peak, notes.done)
+        while True:
+            is_resumed = notes.has_run(first)
+            try:
+                record = self._run_pass(name, action)
+                if record.find_first_fault() is None:
+                    return record
+                if not is_resumed and record.parts <= self._partial:
+                    return record
+                self._partial |= record.parts
+            except (CheckpointError, RanksError) as error:
+                if not is_resumed or isinstance(error, RanksLost):
+                    raise
+            notes.forget_run(first)
+            counts.read, counts.peak, notes.done = start
+
+    def _run_pass(self, name: str, action: Action) -> BlockRecord:
+        record = BlockRecord(self.own, self._padded, {*self._partial})
+        unsharded, model = self.unsharded, self.unsharded.reference
+        notes = self.notes.start_run(f"{name} unsharded", record, None, name == CACHED)
+        if not notes.is_done:
+            skips = notes.list_skips(list_repeated(model, unsharded.blocks, unsharded.plain_blocks))
+            unsharded.run(action, record, (), skips, notes.end_call)
+            notes.end_run()
+        repeated = list_repeated(model, unsharded.blocks, unsharded.plain_blocks)
+        record.unsampled = self.unsampled = choose_skips(
+            model, unsharded.blocks, unsharded.plain_blocks, self.options
         )
+        unsampled = {call for call in record.expected if call.block in self.unsampled}
         for ranks in self.ranks:
-            ranks.run(action, record, blocks, skips=self.skips)
+            run = f"{name} {torch_name(ranks.dtype)}"
+            notes = self.notes.start_run(run, record, ranks.dtype, name == CACHED)
+            if not notes.is_done:
+                skips = notes.list_skips(repeated) | unsampled
+                ranks.run(action, record, unsharded.blocks, (), skips, notes.end_call)
+                notes.end_run()
+        record.forget_expected()
         return record
 
     def _describe_faults(
@@ -156,7 +184,7 @@ class _BlockCheck:
         block = fault.call.block
         names = [n for n, _ in self.unsharded.reference.named_modules() if n]
         traced = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
-        record = BlockRecord(self.own, skipped=self._padded)
+        record = BlockRecord(self.own, self._padded, {*self._partial})
         models = self.unsharded.run(action, record, traced)
         ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
         parts = ranks.run(action, record, self.unsharded.blocks, traced)
@@ -197,8 +225,8 @@ class _BlockCheck:
                 torch_name(each.dtype): list_errors_by_block(records, each.dtype)
                 for each in self.ranks
             },
-            "bytes_read": self.counts.read,
-            "peak_weight_bytes": self.counts.peak,
+            "bytes_read": self.notes.counts.read,
+            "peak_weight_bytes": self.notes.counts.peak,
         }
         steps = self.numbers.get("cached_steps")
         return f"{self._count_blocks()}, ranks in turns: {'; '.join(texts)}" + (
@@ -210,7 +238,7 @@ class _BlockCheck:
         every, seed = len(self.unsharded.blocks), self.options.seed
         if self.options.sample is None:
             return f"{every} blocks"
-        compared = every - len(self.skips)
+        compared = every - len(self.unsampled)
         self.numbers["sample"] = {"blocks": compared, "of": every, "seed": seed}
         return f"a sample of {compared} of {every} blocks, by seed {seed}"
 

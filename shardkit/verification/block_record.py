@@ -38,34 +38,57 @@ class BlockRecord:
 
     Attributes:
         narrowest: The dtype that hidden states are rounded to.
-        expected: The reference's outputs of each call, in the order of the calls.
+        expected: The reference's outputs of each call, in the order of the calls; none once all
+            models have run.
+        sizes: The largest and the root-mean-square value of each of them.
         rounding: The unsharded model's errors in each dtype, by call.
         comparisons: The sharded model's.
         skipped: Blocks whose outputs are neither compared nor replaced.
+        partial: Blocks of whose output a rank has its own part, as far as known: no model's is
+            replaced, so that all have what the reference has, unrounded.
+        parts: Those of them that this run has met.
+        unsampled: Blocks that ranks do not run: their outputs are replaced, and not compared.
+        restored: Ranks' calls that were compared before, by dtype.
     """
 
     narrowest: torch.dtype
+    skipped: Collection[str] = ()
+    partial: Collection[str] = ()
     expected: dict[BlockCall, list[torch.Tensor]] = field(default_factory=dict)
+    sizes: dict[BlockCall, list[Error]] = field(default_factory=dict)
     rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
     comparisons: list[BlockComparison] = field(default_factory=list)
-    skipped: Collection[str] = ()
+    parts: set[str] = field(default_factory=set)
+    unsampled: Collection[str] = ()
+    restored: set[tuple[torch.dtype, BlockCall]] = field(default_factory=set)
 
     def keep_expected(
         self, call: BlockCall, outputs: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Note the reference's outputs; what replaces them are they, rounded."""
-        self.expected[call] = [output.detach().clone() for output in outputs]
+        if call not in self.expected:
+            self.restore_expected(call, [output.detach().clone() for output in outputs])
         return self.replace_outputs(call, outputs)
+
+    def restore_expected(self, call: BlockCall, outputs: list[torch.Tensor]) -> None:
+        """Note the reference's outputs, as they are."""
+        self.expected[call] = outputs
+        self.sizes[call] = [measure_size(output) for output in outputs]
+
+    def forget_expected(self) -> None:
+        """Keep of the reference's outputs only their sizes: every model has run."""
+        self.expected.clear()
 
     def measure_rounding(
         self, dtype: torch.dtype, call: BlockCall, outputs: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Note how far the unsharded model is in a dtype; returns what replaces its outputs."""
-        errors = [
-            measure_error(output, expected) if output.shape == expected.shape else Error(0.0, 0.0)
-            for output, expected in zip(outputs, self.expected.get(call, ()), strict=False)
-        ]
-        self.rounding.setdefault(dtype, {})[call] = errors
+        rounding = self.rounding.setdefault(dtype, {})
+        if call not in rounding:
+            rounding[call] = [
+                measure_error(output, value) if output.shape == value.shape else Error(0.0, 0.0)
+                for output, value in zip(outputs, self.expected.get(call, ()), strict=False)
+            ]
         return self.replace_outputs(call, outputs)
 
     def compare_rank(
@@ -74,15 +97,19 @@ class BlockRecord:
         """Compare a rank's outputs; returns what replaces them. Rank-local ones are left."""
         if call.block in self.skipped:
             return [None] * len(outputs)
+        if call.block in self.unsampled or (dtype, call) in self.restored:
+            return self.replace_outputs(call, outputs)
         errors = self.rounding[dtype].get(call, [])
         typical = self.find_typical_rounding(dtype)
-        for output, expected, error in zip(
-            outputs, self.expected.get(call, ()), errors, strict=False
+        sizes = self.sizes.get(call, [])
+        for output, expected, error, size in zip(
+            outputs, self.expected.get(call, ()), errors, sizes, strict=False
         ):
             if output.shape != expected.shape:
+                self.parts.add(call.block)
                 continue
             rounding = typical if output.numel() < FEW_VALUES else 0.0
-            allowed = allow_error(error, measure_size(expected), dtype, rounding)
+            allowed = allow_error(error, size, dtype, rounding)
             result = Comparison(measure_error(output, expected), error, allowed)
             self.comparisons.append(BlockComparison(call, tp_rank, dtype, result))
         return self.replace_outputs(call, outputs)
@@ -91,9 +118,11 @@ class BlockRecord:
         """The largest error of an output of many values, as a share of its size."""
         if dtype not in self._typical:
             shares = [
-                error.max / (measure_size(expected).max or 1.0)
+                error.max / (size.max or 1.0)
                 for call, errors in self.rounding[dtype].items()
-                for error, expected in zip(errors, self.expected[call], strict=False)
+                for error, expected, size in zip(
+                    errors, self.expected[call], self.sizes[call], strict=False
+                )
                 if expected.numel() >= FEW_VALUES
             ]
             self._typical[dtype] = max(shares, default=0.0)
@@ -101,7 +130,7 @@ class BlockRecord:
 
     def find_first_fault(self) -> BlockComparison | None:
         """The first block, in the order they run, that is too far off; of those, the worst rank."""
-        order = {call: at for at, call in enumerate(self.expected)}
+        order = {call: at for at, call in enumerate(self.sizes)}
         faults = [each for each in self.comparisons if not each.result.ok]
         return min(faults, key=lambda f: (order[f.call], -f.result.excess), default=None)
 
@@ -113,9 +142,9 @@ class BlockRecord:
         compared = {(c.call, c.tp_rank) for c in self.comparisons if c.dtype is dtype}
         return [
             f"{call}: rank {tp_rank} has no output of the reference's shape to compare"
-            for call, outputs in self.expected.items()
+            for call, sizes in self.sizes.items()
             for tp_rank in range(tp_size)
-            if call.block == WHOLE and outputs and (call, tp_rank) not in compared
+            if call.block == WHOLE and sizes and (call, tp_rank) not in compared
         ]
 
     def find_worst(self, dtype: torch.dtype) -> BlockComparison | None:
@@ -131,13 +160,16 @@ class BlockRecord:
     ) -> list[torch.Tensor | None]:
         """The reference's outputs, rounded, in the dtype of these; None where shapes differ."""
         expected = self.expected.get(call, [])
-        if not outputs or len(expected) != len(outputs):
+        if not outputs or len(expected) != len(outputs) or self._is_kept(call):
             return [None] * len(outputs)
         dtypes = [self.narrowest, *(output.dtype for output in outputs[1:])]
         return [
             round_values(value, dtype).to(output.dtype) if value.shape == output.shape else None
             for value, output, dtype in zip(expected, outputs, dtypes, strict=True)
         ]
+
+    def _is_kept(self, call: BlockCall) -> bool:
+        return call.block in self.partial or call.block in self.skipped
 
 
 def round_values(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -159,7 +191,7 @@ def list_errors_by_block(
         for each in record.comparisons:
             if each.dtype is not dtype:
                 continue
-            size = max(measure_size(v).max for v in record.expected[each.call]) or 1.0
+            size = max(size.max for size in record.sizes[each.call]) or 1.0
             result, block = each.result, each.call.block or "output"
             shares = result.excess, result.sharded.max / size, result.allowed.max / size
             worst[block] = max(worst.get(block, (-1.0, 0.0, 0.0, 0)), (*shares, each.tp_rank))

@@ -1,6 +1,6 @@
 """Runs the models of a block-by-block comparison: the unsharded ones together, then the ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError, RanksError, ShardkitError
+from shardkit.errors import CheckpointError, RanksError, RanksLost, ShardkitError
+from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
 from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.model_runner import ModelRunner, ModuleOutputs, Tensors
 from shardkit.shards import Manifest
 from shardkit.shards.integrity import RankReader
-from shardkit.verification.available_memory import return_free_memory
 from shardkit.verification.block_record import BlockRecord
 from shardkit.verification.blocks import (
     BlockCall,
@@ -25,7 +25,7 @@ from shardkit.verification.blocks import (
     visit_blocks,
 )
 from shardkit.verification.dummy_inputs import make_inputs
-from shardkit.verification.sampling import skip_blocks
+from shardkit.verification.sampling import skip_calls
 from shardkit.verification.streamed_models import (
     CPU,
     SourceTensors,
@@ -38,8 +38,12 @@ from shardkit.verification.streamed_weights import ByteCounts
 Outputs = Sequence[torch.Tensor | None]
 Action = Callable[[ModelRunner], object]
 """Calls a model: the same call for each that is compared."""
-OnBlock = Callable[[], object]
-"""Is called as a block of all models that run together is done."""
+OnCall = Callable[[BlockCall], object]
+"""Is called as a call of a block is done by all models that run together."""
+
+
+def ignore_call(_call: BlockCall) -> None:
+    """Note nothing."""
 
 
 class UnshardedModels:
@@ -54,12 +58,10 @@ class UnshardedModels:
         checkpoint: Checkpoint,
         dtypes: Sequence[torch.dtype],
         counts: ByteCounts,
-        on_block: OnBlock,
     ) -> None:
         """Prepare them. Raises CheckpointError."""
         self.dtypes = dtypes
         self.plain_blocks: set[str] = set()
-        self._on_block = on_block
         self._source = SourceTensors(checkpoint, len(dtypes), counts)
         self._models = [stream_unsharded(self._source, dtype) for dtype in dtypes]
         self.reference = self._models[0].model
@@ -80,8 +82,22 @@ class UnshardedModels:
         self._source.clear()
         return inputs
 
-    def run(self, action: Action, record: BlockRecord, traced: Sequence[str] = ()) -> list[Tensors]:
+    def run(
+        self,
+        action: Action,
+        record: BlockRecord,
+        traced: Sequence[str] = (),
+        skips: Collection[BlockCall] = (),
+        on_call: OnCall = ignore_call,
+    ) -> list[Tensors]:
         """Call each model, and note what its blocks output.
+
+        Args:
+            action: What calls a model.
+            record: Where it is noted; what it has already is kept.
+            traced: The modules whose outputs are returned.
+            skips: Calls that compute nothing, and output what the record has.
+            on_call: Called after each call of a block.
 
         Returns:
             What the modules of these names output in each model.
@@ -97,16 +113,24 @@ class UnshardedModels:
             else:
                 values = record.measure_rounding(self.dtypes[index], call, outputs)
             self._models[index].weights.release()
-            turns.exchange(index, f"block {call}", None, self._end_block)
+            turns.exchange(index, f"block {call}", None, partial(self._end_call, call, on_call))
             return values
 
         tasks = [
             partial(_call_model, model, self.blocks, partial(note, index), traced, action)
             for index, model in enumerate(self._models)
         ]
+        with ExitStack() as stack:
+            for each in self._models:
+                stack.enter_context(skip_calls(each.model, skips, record.expected))
+            stack.enter_context(find_plain_blocks(self.reference, self.blocks, self.plain_blocks))
+            return self._run_tasks(turns, tasks)
+
+    def _run_tasks(self, turns: Turns, tasks: Sequence[Callable[[], Tensors]]) -> list[Tensors]:
         try:
-            with find_plain_blocks(self.reference, self.blocks, self.plain_blocks):
-                return turns.run(tasks)
+            return turns.run(tasks)
+        except RanksLost:
+            raise
         except RanksError as error:
             if isinstance(error.__cause__, ShardkitError):
                 raise error.__cause__ from None
@@ -114,10 +138,10 @@ class UnshardedModels:
             folder = self._source.checkpoint.folder
             raise CheckpointError(f"{folder}: transformers cannot run it: {reason}") from None
 
-    def _end_block(self, values: list[None]) -> list[None]:
+    def _end_call(self, call: BlockCall, on_call: OnCall, values: list[None]) -> list[None]:
         self._source.clear()
         return_free_memory()
-        self._on_block()
+        on_call(call)
         return values
 
 
@@ -133,10 +157,8 @@ class TurnRanks:
         manifest: Manifest,
         dtype: torch.dtype | None,
         counts: ByteCounts,
-        on_block: OnBlock,
     ) -> None:
         """Prepare them. Raises ManifestError."""
-        self._on_block = on_block
         configs, turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
         shards = [RankShard(folder, manifest, configs, rank) for rank in manifest.mesh.ranks()]
         self.whole = build_on_meta(shards[0], dtype)
@@ -161,11 +183,18 @@ class TurnRanks:
         record: BlockRecord,
         blocks: Sequence[str],
         traced: Sequence[str] = (),
-        skips: frozenset[str] = frozenset(),
+        skips: Collection[BlockCall] = (),
+        on_call: OnCall = ignore_call,
     ) -> list[Tensors]:
         """Call every rank's model, and compare what its blocks output with the record.
 
-        Blocks in `skips` are not run: they output what the reference does.
+        Args:
+            action: What calls a model.
+            record: What the reference output, and where comparisons are noted.
+            blocks: The model's blocks.
+            traced: The modules whose outputs are returned.
+            skips: Calls that compute nothing, and output what the reference does.
+            on_call: Called after each call of a block.
 
         Returns:
             What the modules of these names output on each rank.
@@ -175,11 +204,10 @@ class TurnRanks:
         """
 
         def compare(rank: int, call: BlockCall, outputs: list[torch.Tensor]) -> Outputs:
-            if call.block in skips:
-                return record.replace_outputs(call, outputs)
             values = record.compare_rank(self.dtype, rank, call, outputs)
             self._models[rank].weights.release()
-            self._turns.exchange(rank, f"block {call}", None, self._end_block)
+            end = partial(self._end_call, call, on_call)
+            self._turns.exchange(rank, f"block {call}", None, end)
             return values
 
         tasks = [
@@ -188,12 +216,12 @@ class TurnRanks:
         ]
         with ExitStack() as stack:
             for each in self._models:
-                stack.enter_context(skip_blocks(each.model, skips, record.expected))
+                stack.enter_context(skip_calls(each.model, skips, record.expected))
             return self._turns.run(tasks)
 
-    def _end_block(self, values: list[None]) -> list[None]:
+    def _end_call(self, call: BlockCall, on_call: OnCall, values: list[None]) -> list[None]:
         return_free_memory()
-        self._on_block()
+        on_call(call)
         return values
 
     def _prepare(self, shard: RankShard, counts: ByteCounts) -> StreamedModel:

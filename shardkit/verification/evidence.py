@@ -1,11 +1,14 @@
 """What a report is about: the split, its digests, what each rank holds, and what computed."""
 
 import platform
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 
 from shardkit import __version__
+from shardkit.checkpoint import Checkpoint
 from shardkit.planning import PlacementGroup, Plan, Rank
 from shardkit.shards import Manifest, hash_manifest
+from shardkit.verification.numerics_options import NumericsOptions
 
 PACKAGES = ("torch", "transformers", "safetensors")
 
@@ -57,6 +60,26 @@ def describe_layout(plan: Plan) -> list[dict[str, object]]:
 def _count_bytes(group: PlacementGroup, rank: Rank) -> int:
     part = group.first.shard_spec(rank)
     return group.count * part.nbytes if part else 0
+
+
+def identify_check(
+    manifest: Manifest, source: Checkpoint, dtype: str | None, options: NumericsOptions
+) -> dict[str, str]:
+    """What the numbers of a verification follow from, by name, besides the weights.
+
+    Those of the shards are the manifest's and those of the source are the shards', if the levels
+    files and weights have passed, which are run in any case.
+    """
+    companions = sha256()
+    for name, data in source.companions():
+        companions.update(f"{name} {sha256(data).hexdigest()}\n".encode())
+    return {
+        "manifest": hash_manifest(manifest),
+        "source": companions.hexdigest(),
+        "dtype": dtype or "",
+        "sample": "" if options.sample is None else f"{options.sample} by seed {options.seed}",
+        **list_versions(),
+    }
 
 
 def list_versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from shardkit.files import ProgressCallback, track_progress
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
-from shardkit.verification.evidence import describe_split, list_versions
+from shardkit.verification.evidence import describe_split, identify_check, list_versions
 from shardkit.verification.files import check_files
 from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Report
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from shardkit.runtime.engine.controller import TorchrunRanks
+    from shardkit.verification.block_journal import BlockJournal
 
 NO_SOURCE = "only a comparison with the source shows that: name it with --against"
 BAD_FILES = "the files are not what the split wrote"
@@ -102,14 +103,20 @@ def _run_request(request: Request, progress: ProgressCallback | None) -> Report 
             ranks.follow()
         return None
     try:
-        with _open_source(request) as checkpoint:
+        with (
+            _open_source(request) as checkpoint,
+            _open_journal(request, manifest, checkpoint) as journal,
+        ):
             advance = track_progress(_count_bytes(request, manifest), progress)
-            run = _Run(request, checkpoint, is_real, ranks, advance)
+            run = _Run(request, checkpoint, is_real, ranks, journal, advance)
             if checkpoint is not None:
                 checkpoint.check_download(advance)
             checks = tuple(run.checks())
             split = describe_split(manifest) if manifest else {}
-            return Report(str(request.folder), checks, split, list_versions())
+            report = Report(str(request.folder), checks, split, list_versions())
+            if journal is not None:
+                journal.remove()
+            return report
     finally:
         if ranks is not None:
             ranks.close()
@@ -126,6 +133,7 @@ class _Run:
     source: Checkpoint | None
     is_real: bool
     ranks: TorchrunRanks | None
+    journal: BlockJournal | None
     advance: Callable[[int], object]
 
     def checks(self) -> Iterator[Check]:
@@ -162,7 +170,7 @@ class _Run:
         split = request.folder, manifest, source.folder, dtype
         try:
             if not self.is_real:
-                return check_blocks(*split, request.numerics)
+                return check_blocks(*split, request.numerics, self.journal)
             if self.ranks is not None:
                 return check_on_ranks(*split, self.ranks, request.numerics)
             with RankProcesses(manifest.tp_size, request.device, request.timeouts) as ranks:
@@ -189,7 +197,8 @@ def _choose_real_ranks(request: Request, manifest: Manifest | None) -> bool:
         return True
     from shardkit.verification.rank_choice import choose_real_ranks
 
-    return choose_real_ranks(manifest, request.numerics, request.dtype, request.device)
+    options, dtype, device = request.numerics, request.dtype, request.device
+    return choose_real_ranks(request.folder, manifest, options, dtype, device)
 
 
 @contextmanager
@@ -201,6 +210,22 @@ def _open_source(request: Request) -> Iterator[Checkpoint | None]:
     with open_source(request.source, request.revision, request.allow_pickle) as checkpoint:
         checkpoint.check_config()
         yield checkpoint
+
+
+@contextmanager
+def _open_journal(
+    request: Request, manifest: Manifest | None, source: Checkpoint | None
+) -> Iterator[BlockJournal | None]:
+    """The journal to resume from, if one is asked for and the model will run."""
+    path = request.numerics.resume
+    if path is None or manifest is None or source is None or not request.runs_numerics:
+        yield None
+        return
+    from shardkit.verification.block_journal import open_journal
+
+    identity = identify_check(manifest, source, request.dtype, request.numerics)
+    with open_journal(path, identity) as journal:
+        yield journal
 
 
 def _connect(request: Request) -> TorchrunRanks:

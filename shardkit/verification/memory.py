@@ -1,16 +1,28 @@
-"""How much memory a verification takes, from the manifest alone: upper bounds."""
+"""How much memory a verification takes, from the manifest and the model's modules: upper bounds."""
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from shardkit.dtypes import DTYPES
+from shardkit.errors import ShardkitError
+from shardkit.planning import Placement
+from shardkit.runtime.config import read_shard_configs
+from shardkit.runtime.conversion import find_conversions, loaded_shapes
+from shardkit.runtime.loader import RankShard, build_on_meta
+from shardkit.runtime.materialize import match_conversions
 from shardkit.shards import Manifest
+from shardkit.verification.blocks import list_model_blocks
+from shardkit.verification.streamed_weights import SMALL
 
-PROCESS_BYTES = 450_000_000  # of a process that has imported torch and transformers
+PROCESS_BYTES = 500_000_000  # of a process that has imported torch and transformers, and used them
 WIDEST = 8  # bytes of a value of the reference, which is float64
 DEQUANTIZED = 4  # bytes of a value of a quantized weight of the source, which is float32
-PASSES = 2  # records that are kept: of one without a cache, and of one with it
+SPARE = 1.1  # of what is counted: what the allocator keeps, and what a multiplication packs
 TOKENS = 64  # of all texts, those of two steps included; images may fill more
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -31,27 +43,85 @@ def estimate_real_ranks(manifest: Manifest, dtype: str | None) -> int:
     return count * (wider + 2 * width) + (manifest.tp_size + 1) * PROCESS_BYTES
 
 
-def estimate_turns(manifest: Manifest) -> int:
-    """Bytes that ranks in turns take: the largest block in float64, and twice as it is stored.
+def estimate_turns(folder: Path, manifest: Manifest) -> int:
+    """Bytes that ranks in turns take: the largest block as it is stored, and in float64 the largest
+    module of it, whose weights come and go alone. What every block outputs is kept for a pass.
 
-    The stored tensors of a block are kept until every unsharded model has had them, and a tensor
-    that the model stacks out of several is one more copy. What every block outputs is kept, too.
+    Of a model that cannot be built, which the check will say, it is as much as that needs.
     """
-    counts: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
+    configs = read_shard_configs(folder, manifest)
+    try:
+        whole = build_on_meta(RankShard(folder, manifest, configs, manifest.mesh.rank(0)), None)
+        quantized = {weight.name for weight in manifest.plan.grouping.weights.values()}
+        weights = manifest.weights, manifest.plan.wrapper_prefix
+        largest = max(count_block_bytes(whole, *weights, quantized).values(), default=0)
+    except ShardkitError:
+        return PROCESS_BYTES
+    return PROCESS_BYTES + math.ceil(SPARE * largest) + count_output_bytes(manifest)
+
+
+def count_block_bytes(
+    whole: PreTrainedModel,
+    placements: Mapping[str, Placement],
+    wrapper_prefix: str,
+    quantized: Collection[str],
+) -> dict[str, int]:
+    """The most bytes of weights that there are at once while a block runs, by block.
+
+    The stored tensors of a block are kept until every unsharded model has had them. A module's in
+    float64 go when it has run, unless they are small; a tensor that is made of several is there
+    twice before that.
+
+    Args:
+        whole: The model on the meta device.
+        placements: The tensors on disk, by name, a quantized weight as one.
+        wrapper_prefix: What training wrappers put before each of the names.
+        quantized: Those of them that are quantized.
+    """
+    blocks = sorted(list_model_blocks(whole), key=len, reverse=True)
+    shapes = loaded_shapes(placements)
+    conversions = find_conversions(whole, shapes, wrapper_prefix)
+    stored: dict[str, int] = defaultdict(int)
+    modules: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    counted: set[int] = set()
+    for name, conversion in match_conversions(whole, placements, conversions).items():
+        block = _find_block(name, blocks)
+        count = whole.get_parameter_or_buffer(name).numel()
+        specs = [placements[source].spec for source, _ in conversion.sources]
+        widths = [DEQUANTIZED if s.name in quantized else DTYPES[s.dtype].bits / 8 for s in specs]
+        if id(conversion) not in counted:
+            counted.add(id(conversion))
+            sizes = (math.prod(s.shape) * w for s, w in zip(specs, widths, strict=True))
+            stored[block] += math.ceil(sum(sizes))
+        is_made = conversion.converter is not None
+        width = WIDEST + (max(widths) if is_made else 0)
+        modules[block][name.rpartition(".")[0]] += math.ceil(count * width)
+    outside = stored[""] + sum(modules[""].values())
+    return {
+        block: stored[block] + _count_module_bytes([*modules[block].values()]) + outside
+        for block in blocks
+    }
+
+
+def _count_module_bytes(modules: Sequence[int]) -> int:
+    """Of a block's modules: the small ones stay until it ends, the large ones come and go."""
+    small = sum(nbytes for nbytes in modules if nbytes <= 2 * SMALL)
+    return small + max((nbytes for nbytes in modules if nbytes > 2 * SMALL), default=0)
+
+
+def _find_block(tensor: str, blocks: Sequence[str]) -> str:
+    return next((block for block in blocks if tensor.startswith(f"{block}.")), "")
+
+
+def count_output_bytes(manifest: Manifest) -> int:
+    """Bytes of what all blocks of the reference output in one pass, by the widths of biases and
+    norms, and of what is outside of layers."""
     outputs: dict[str, int] = {}
-    quantized = {weight.name for weight in manifest.plan.grouping.weights.values()}
     for placement in manifest.plan.weights:
         spec, block = placement.spec, name_block(placement.spec.name)
-        is_quantized = spec.name in quantized
-        width = DEQUANTIZED if is_quantized else DTYPES[spec.dtype].bits / 8
-        counts[block] += math.prod(spec.shape)
-        stored[block] += math.ceil(math.prod(spec.shape) * width)
-        is_layer = NUMBER.search(spec.name) is not None
-        if len(spec.shape) == 1 or not is_layer:
+        if len(spec.shape) == 1 or not NUMBER.search(spec.name):
             outputs[block] = max(outputs.get(block, 0), *spec.shape, 1)
-    largest = max((counts[b] * WIDEST + 2 * stored[b] for b in counts), default=0)
-    return PROCESS_BYTES + largest + PASSES * TOKENS * WIDEST * sum(outputs.values())
+    return TOKENS * WIDEST * sum(outputs.values())
 
 
 def name_block(tensor: str) -> str:

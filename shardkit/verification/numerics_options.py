@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 RankChoice = Literal["auto", "real", "turns"]
@@ -25,6 +26,8 @@ class NumericsOptions:
             at random; ranks take turns then. None for every block.
         seed: What a sample is drawn from.
         progress: Called as blocks are done.
+        resume: A file to note what is done in, and to resume from if the verification was stopped;
+            ranks take turns then. It is removed when the verification has finished.
     """
 
     ranks: RankChoice = "auto"
@@ -32,6 +35,7 @@ class NumericsOptions:
     sample: int | None = None
     seed: int = 0
     progress: BlockProgress = ignore_blocks
+    resume: Path | None = None
 
 
 DEFAULT_NUMERICS = NumericsOptions()

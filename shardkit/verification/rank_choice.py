@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from shardkit.output.available_memory import check_memory, choose_max_memory
 from shardkit.runtime.engine.controller import RankController
 from shardkit.shards import Manifest
-from shardkit.verification.available_memory import check_memory, choose_max_memory
 from shardkit.verification.block_check import PROVEN_IN, check_blocks
 from shardkit.verification.memory import estimate_real_ranks, estimate_turns
 from shardkit.verification.models import ShardedModel
@@ -17,12 +17,17 @@ from shardkit.verification.report import Check
 
 
 def choose_real_ranks(
-    manifest: Manifest, options: NumericsOptions, dtype: str | None, device: str | None
+    folder: Path,
+    manifest: Manifest,
+    options: NumericsOptions,
+    dtype: str | None,
+    device: str | None,
 ) -> bool:
     """Whether real ranks are to be started: if asked for, on a GPU, or if there is memory for all.
 
     Args:
-        manifest: The split.
+        folder: The shard folder.
+        manifest: Its manifest.
         options: The ranks asked for, and the memory allowed.
         dtype: What to compute in; None means the dtype that most weights are stored in.
         device: "cpu" or "cuda"; None means cuda if available.
@@ -35,7 +40,7 @@ def choose_real_ranks(
     real, allowed = estimate_real_ranks(manifest, dtype), choose_max_memory(limit)
     is_real = choice == "real" or (choice == "auto" and (on_gpu or real <= allowed))
     if not is_real:
-        check_memory(estimate_turns(manifest), allowed, "verify with ranks in turns")
+        check_memory(estimate_turns(folder, manifest), allowed, "verify with ranks in turns")
     elif limit is not None and not on_gpu:
         check_memory(real, limit, "verify with real ranks")
     return is_real

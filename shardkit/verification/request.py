@@ -55,7 +55,9 @@ def choose_level(scope: Scope, level: Level | None) -> Level:
 
 
 def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
-    """The options with the ranks that there will be: torchrun's are real, a sample's take turns.
+    """The options with the ranks that there will be: torchrun's are real.
+
+    What goes block by block needs ranks in turns.
 
     Raises UsageError for options that contradict each other.
     """
@@ -63,13 +65,15 @@ def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
     if ranks not in get_args(RankChoice):
         raise UsageError(f"ranks {ranks!r}: they must be one of {', '.join(get_args(RankChoice))}")
     is_torchrun = "WORLD_SIZE" in os.environ
-    if options.sample is not None and (ranks == "real" or is_torchrun):
-        raise UsageError("--sample compares block by block: it needs --ranks turns, no torchrun")
+    block_options = {"--sample": options.sample, "--resume": options.resume}
+    by_block = [name for name, value in block_options.items() if value is not None]
+    if by_block and (ranks == "real" or is_torchrun):
+        raise UsageError(f"{by_block[0]} goes block by block: it needs --ranks turns, no torchrun")
     if is_torchrun and ranks == "turns":
         raise UsageError("--ranks turns runs every rank in one process: start it without torchrun")
     if is_torchrun:
         return replace(options, ranks="real")
-    return options if options.sample is None else replace(options, ranks="turns")
+    return replace(options, ranks="turns") if by_block else options
 
 
 def name_dtype(dtype: object) -> str | None:

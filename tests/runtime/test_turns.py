@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardkit.errors import RanksError
+from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.distributed.turns import TurnGroup, Turns, add_in_ring
 from tests.helpers.torchrun import torchrun
 
@@ -157,3 +157,9 @@ def test_a_group_runs_again_after_a_failure() -> None:
         turns.run([fail, lambda: ranks[1].all_reduce(torch.ones(1))])
     done = turns.run([lambda g=group: g.all_reduce(torch.ones(1)) for group in ranks])  # type: ignore[misc]
     assert [x.item() for x in done] == [2.0, 2.0]
+
+
+def test_a_task_that_gets_no_memory_decides_nothing() -> None:
+    """Whatever the others would have computed may be right: it is not a verdict."""
+    with pytest.raises(RanksLost, match="rank 1: no memory is free"):
+        Turns(2).run([lambda: torch.empty(1), lambda: torch.empty(1 << 58)])

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaModel
 
 from shardkit.errors import UsageError
+from shardkit.output.available_memory import measure_available_memory, parse_size
 from shardkit.verification import NumericsOptions, verify
-from shardkit.verification.available_memory import measure_available_memory, parse_size
 from shardkit.verification.memory import PROCESS_BYTES, estimate_turns, name_block
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
@@ -85,7 +85,7 @@ def test_a_block_is_named_by_the_first_number() -> None:
 def test_what_does_not_fit_is_refused_with_the_number_that_would(tmp_path: Path) -> None:
     source = make("llama", tmp_path / "source")
     manifest = cut(source, tmp_path / "shards", 2)
-    needed = -(-estimate_turns(manifest) // 10**6)
+    needed = -(-estimate_turns(tmp_path / "shards", manifest) // 10**6)
     with pytest.raises(UsageError, match=f"--max-memory {needed}M"):
         verify(tmp_path / "shards", source, numerics=NumericsOptions(max_memory=10**7))
     with pytest.raises(UsageError, match="real ranks needs"):
@@ -108,7 +108,7 @@ manifest = read_manifest(shards)
 check = check_blocks(shards, manifest, source)
 assert check.verdict == "passed", check.faults
 peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-print(peak, estimate_turns(manifest), check.numbers["peak_weight_bytes"])
+print(peak, estimate_turns(shards, manifest), check.numbers["peak_weight_bytes"])
 """
 DEEP = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 128, "num_hidden_layers": 7,

@@ -5,6 +5,7 @@ and none of the pickle's objects reach this process. It costs a copy of the weig
 TMPDIR, for as long as the checkpoint is open.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -29,16 +30,21 @@ from shardkit.checkpoint.weight_files import (
     find_weight_files,
     list_names,
 )
-from shardkit.errors import CheckpointError, SourceChanged
+from shardkit.errors import CheckpointError, SourceChanged, UsageError
 from shardkit.files import open_regular_file, resolve_file
 
+MEMORY_PER_BYTE = 1.5  # of a pickled file; measured 1.4
+PROCESS_BYTES = 300_000_000  # of the process that converts it, and has imported torch
 MIN_BYTES_PER_SECOND = 5_000_000
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "SYSTEMROOT")  # no token of the user's
 
 
 @contextmanager
 def open_source(
-    source: str | Path, revision: str | None = None, allow_pickle: bool = False
+    source: str | Path,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    max_memory: int | None = None,
 ) -> Iterator[Checkpoint]:
     """An open checkpoint, whatever its weights are.
 
@@ -46,9 +52,11 @@ def open_source(
         source: A folder, or a Hub id.
         revision: A branch, tag or commit of a Hub repository.
         allow_pickle: Whether pickled weights may be read if there are no safetensors.
+        max_memory: Bytes that the process which converts them may take; None for any.
 
     Raises:
         CheckpointError: If it cannot be read, or is a shard folder.
+        UsageError: If pickled weights take more memory than is allowed.
     """
     source = str(source)
     if (Path(source) / MANIFEST_NAME).exists():
@@ -67,6 +75,7 @@ def open_source(
             yield checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="shardkit-unpickled-") as scratch:
+        _check_memory(folder, files, max_memory)
         convert_checkpoint(folder, index, files, Path(scratch))
         with Checkpoint(Path(scratch), commit, name).check_numbers() as checkpoint:
             yield checkpoint
@@ -86,6 +95,17 @@ def convert_checkpoint(
         places = {tensor: safetensors_name(file) for tensor, file in index.weight_map.items()}
         (scratch / safetensors_name(index.name)).write_bytes(
             encode_index(Index(index.name, places, index.metadata), 0)
+        )
+
+
+def _check_memory(folder: Path, files: Sequence[str], max_memory: int | None) -> None:
+    sizes = (resolve_file(folder, name, CheckpointError).stat().st_size for name in files)
+    needed = PROCESS_BYTES + MEMORY_PER_BYTE * max(sizes)
+    if max_memory is not None and needed > max_memory:
+        megabytes = math.ceil(needed / 10**6)
+        raise UsageError(
+            f"{folder}: to convert its pickled weights takes {megabytes} MB of memory, and"
+            f" {max_memory // 10**6} MB are allowed; allow it with --max-memory {megabytes}M"
         )
 
 

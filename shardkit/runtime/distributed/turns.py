@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from shardkit.errors import RanksError, first_line
+from shardkit.errors import RanksError, RanksLost, first_line
 from shardkit.runtime.distributed.group import TensorParallelGroup
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class Turns:
         """Run one task for each index, and return what they return.
 
         Raises:
+            RanksLost: A task had no memory.
             RanksError: A task failed, with its index and in one line; or one ended while others
                 waited for it in an exchange. The error that it raised is the cause.
         """
@@ -154,8 +155,17 @@ class Turns:
         index, fault = self._fault
         if not isinstance(fault, Exception):
             raise fault
+        if is_memory_error(fault):
+            raise RanksLost(
+                f"rank {index}: no memory is free: {first_line(fault)}; free some, or allow more"
+            ) from fault
         kind = "" if isinstance(fault, RanksError) else f"{type(fault).__name__}: "
         raise RanksError(f"rank {index}: {kind}{first_line(fault, 1000)}") from fault
+
+
+def is_memory_error(fault: BaseException) -> bool:
+    """Whether it says that no memory is free; that of torch's allocator is a RuntimeError."""
+    return isinstance(fault, MemoryError) or "allocate memory" in str(fault)
 
 
 @dataclass(frozen=True, slots=True)

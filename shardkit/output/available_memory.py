@@ -12,6 +12,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 PROCESS = Path("/proc/self")
 NO_LIMIT = 1 << 60  # a cgroup says that it has no limit by a number near 2^63
 MARGIN = 0.9  # of the memory that there is: what may be taken
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BLOCK = 4 << 20
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -61,6 +63,11 @@ def measure_available_memory(process: Path = PROCESS, cgroups: Path = CGROUPS) -
     return max(min(rooms), 0)
 
 
+def measure_resident_memory(process: Path = PROCESS) -> int:
+    """Bytes of memory that this process has now (proc(5))."""
+    return _read_field(process / "status", "VmRSS:")
+
+
 def _iter_rooms(process: Path, cgroups: Path) -> Iterator[int]:
     """What each control group that the process is in has left, from its own to the outermost."""
     for line in _read_text(process / "cgroup").splitlines():
@@ -95,6 +102,15 @@ def _read_text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def map_large_blocks() -> None:
+    """Have the allocator map large blocks by themselves, so that freed ones go back at once.
+
+    Otherwise the first one that is freed makes it keep others as large (mallopt(3)).
+    """
+    if (set_option := getattr(CDLL(None), "mallopt", None)) is not None:
+        set_option(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def return_free_memory() -> None:

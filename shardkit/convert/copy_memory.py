@@ -1,0 +1,66 @@
+"""How large the buffers of a copy may be, and whether it fits into the memory that is allowed.
+
+The upper bound is of the whole process: what it takes already, what it keeps of every tensor of
+every file, and the largest of the phases that follow one another.
+"""
+
+import math
+import os
+
+from shardkit.layout import num_indices
+from shardkit.output.available_memory import (
+    check_memory,
+    choose_max_memory,
+    measure_resident_memory,
+)
+from shardkit.output.stream import BUFFER_BYTES, NUM_BUFFERS
+from shardkit.planning import Plan
+from shardkit.shards.integrity import READ_BYTES, THREADS
+
+SMALLEST_BUFFER = 64 << 10
+PIECE_BYTES = 1100  # of a tensor in a file: its place, digest and line; measured 800
+SPARE_BYTES = 12 << 20  # threads, modules that are imported late, companion files
+
+
+def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None) -> int:
+    """The largest buffers with which a copy takes no more memory than is allowed.
+
+    Args:
+        what: The command, for an error.
+        pieces: How many tensors all files have, counted in each file.
+        growth: The bytes that are written of a block, as a multiple of it, at most.
+        limit: The bytes that the process may take; None for what is free, less a margin.
+
+    Raises:
+        UsageError: Even with the smallest buffers it would take more.
+    """
+    resident = measure_resident_memory()
+    phases = min(THREADS, os.cpu_count() or 1) * READ_BYTES
+    base = resident + pieces * PIECE_BYTES + SPARE_BYTES
+    allowed = limit if limit is not None else resident + choose_max_memory(None)
+
+    def estimate(buffer_bytes: int) -> int:
+        return base + max(phases, math.ceil(NUM_BUFFERS * (1 + growth) * buffer_bytes))
+
+    buffer_bytes = BUFFER_BYTES
+    while buffer_bytes > SMALLEST_BUFFER and estimate(buffer_bytes) > allowed:
+        buffer_bytes //= 2
+    check_memory(estimate(buffer_bytes), allowed, what)
+    return buffer_bytes
+
+
+def find_growth(plan: Plan) -> float:
+    """The bytes that all ranks get of a block, as a multiple of it: over 1 if some have copies.
+
+    Only of blocks that are packed: of a tensor that is divided along another dimension than its
+    first.
+    """
+    growths = [1.0]
+    for group in plan.groups:
+        placement, dim = group.first, group.layout.dim
+        if dim and placement.spec.shape[dim]:
+            spans = (placement.spans(rank) for rank in plan.mesh.ranks())
+            growths.append(sum(map(num_indices, spans)) / placement.spec.shape[dim])
+    # A packed buffer that is short is replaced, and the old one kept until it is written.
+    growth = max(growths)
+    return growth if growth == 1 else 2 * growth
