@@ -7,7 +7,6 @@ from shardkit.runtime.distributed.diagnosis import Fault, combine_faults
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.channel import OnTokens, StoreChannel
 from shardkit.runtime.engine.messages import Message
-from shardkit.runtime.engine.worker import Worker
 
 
 class RankController(Protocol):
@@ -55,6 +54,9 @@ class TorchrunRanks:
     """The ranks that torchrun started: rank 0 makes requests, every other rank calls `follow`."""
 
     def __init__(self, group: TensorParallelGroup) -> None:
+        # Not above, since a rank process runs that module as its program.
+        from shardkit.runtime.engine.worker import Worker
+
         self.size = group.tp_size
         self.pids: list[int] = []
         self._channel = StoreChannel(group)

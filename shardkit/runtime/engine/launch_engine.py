@@ -89,11 +89,13 @@ def drain_on_sigterm(engine: Engine) -> Iterator[None]:
     At the first SIGTERM the engine takes no more requests; once the others have finished, or at a
     second SIGTERM, SystemExit(143) is raised in the main thread.
     """
-    requested = threading.Event()
+    requested, lock, ended = threading.Event(), threading.Lock(), False
 
     def drain() -> None:
         engine.drain()
-        os.kill(os.getpid(), signal.SIGTERM)
+        with lock:
+            if not ended:  # else the program goes on to its own end
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def handle(_number: int, _frame: object) -> None:
         if requested.is_set():
@@ -105,4 +107,6 @@ def drain_on_sigterm(engine: Engine) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with lock:
+            ended = True
+            signal.signal(signal.SIGTERM, before)

@@ -83,6 +83,8 @@ class Scheduler:
                 f" {self.max_batch_tokens}; give a smaller max_tokens"
             )
         if len(self.waiting) + len(sequences) > self.max_queue:
+            self._forget_closed()  # what was cancelled leaves room at once
+        if len(self.waiting) + len(sequences) > self.max_queue:
             raise EngineBusy(
                 f"{len(self.waiting)} sequences wait, of at most {self.max_queue}; try again later"
             )
