@@ -1,4 +1,4 @@
-"""An engine takes what transformers' own calls take, and returns what they return, or refuses it."""
+"""An engine takes what transformers' own calls take, and returns the same, or refuses it."""
 
 from pathlib import Path
 

@@ -212,10 +212,14 @@ def test_a_deadline_fails_one_request(engine: runtime.Engine) -> None:
 def test_a_full_queue_refuses_at_once(engine: runtime.Engine) -> None:
     with pytest.raises(EngineBusy, match=r"^0 sequences wait, of at most 64; try again later$"):
         engine.submit([1], n=65, max_tokens=2)
-    handles = []
-    with pytest.raises(EngineBusy):
+    handles: list[runtime.Handle] = []
+
+    def fill() -> None:
         for _ in range(200):
             handles.append(engine.submit(STORY, max_tokens=100, ignore_eos=True))
+
+    with pytest.raises(EngineBusy):
+        fill()
     assert len(handles) < 90
     for handle in handles:
         handle.cancel()

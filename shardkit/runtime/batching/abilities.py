@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
-from shardkit.runtime.batching.running_batch import count_cache_bytes
+from shardkit.runtime.batching.running_batch import measure_token_bytes
 from shardkit.runtime.batching.support import (
     count_vocabulary,
     describe_obstacle,
@@ -58,7 +58,7 @@ def find_abilities(runner: ModelRunner) -> Abilities:
     failure = _try_forward(runner)
     with run_inference(model.dtype):
         obstacle = describe_obstacle(model, device)
-        token_bytes = 0 if obstacle else count_cache_bytes(model, device)
+        token_bytes = 0 if obstacle else measure_token_bytes(model, device)
     generates = model.can_generate()
     return Abilities(
         failure,

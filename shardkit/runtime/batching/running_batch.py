@@ -89,9 +89,9 @@ class RunningBatch:
         mask = make_mask(rows.lengths, self.device)
         is_padded = min(rows.lengths) < max(rows.lengths)
         arguments: dict[str, Any] = {rows.name: rows.cache, "use_cache": True}
-        if accepts(self.model, "position_ids"):
+        if has_argument(self.model, "position_ids"):
             arguments["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        if accepts(self.model, "logits_to_keep"):
+        if has_argument(self.model, "logits_to_keep"):
             arguments["logits_to_keep"] = 1
         inputs = self.model.prepare_inputs_for_generation(
             ids,
@@ -159,13 +159,13 @@ def may_pad_prompts(model: PreTrainedModel) -> bool:
     return not has_recurrent_state(make_rows(model, [1]).cache.layers)
 
 
-def count_cache_bytes(model: PreTrainedModel, device: torch.device, tokens: int = 2) -> int:
+def measure_token_bytes(model: PreTrainedModel, device: torch.device, tokens: int = 2) -> int:
     """The bytes that each token adds to this rank's cache, from a prompt of `tokens`."""
     rows, batch = make_rows(model, [tokens]), RunningBatch(model, device)
     batch._run(torch.ones(1, tokens, dtype=torch.int64, device=device), rows, is_first=True)
     return sum(map(count_layer_bytes, rows.cache.layers)) // tokens
 
 
-def accepts(model: PreTrainedModel, argument: str) -> bool:
+def has_argument(model: PreTrainedModel, argument: str) -> bool:
     """Whether a model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
 from shardkit.runtime.batching.cache_layers import find_unjoinable
-from shardkit.runtime.batching.running_batch import RunningBatch, accepts, make_rows
+from shardkit.runtime.batching.running_batch import RunningBatch, has_argument, make_rows
 from shardkit.runtime.model_runner import ModelRunner
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -47,7 +47,7 @@ def _find_obstacle(model: PreTrainedModel) -> str:
     own = [name for name in COMMON if getattr(type(model), name) is not _common(name)]
     if own:
         return f"its class has its own {own[0]}"
-    if model.main_input_name != "input_ids" or not accepts(model, "attention_mask"):
+    if model.main_input_name != "input_ids" or not has_argument(model, "attention_mask"):
         return "its forward takes no input_ids with an attention_mask"
     if kinds := LENGTH_DEPENDENT & set(_list_rope_types(model.config.to_dict())):
         return f"its {min(kinds)} rotary embedding depends on the longest sequence"

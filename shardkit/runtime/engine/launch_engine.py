@@ -3,8 +3,9 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,19 +55,22 @@ def launch(
         ...     for text in engine.stream("Once upon a time", max_new_tokens=64):
         ...         print(text, end="", flush=True)
     """
-    manifest = read_manifest(Path(folder))
+    tp_size = read_manifest(Path(folder)).tp_size
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        ranks = TorchrunRanks(connect(device, timeouts))
-        if ranks.is_follower:
-            with _ignore_sigterm():
-                ranks.follow()
-            raise SystemExit(0)
-        return Engine(Path(folder), ranks.reuse, dtype, verify, limits)
-
-    def start() -> EngineRanks:
-        return RankProcesses(manifest.tp_size, device, timeouts)
-
+        start: Callable[[], EngineRanks] = _join_torchrun(device, timeouts).reuse
+    else:
+        start = partial(RankProcesses, tp_size, device, timeouts)
     return Engine(Path(folder), start, dtype, verify, limits)
+
+
+def _join_torchrun(device: str | None, timeouts: Timeouts) -> TorchrunRanks:
+    """The ranks, on rank 0; any other follows it, and then raises SystemExit."""
+    ranks = TorchrunRanks(connect(device, timeouts))
+    if ranks.is_follower:
+        with _ignore_sigterm():
+            ranks.follow()
+        raise SystemExit(0)
+    return ranks
 
 
 @contextmanager
