@@ -47,9 +47,9 @@ def engine(shards: Path) -> Iterator[runtime.Engine]:
         yield started
 
 
-def begin(engine: runtime.Engine, **given: float) -> runtime.Handle:
+def begin(engine: runtime.Engine) -> runtime.Handle:
     """A request that goes on, of which some tokens have come."""
-    handle = engine.submit([1, 2], max_tokens=ENDLESS, temperature=0, **given)
+    handle = engine.submit([1, 2], max_tokens=ENDLESS, temperature=0)
     end = time.monotonic() + 30
     while engine.status().tokens == 0 and time.monotonic() < end:
         time.sleep(0.01)

@@ -177,7 +177,7 @@ def test_a_caller_that_stops_iterating_stops_every_rank_and_may_go_on(
 def test_an_option_that_cannot_be_sent_is_an_error_and_the_engine_goes_on(
     engine: runtime.Engine,
 ) -> None:
-    with pytest.raises(RequestError, match="^bad_words_ids: a object cannot be sent"):
+    with pytest.raises(RequestError, match=r"^bad_words_ids: a object cannot be sent"):
         list(engine.stream([1], max_new_tokens=2, bad_words_ids=object()))
     assert len(list(engine.stream([1], max_new_tokens=2))) == 2
 
