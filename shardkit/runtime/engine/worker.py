@@ -136,7 +136,7 @@ class Worker:
         header = request.header
         prompts = [JoiningPrompt(**prompt) for prompt in header["join"]]
         result = self._batch.run_step(header["leave"], dict(header["tokens"]), prompts)
-        choices = {n: [c.token, c.logprob, c.top] for n, c in result.choices.items()}
+        choices = {str(n): [c.token, c.logprob, c.top] for n, c in result.choices.items()}
         return Message({"choices": choices, "failed": result.failed, "refused": result.refused})
 
     def _trace(self, request: Message) -> Message:
