@@ -42,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(shards: Path) -> Iterator[runtime.Engine]:
-    timeouts = Timeouts(collective=4, request=30)
+    timeouts = Timeouts(collective=10, request=60)
     with runtime.launch(shards, device="cpu", timeouts=timeouts) as started:
         yield started
 
@@ -93,8 +93,8 @@ def test_a_stopped_rank_fails_each_request_within_its_own_time(engine: runtime.E
         hurried.result(30)
     assert time.monotonic() - stopped < 1 + SLACK
     with pytest.raises(RanksLost, match="rank 1 died or is stopped"):
-        patient.result(30)
-    assert time.monotonic() - stopped < 4 + 2 * SLACK
+        patient.result(60)
+    assert time.monotonic() - stopped < 10 + 2 * SLACK
 
 
 def test_closing_fails_what_runs_and_leaves_nothing(shards: Path) -> None:

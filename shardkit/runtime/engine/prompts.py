@@ -10,7 +10,14 @@ import torch
 from shardkit.errors import ManifestError, RequestError
 
 ChatMessage = Mapping[str, Any]  # of a chat: role and content
-Prompt = str | Sequence[int] | Sequence[Sequence[int]] | Sequence[ChatMessage] | torch.Tensor | Mapping[str, Any]
+Prompt = (
+    str
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[ChatMessage]
+    | torch.Tensor
+    | Mapping[str, Any]
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
