@@ -40,7 +40,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tp2"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(shards: Path) -> Iterator[runtime.Engine]:
     timeouts = Timeouts(collective=10, request=60)
     with runtime.launch(shards, device="cpu", timeouts=timeouts) as started:
@@ -54,74 +54,6 @@ def begin(engine: runtime.Engine) -> runtime.Handle:
     while engine.status().tokens == 0 and time.monotonic() < end:
         time.sleep(0.01)
     return handle
-
-
-def test_a_killed_rank_fails_all_in_flight_and_a_restart_brings_it_back(
-    engine: runtime.Engine,
-) -> None:
-    expected = engine.submit([1, 2], max_tokens=8, temperature=0).result(30).ids
-    handles = [begin(engine), engine.submit([3], max_tokens=ENDLESS, temperature=0)]
-    pids = list(engine.ranks.pids)
-    os.kill(pids[1], signal.SIGKILL)
-    killed = time.monotonic()
-    for handle in handles:
-        with pytest.raises(RanksLost, match=r"^rank 1 was killed by SIGKILL$"):
-            handle.result(30)
-    assert time.monotonic() - killed < SLACK
-    assert not engine.alive
-    assert engine.status().failure == "rank 1 was killed by SIGKILL"
-    with pytest.raises(RanksLost, match="rank 1 was killed"):
-        engine.submit([1], max_tokens=1)
-    engine.restart()
-    assert engine.alive
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert engine.submit([1, 2], max_tokens=8, temperature=0).result(30).ids == expected
-    assert not set(pids) & set(engine.ranks.pids)
-    os.kill(engine.ranks.pids[0], signal.SIGKILL)  # and an idle one is noticed, unasked
-    end = time.monotonic() + SLACK
-    while engine.alive and time.monotonic() < end:
-        time.sleep(0.05)
-    assert engine.status().failure == "rank 0 was killed by SIGKILL"
-
-
-def test_a_stopped_rank_fails_each_request_within_its_own_time(engine: runtime.Engine) -> None:
-    patient = begin(engine)
-    hurried = engine.submit([3], max_tokens=ENDLESS, temperature=0, timeout=1.0)
-    os.kill(engine.ranks.pids[1], signal.SIGSTOP)
-    stopped = time.monotonic()
-    with pytest.raises(RequestTimeout, match="did not finish within 1 s: rank 1 died or is stop"):
-        hurried.result(30)
-    assert time.monotonic() - stopped < 1 + SLACK
-    with pytest.raises(RanksLost, match="rank 1 died or is stopped"):
-        patient.result(60)
-    assert time.monotonic() - stopped < 10 + 2 * SLACK
-
-
-def test_closing_fails_what_runs_and_leaves_nothing(shards: Path) -> None:
-    threads = threading.active_count()
-    engine = runtime.launch(shards, device="cpu")
-    handle, pids = begin(engine), engine.ranks.pids
-    stream = engine.stream([5], max_new_tokens=ENDLESS, do_sample=False)
-    assert next(stream) >= 0
-    began = time.monotonic()
-    engine.close()
-    assert time.monotonic() - began < SLACK
-    for consume in (handle.result, lambda: list(stream)):
-        with pytest.raises(RanksLost, match="the engine was closed"):
-            consume()
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert threading.active_count() <= threads
-    with pytest.raises(RanksError, match="the engine was closed"):
-        engine.restart()
-
-
-def test_draining_finishes_what_runs_and_refuses_the_rest(engine: runtime.Engine) -> None:
-    handle = engine.submit([1, 2], max_tokens=60, temperature=0)
-    assert not engine.drain(timeout=0.001)
-    with pytest.raises(EngineBusy, match="drains"):
-        engine.submit([1], max_tokens=1)
-    assert engine.drain()
-    assert len(handle.result(1).ids) == 60
 
 
 def test_a_fork_of_the_process_leaves_the_ranks_alone(engine: runtime.Engine) -> None:
@@ -139,7 +71,78 @@ def test_a_fork_of_the_process_leaves_the_ranks_alone(engine: runtime.Engine) ->
     assert len(engine.submit([1], max_tokens=2, temperature=0).result(30).ids) == 2
 
 
-@pytest.mark.parametrize("again", [False, True])
+def test_a_lost_rank_fails_all_in_flight_and_a_restart_brings_it_back(
+    engine: runtime.Engine,
+) -> None:
+    expected = engine.submit([1, 2], max_tokens=8, temperature=0).result(30).ids
+    handles = [begin(engine), engine.submit([3], max_tokens=ENDLESS, temperature=0)]
+    hurried = engine.submit([3], max_tokens=ENDLESS, temperature=0, timeout=1.0)
+    pids = list(engine.ranks.pids)
+    os.kill(pids[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    with pytest.raises(RequestTimeout, match="did not finish within 1 s: rank 1 died or is stop"):
+        hurried.result(30)
+    assert time.monotonic() - stopped < 1 + SLACK
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    for handle in handles:
+        with pytest.raises(RanksLost, match=r"^rank 1 was killed by SIGKILL$"):
+            handle.result(30)
+    assert time.monotonic() - killed < SLACK
+    assert engine.status().failure == "rank 1 was killed by SIGKILL"
+    with pytest.raises(RanksLost, match="rank 1 was killed"):
+        engine.submit([1], max_tokens=1)
+    engine.restart()
+    assert engine.alive
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert engine.submit([1, 2], max_tokens=8, temperature=0).result(30).ids == expected
+    assert not set(pids) & set(engine.ranks.pids)
+
+
+def test_an_idle_rank_that_dies_is_noticed_unasked(engine: runtime.Engine) -> None:
+    assert engine.alive
+    os.kill(engine.ranks.pids[0], signal.SIGKILL)
+    end = time.monotonic() + SLACK
+    while engine.alive and time.monotonic() < end:
+        time.sleep(0.05)
+    assert engine.status().failure == "rank 0 was killed by SIGKILL"
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_fails_each_request_within_its_own_time(engine: runtime.Engine) -> None:
+    engine.restart()
+    patient = begin(engine)
+    os.kill(engine.ranks.pids[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    with pytest.raises(RanksLost, match="rank 1 died or is stopped"):
+        patient.result(60)
+    assert time.monotonic() - stopped < 10 + 2 * SLACK
+
+
+def test_draining_and_closing_leave_nothing(shards: Path) -> None:
+    threads = threading.active_count()
+    engine = runtime.launch(shards, device="cpu")
+    first = engine.submit([1, 2], max_tokens=60, temperature=0)
+    assert len(first.result(30).ids) == 60
+    handle, pids = begin(engine), engine.ranks.pids
+    stream = engine.stream([5], max_new_tokens=ENDLESS, do_sample=False)
+    assert next(stream) >= 0
+    assert not engine.drain(timeout=0.001)
+    with pytest.raises(EngineBusy, match="drains"):
+        engine.submit([1], max_tokens=1)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < SLACK
+    for consume in (handle.result, lambda: list(stream)):
+        with pytest.raises(RanksLost, match="the engine was closed"):
+            consume()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert threading.active_count() <= threads
+    with pytest.raises(RanksError, match="the engine was closed"):
+        engine.restart()
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_drains_and_a_second_ends(again: bool, shards: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()

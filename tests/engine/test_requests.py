@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardkit import runtime
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import (
     EngineBusy,
     RequestCancelled,
@@ -23,6 +24,7 @@ from shardkit.errors import (
     RequestTimeout,
     ShardkitError,
 )
+from tests.helpers.pooled_engine import run_engine
 from tests.helpers.runtime_helpers import cut
 
 SECONDS = 60.0  # that a test waits for a request
@@ -36,11 +38,13 @@ SAMPLED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> Iterator[runtime.Engine]:
+def engine(
+    tmp_path_factory: pytest.TempPathFactory, stories260k: Path, rank_pool: RankPool
+) -> Iterator[runtime.Engine]:
     folder = tmp_path_factory.mktemp("engine") / "tp2"
     cut(stories260k, folder, 2)
     limits = runtime.Limits(max_batch_size=16, max_queue=64)
-    with runtime.launch(folder, device="cpu", limits=limits) as started:
+    with run_engine(rank_pool.of(2), folder, limits) as started:
         yield started
 
 
@@ -251,6 +255,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
 def test_what_no_engine_would_run_is_one_line_and_sends_nothing(
     prompt: Any, given: dict[str, Any], words: str, engine: runtime.Engine
 ) -> None:
+    wait_until_idle(engine)
     before = engine.status().steps
     with pytest.raises(RequestError) as caught:
         engine.submit(prompt, **given)

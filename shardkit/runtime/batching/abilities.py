@@ -1,11 +1,14 @@
 """What an engine must know of a model before it takes requests; every rank finds it out alike."""
 
 import inspect
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
 from shardkit.runtime.batching.running_batch import measure_token_bytes
@@ -67,11 +70,18 @@ def find_abilities(runner: ModelRunner) -> Abilities:
         bool(model.config.is_encoder_decoder),
         count_vocabulary(model),
         find_positions(model),
-        model._prepare_generation_config(None)[0].to_dict() if generates else {},
+        read_generation_config(model) if generates else {},
         token_bytes,
         int(SHARE * measure_free_memory(device)) // max(1, token_bytes),
         arguments,
     )
+
+
+def read_generation_config(model: PreTrainedModel) -> dict[str, Any]:
+    """A model's generation config as JSON values."""
+    config = model._prepare_generation_config(None)[0]
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return values
 
 
 def _try_forward(runner: ModelRunner) -> str:
@@ -91,5 +101,6 @@ def measure_free_memory(device: torch.device) -> int:
     """The bytes that are free on a device; on a CPU, this process's share of them."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))

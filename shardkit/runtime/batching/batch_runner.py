@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
-from shardkit.runtime.batching.running_batch import RunningBatch, group_prompts, may_pad_prompts
+from shardkit.runtime.batching.running_batch import RunningBatch, group_prompts
+from shardkit.runtime.batching.support import may_pad_prompts
 from shardkit.runtime.batching.token_sampler import Choice, RowSampler, choose_tokens, make_sampler
 from shardkit.runtime.model_runner import run_inference
 
@@ -43,7 +44,7 @@ class StepResult:
 
 
 class BatchRunner:
-    """The running batch of one rank.
+    """The running batch of one rank. Every rank must make one at a time: it tries the model.
 
     Args:
         model: This rank's part of the model.
@@ -55,7 +56,7 @@ class BatchRunner:
         self._model, self._device, self._is_sampler = model, device, is_sampler
         self._batch = RunningBatch(model, device)
         self._samplers: dict[int, RowSampler] = {}
-        self._may_pad = may_pad_prompts(model)
+        self._may_pad = may_pad_prompts(model, device)
 
     def clear(self) -> None:
         """Drop every sequence."""

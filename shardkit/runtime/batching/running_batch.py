@@ -15,7 +15,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from shardkit.runtime.batching.cache_layers import (
     append_rows,
     count_layer_bytes,
-    has_recurrent_state,
     resize_layer,
     select_rows,
 )
@@ -152,11 +151,6 @@ def group_prompts(lengths: Sequence[int], may_pad: bool) -> list[list[int]]:
                 continue
         groups.append([at])
     return groups
-
-
-def may_pad_prompts(model: PreTrainedModel) -> bool:
-    """Whether prompts of different lengths may be padded: not before a recurrent state."""
-    return not has_recurrent_state(make_rows(model, [1]).cache.layers)
 
 
 def measure_token_bytes(model: PreTrainedModel, device: torch.device, tokens: int = 2) -> int:

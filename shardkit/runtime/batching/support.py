@@ -8,9 +8,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
-from shardkit.runtime.batching.cache_layers import find_unjoinable
+from shardkit.runtime.batching.cache_layers import find_unjoinable, has_recurrent_state
 from shardkit.runtime.batching.running_batch import RunningBatch, has_argument, make_rows
-from shardkit.runtime.model_runner import ModelRunner
+from shardkit.runtime.model_runner import ModelRunner, run_inference
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Rotary embeddings whose frequencies depend on the longest row of a batch.
@@ -80,15 +80,46 @@ def _list_rope_types(value: Any) -> Iterator[str]:
 
 def _try_joining(model: PreTrainedModel, device: torch.device) -> str:
     """Generate two prompts alone, then so that one joins the other: the logits must be equal."""
-    size = min(count_vocabulary(model) or 1, 97)
-    prompts = [[(3 + 5 * at + 7 * n) % size for at in range(n)] for n in PROBE_LENGTHS]
+    prompts = _make_prompts(model)
     alone = [_generate_alone(model, prompt, device) for prompt in prompts]
     joined = _generate_joined(model, prompts, [ids for ids, _ in alone], device)
     for (_, expected), logits in zip(alone, joined, strict=True):
-        difference = (expected - logits).abs().max() / expected.std().clamp(min=1e-6)
+        difference = _compare(expected, logits)
         if not difference <= TOLERANCES.get(model.dtype, 0.5):
             return f"a sequence that joined had other logits, by {difference:.2g} deviations"
     return ""
+
+
+def may_pad_prompts(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether prompts of different lengths may run together, the shorter ones padded.
+
+    Not before a recurrent state, which padding would change; and not if the logits then differ, as
+    where a softmax of float32 finds float64 numbers masked by the least of them. Every rank must
+    call it: it runs the model.
+    """
+    if has_recurrent_state(make_rows(model, [1]).cache.layers):
+        return False
+    prompts = _make_prompts(model)
+    try:
+        with run_inference(model.dtype):
+            alone = [RunningBatch(model, device).prefill([0], [prompt])[0] for prompt in prompts]
+            together = RunningBatch(model, device).prefill([0, 1], prompts)
+    except RanksError:
+        raise
+    except MODEL_ERRORS:
+        return False
+    differences = [_compare(*pair) for pair in zip(alone, together, strict=True)]
+    return all(each <= TOLERANCES.get(model.dtype, 0.5) for each in differences)
+
+
+def _make_prompts(model: PreTrainedModel) -> list[list[int]]:
+    size = min(count_vocabulary(model) or 1, 97)
+    return [[(3 + 5 * at + 7 * n) % size for at in range(n)] for n in PROBE_LENGTHS]
+
+
+def _compare(expected: torch.Tensor, logits: torch.Tensor) -> float:
+    """The largest difference of logits, in units of their standard deviation; or NaN."""
+    return float((expected - logits).abs().max() / expected.std().clamp(min=1e-6))
 
 
 def _generate_alone(

@@ -161,8 +161,8 @@ class RequestLoop:
     def _run_step(self, step: Step) -> None:
         join = [
             {
-                "number": s.number, "ids": s.prompt, "options": s.plan.options,
-                "num_logprobs": s.plan.num_logprobs,
+                "number": s.number, "ids": s.prompt, "num_logprobs": s.plan.num_logprobs,
+                "options": {**s.plan.options, "max_new_tokens": s.plan.max_tokens},
             }
             for s in step.join
         ]  # fmt: skip
@@ -180,7 +180,7 @@ class RequestLoop:
                 sequence.handle.fail(RanksError(failed[sequence.number]))
         chosen = [s for s in running if s.number not in failed]
         apply_choices(chosen, response["choices"])
-        self.num_steps += 1
+        self.num_steps += bool(chosen)  # in some, sequences leave and that is all
         self.num_tokens += len(chosen)
 
     def _run_batch(self, batch: list[TokenSequence]) -> None:

@@ -93,8 +93,10 @@ class Scheduler:
     def plan_step(self) -> Step:
         """The next step. Sequences that are done leave, and those that fit join."""
         self._forget_closed()
-        leave = tuple(s.number for s in self.running if not s.is_open)
-        self.running = [s for s in self.running if s.is_open]
+        opened = [s.is_open for s in self.running]  # once: a caller may cancel at any moment
+        pairs = list(zip(self.running, opened, strict=True))
+        leave = tuple(sequence.number for sequence, is_open in pairs if not is_open)
+        self.running = [sequence for sequence, is_open in pairs if is_open]
         tokens = {s.number: s.ids[-1] for s in self.running}
         join = tuple(self._admit())
         self.running += join
