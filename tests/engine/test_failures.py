@@ -21,15 +21,17 @@ from tests.helpers.runtime_helpers import cut
 SLACK = 6.0
 ENDLESS = 2000  # tokens: longer than a test waits, within the model's positions
 SERVER = """
-import sys
+import sys, time
 from shardkit import runtime
 
 with runtime.launch(sys.argv[1], device="cpu") as engine, runtime.drain_on_sigterm(engine):
     handle = engine.submit([1, 2], max_tokens=int(sys.argv[2]), temperature=0)
     print("running", flush=True)
-    print(len(handle.result().ids), flush=True)
-    handle = engine.submit([1, 2], max_tokens=1000, temperature=0)
-    handle.result()
+    try:
+        time.sleep(60)
+    except SystemExit:
+        print(handle.done, flush=True)
+        raise
 """
 
 
@@ -159,8 +161,6 @@ def test_sigterm_drains_and_a_second_ends(again: bool, shards: Path, tmp_path: P
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=60)
-    assert said == ("" if again else "100\n"), errors
-    assert process.returncode == (143 if again else 1)  # the next request is refused
-    assert again or errors.strip().endswith("the engine takes no more requests: it drains")
+    assert (process.returncode, said) == (143, "False\n" if again else "True\n"), errors
     assert not list(marked(tmp_path))
     assert not list(scratch.iterdir())
