@@ -14,8 +14,8 @@ import click
 
 from shardkit.errors import RanksError, UsageError
 from shardkit.files import ProgressCallback
+from shardkit.planning.available_memory import parse_size
 from shardkit.timeouts import Timeouts
-from shardkit.verification.available_memory import parse_size
 
 TERMINATED = 128 + signal.SIGTERM
 

@@ -9,13 +9,13 @@ import torch
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError, RanksError, ShardkitError
+from shardkit.planning.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
 from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.model_runner import ModelRunner, ModuleOutputs, Tensors
 from shardkit.shards import Manifest
 from shardkit.shards.integrity import RankReader
-from shardkit.verification.available_memory import return_free_memory
 from shardkit.verification.block_record import BlockRecord
 from shardkit.verification.blocks import (
     BlockCall,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from shardkit.planning.available_memory import check_memory, choose_max_memory
 from shardkit.runtime.engine.controller import RankController
 from shardkit.shards import Manifest
-from shardkit.verification.available_memory import check_memory, choose_max_memory
 from shardkit.verification.block_check import PROVEN_IN, check_blocks
 from shardkit.verification.memory import estimate_real_ranks, estimate_turns
 from shardkit.verification.models import ShardedModel

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaModel
 
 from shardkit.errors import UsageError
+from shardkit.planning.available_memory import measure_available_memory, parse_size
 from shardkit.verification import NumericsOptions, verify
-from shardkit.verification.available_memory import measure_available_memory, parse_size
 from shardkit.verification.memory import PROCESS_BYTES, estimate_turns, name_block
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut

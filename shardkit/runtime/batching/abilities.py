@@ -4,13 +4,13 @@ import inspect
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
+from shardkit.planning.available_memory import measure_available_memory
 from shardkit.runtime.batching.running_batch import measure_token_bytes
 from shardkit.runtime.batching.support import (
     count_vocabulary,
@@ -101,6 +101,6 @@ def measure_free_memory(device: torch.device) -> int:
     """The bytes that are free on a device; on a CPU, this process's share of them."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return measure_available_memory() // int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    )

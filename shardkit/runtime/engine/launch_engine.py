@@ -62,12 +62,17 @@ def launch(
     """
     check_dequantize(dequantize)
     tp_size = read_manifest(Path(folder)).tp_size
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        start: Callable[[], EngineRanks] = _join_torchrun(device, timeouts).reuse
-    else:
-        start = partial(RankProcesses, tp_size, device, timeouts)
     load = load_request(Path(folder), dtype, verify, dequantize)
-    return Engine(Path(folder), start, load, limits)
+    return Engine(Path(folder), _choose_ranks(tp_size, device, timeouts), load, limits)
+
+
+def _choose_ranks(
+    tp_size: int, device: str | None, timeouts: Timeouts
+) -> Callable[[], EngineRanks]:
+    """What starts the ranks, or those that torchrun has started."""
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return _join_torchrun(device, timeouts).reuse
+    return partial(RankProcesses, tp_size, device, timeouts)
 
 
 def _join_torchrun(device: str | None, timeouts: Timeouts) -> TorchrunRanks:
