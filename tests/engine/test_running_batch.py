@@ -75,7 +75,6 @@ def test_rows_that_join_and_leave_generate_what_each_would_alone(name: str, tmp_
     requests = list(make_requests(model.config.vocab_size))
     runner = BatchRunner(model, CPU, is_sampler=True)
     made: dict[int, list[int]] = {}
-    leave: list[int] = []
     for step in range(NEW + 10):
         tokens = {n: ids[-1] for n, ids in made.items() if len(ids) < NEW}
         join = [
@@ -83,12 +82,10 @@ def test_rows_that_join_and_leave_generate_what_each_would_alone(name: str, tmp_
             for number, (at, prompt, options) in enumerate(requests)
             if at == step
         ]
-        result = runner.run_step(leave, tokens, join)
+        result = runner.run_step(tokens, join)
         assert not result.failed
         for number, choice in result.choices.items():
             made.setdefault(number, []).append(choice.token)
-        leave = [n for n, ids in made.items() if len(ids) == NEW]
-        made |= {n: [*made[n], -1] for n in leave}
     for number, (_, prompt, options) in enumerate(requests):
         assert made[number][:NEW] == generate_alone(model, prompt, options), (number, options)
 

@@ -63,10 +63,8 @@ class BatchRunner:
         self._batch.clear()
         self._samplers.clear()
 
-    def run_step(
-        self, leave: Sequence[int], tokens: Mapping[int, int], join: Sequence[JoiningPrompt]
-    ) -> StepResult:
-        """Do one step: sequences leave, the others go on by a token, and prompts join.
+    def run_step(self, tokens: Mapping[int, int], join: Sequence[JoiningPrompt]) -> StepResult:
+        """Do one step: sequences without a token leave, the others grow by it, and prompts join.
 
         Raises RanksError or one of MODEL_ERRORS if the running sequences cannot go on; they are
         then dropped. A prompt that fails is a part of the result.
@@ -74,7 +72,7 @@ class BatchRunner:
         result = StepResult()
         with run_inference(self._model.dtype):
             try:
-                self._go_on(leave, tokens, result)
+                self._decode(tokens, result)
                 groups = group_prompts([len(prompt.ids) for prompt in join], self._may_pad)
                 for group in groups:
                     self._prefill([join[at] for at in group], result)
@@ -83,7 +81,8 @@ class BatchRunner:
                 raise
         return result
 
-    def _go_on(self, leave: Sequence[int], tokens: Mapping[int, int], result: StepResult) -> None:
+    def _decode(self, tokens: Mapping[int, int], result: StepResult) -> None:
+        leave = [number for number in self._batch.numbers if number not in tokens]
         self._batch.drop(leave)
         for number in leave:
             self._samplers.pop(number, None)

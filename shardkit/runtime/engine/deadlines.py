@@ -4,10 +4,13 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from shardkit.errors import RequestTimeout
 from shardkit.runtime.engine.handle import Handle
+
+FEW = 256  # deadlines that are kept though their requests have ended
 
 
 class DeadlineMonitor:
@@ -19,7 +22,8 @@ class DeadlineMonitor:
 
     def __init__(self, describe_cause: Callable[[], str]) -> None:
         self._describe_cause = describe_cause
-        self._heap: list[tuple[float, int, Handle]] = []
+        self._heap: list[tuple[float, int, weakref.ref[Handle]]] = []
+        self._most = FEW
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -30,7 +34,10 @@ class DeadlineMonitor:
         if handle.deadline is None:
             return
         with self._changed:
-            heapq.heappush(self._heap, (handle.deadline, next(self._numbers), handle))
+            if len(self._heap) > self._most:
+                self._forget_done()
+            entry = (handle.deadline, next(self._numbers), weakref.ref(handle))
+            heapq.heappush(self._heap, entry)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="shardkit-deadlines", daemon=True
@@ -51,11 +58,16 @@ class DeadlineMonitor:
                     self._changed.wait(wait if wait < threading.TIMEOUT_MAX else None)
                 if self._is_closed:
                     return
-                _, _, handle = heapq.heappop(self._heap)
-            if not handle.done:
+                handle = heapq.heappop(self._heap)[2]()
+            if handle is not None and not handle.done:
                 cause = self._describe_cause()
                 text = f"the request did not finish within {handle.timeout:g} s"
                 handle.fail(RequestTimeout(text + (f": {cause}" if cause else "")))
+
+    def _forget_done(self) -> None:
+        open_ones = [e for e in self._heap if (handle := e[2]()) is not None and not handle.done]
+        heapq.heapify(open_ones)
+        self._heap, self._most = open_ones, max(FEW, 2 * len(open_ones))
 
     def _seconds_left(self) -> float:
         return self._heap[0][0] - time.monotonic() if self._heap else threading.TIMEOUT_MAX

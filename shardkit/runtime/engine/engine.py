@@ -95,12 +95,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests: no rank is known to be lost, and it is not closed."""
+        """Whether it can work: no rank is known to be lost, and it is not closed."""
         return self._model.loop.failure is None
 
     def status(self) -> EngineStatus:
         """What it is doing, and what it can do."""
-        return self._model.status()
+        return self._model.read_status(self._is_draining)
 
     def close(self) -> None:
         """Stop the ranks; what runs or waits fails with RanksLost."""

@@ -128,7 +128,10 @@ class Handle:
         return self._collect()
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Every chunk, as it comes. An iterator that is closed before the last cancels it."""
+        """Every chunk, as it comes. An iterator that is closed before the last cancels it.
+
+        Raises as `result` does, once it has yielded what came before.
+        """
         at = 0
         try:
             while True:
@@ -219,12 +222,11 @@ class Handle:
                 continue
 
     def _check(self) -> None:
-        if self._error is not None and not isinstance(self._error, RequestCancelled):
+        if self._error is not None:
             raise copy_error(self._error)
 
     def _collect(self) -> RequestResult:
-        if self._error is not None:
-            raise copy_error(self._error)
+        self._check()
         return RequestResult(
             self.prompt_ids, tuple(collect_chunks(i, self._chunks) for i in range(self._n))
         )

@@ -84,20 +84,15 @@ def prepare_request() -> Message:
     return Message({"action": "prepare"})
 
 
-def step_request(
-    leave: Iterable[int], tokens: Mapping[int, int], join: Iterable[Mapping[str, object]]
-) -> Message:
+def step_request(tokens: Mapping[int, int], join: Iterable[Mapping[str, object]]) -> Message:
     """Do one step of the running batch; see `batching.batch_runner.BatchRunner.run_step`.
 
     Args:
-        leave: Numbers of sequences that leave.
-        tokens: The last token of each sequence that goes on, by number.
-        join: Of each prompt that joins, the fields of `batch_runner.Prompt`.
+        tokens: The last token of each sequence that stays, by number; every other leaves.
+        join: Of each prompt that joins, the fields of `batch_runner.JoiningPrompt`.
     """
     pairs = [list(pair) for pair in tokens.items()]
-    return Message(
-        {"action": "step", "leave": list(leave), "tokens": pairs, "join": [dict(p) for p in join]}
-    )
+    return Message({"action": "step", "tokens": pairs, "join": [dict(p) for p in join]})
 
 
 def trace_request(inputs: Mapping[str, torch.Tensor], modules: Iterable[str]) -> Message:

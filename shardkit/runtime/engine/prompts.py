@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from shardkit.errors import ManifestError, RequestError
+from shardkit.errors import ManifestError, RequestError, first_line
 
 ChatMessage = Mapping[str, Any]  # of a chat: role and content
 Prompt = (
@@ -64,7 +64,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
             list(messages), tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # a template is a program, and raises what it likes
-        raise RequestError(f"the chat template refuses the messages: {error}") from None
+        raise RequestError(f"the chat template refuses the messages: {first_line(error)}") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

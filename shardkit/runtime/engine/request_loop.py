@@ -167,7 +167,7 @@ class RequestLoop:
             for s in step.join
         ]  # fmt: skip
         try:
-            response = self._ranks.request(step_request(step.leave, step.tokens, join))[0].header
+            response = self._ranks.request(step_request(step.tokens, join))[0].header
         except RanksLost:
             raise
         except RanksError as error:
@@ -199,6 +199,9 @@ class RequestLoop:
             raise
         except RanksError as error:
             self._scheduler.fail_running(error)
+        for sequence in batch:  # which the model's own generate has ended for a reason of its own
+            if sequence.is_open:
+                sequence.handle.fail(RanksError("the model stopped before the request's end"))
         self._scheduler.running = []
 
     def _fail(self, error: RanksError) -> None:

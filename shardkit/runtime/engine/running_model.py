@@ -56,7 +56,7 @@ class RunningModel:
         log.info("%d sequences at most, %d tokens of KV cache", size, tokens)
         self._scheduler = Scheduler(size, limits.max_queue, tokens)
         self.loop = RequestLoop(self.ranks, self._scheduler, not self.abilities.obstacle)
-        self.planner = SequencePlanner(self.abilities, tokens)
+        self.planner = SequencePlanner(self.abilities, tokens, limits.max_queue)
 
     def stop(self, error: RanksError) -> None:
         """Fail what runs or waits, and end the ranks, at once if they are busy."""
@@ -67,11 +67,12 @@ class RunningModel:
         self.ranks.close()
         self.loop.join(JOIN)
 
-    def status(self) -> EngineStatus:
+    def read_status(self, draining: bool) -> EngineStatus:
         """What it is doing, and what it can do."""
         loop, scheduler = self.loop, self._scheduler
         return EngineStatus(
-            loop.failure is None, str(loop.failure or ""), loop.num_running, loop.num_waiting,
+            loop.failure is None, str(loop.failure or ""), draining,
+            self.ranks.size, tuple(self.ranks.pids), loop.num_running, loop.num_waiting,
             loop.num_steps, loop.num_tokens, scheduler.max_batch_size,
             scheduler.max_batch_tokens, self.abilities.obstacle,
         )  # fmt: skip

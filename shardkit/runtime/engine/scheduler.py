@@ -46,17 +46,17 @@ class Step:
     """What the ranks do in one step.
 
     Attributes:
-        leave: Numbers of sequences that leave the batch.
-        tokens: The last token of each sequence that goes on, by number.
+        tokens: The last token of each sequence that stays, by number; every other leaves.
         join: The sequences whose prompts join.
+        leaves: Whether a sequence leaves.
     """
 
-    leave: tuple[int, ...]
     tokens: Mapping[int, int]
     join: tuple[TokenSequence, ...]
+    leaves: bool
 
     def __bool__(self) -> bool:
-        return bool(self.leave or self.tokens or self.join)
+        return bool(self.tokens or self.join or self.leaves)
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Scheduler:
 
         Raises:
             EngineBusy: The queue has no room for them.
-            RequestError: One is longer than the batch may be.
+            RequestError: They never have room: one is longer than the batch may be.
         """
         longest = max(sequence.num_tokens for sequence in sequences)
         if longest > self.max_batch_tokens:
@@ -93,14 +93,13 @@ class Scheduler:
     def plan_step(self) -> Step:
         """The next step. Sequences that are done leave, and those that fit join."""
         self._forget_closed()
-        opened = [s.is_open for s in self.running]  # once: a caller may cancel at any moment
-        pairs = list(zip(self.running, opened, strict=True))
-        leave = tuple(sequence.number for sequence, is_open in pairs if not is_open)
-        self.running = [sequence for sequence, is_open in pairs if is_open]
+        before = len(self.running)
+        self.running = [s for s in self.running if s.is_open]  # which a caller may change any time
+        leaves = len(self.running) < before
         tokens = {s.number: s.ids[-1] for s in self.running}
         join = tuple(self._admit())
         self.running += join
-        return Step(leave, tokens, join)
+        return Step(tokens, join, leaves)
 
     def take_compatible(self) -> list[TokenSequence]:
         """The next sequences that one call of `generate` can run, out of the queue.

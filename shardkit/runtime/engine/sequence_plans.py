@@ -23,11 +23,12 @@ class SequencePlanner:
     Args:
         abilities: What the model can do.
         max_batch_tokens: Tokens that the KV cache has room for.
+        max_queue: Sequences that the queue has room for.
     """
 
-    def __init__(self, abilities: Abilities, max_batch_tokens: int) -> None:
+    def __init__(self, abilities: Abilities, max_batch_tokens: int, max_queue: int) -> None:
         self.abilities = abilities
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.max_queue = max_batch_tokens, max_queue
         self._numbers = itertools.count()
 
     def check_prompt(self, ids: torch.Tensor) -> None:
@@ -62,6 +63,8 @@ class SequencePlanner:
             raise RequestError(
                 f"logprobs: this model's steps are not the engine's own: {self.abilities.obstacle}"
             )
+        if params.n > self.max_queue:
+            raise RequestError(f"n={params.n}: the queue has room for {self.max_queue} sequences")
         options: dict[str, Any] = {"do_sample": bool(self.abilities.generation.get("do_sample"))}
         options |= params.to_options()
         end_ids: frozenset[int] = list_end_ids(self.abilities.generation.get("eos_token_id"))

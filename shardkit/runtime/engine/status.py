@@ -8,8 +8,11 @@ class EngineStatus:
     """What an engine is doing, and what it can do.
 
     Attributes:
-        alive: Whether it takes requests.
-        failure: Why not; "" if it does.
+        alive: Whether its ranks can be used, and it is not closed.
+        failure: Why no rank can be used any more; "" if all can.
+        draining: Whether it finishes what it has, and takes no more.
+        tp_size: The number of ranks.
+        rank_pids: Their process ids, by rank; none under torchrun.
         running: Sequences and calls that run.
         waiting: Sequences and calls that wait.
         steps: Steps of generation so far.
@@ -21,6 +24,9 @@ class EngineStatus:
 
     alive: bool
     failure: str
+    draining: bool
+    tp_size: int
+    rank_pids: tuple[int, ...]
     running: int
     waiting: int
     steps: int

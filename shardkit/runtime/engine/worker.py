@@ -135,7 +135,7 @@ class Worker:
             raise RanksError("no running batch is prepared")
         header = request.header
         prompts = [JoiningPrompt(**prompt) for prompt in header["join"]]
-        result = self._batch.run_step(header["leave"], dict(header["tokens"]), prompts)
+        result = self._batch.run_step(dict(header["tokens"]), prompts)
         choices = {str(n): [c.token, c.logprob, c.top] for n, c in result.choices.items()}
         return Message({"choices": choices, "failed": result.failed, "refused": result.refused})
 
