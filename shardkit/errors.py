@@ -13,6 +13,7 @@
     └── RanksError         7   ranks disagree, died, or did not answer in time
         ├── RanksLost      7   a rank died or fell silent: what it ran may be right
         ├── EngineBusy     7   the queue of requests is full
+        │   └── EngineDraining 7   the engine finishes what it has, and takes no more
         ├── RequestTimeout 7   a request did not finish in its time
         └── RequestCancelled 7 a request was cancelled
 
@@ -86,6 +87,10 @@ class RanksLost(RanksError):
 
 class EngineBusy(RanksError):
     """The queue of requests is full; send the request again later."""
+
+
+class EngineDraining(EngineBusy):
+    """The engine finishes the requests that it has, and takes no more."""
 
 
 class RequestTimeout(RanksError):

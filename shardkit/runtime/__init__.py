@@ -12,7 +12,13 @@ with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive 
 
 from shardkit.runtime.distributed.group import TensorParallelGroup, connect
 from shardkit.runtime.engine.engine import Engine
-from shardkit.runtime.engine.handle import Chunk, Completion, Handle, RequestResult
+from shardkit.runtime.engine.handle import (
+    Chunk,
+    Completion,
+    Handle,
+    RequestResult,
+    TokenLogprob,
+)
 from shardkit.runtime.engine.launch_engine import drain_on_sigterm, launch
 from shardkit.runtime.engine.sampling_params import SamplingParams
 from shardkit.runtime.engine.scheduler import Limits
@@ -29,6 +35,7 @@ __all__ = [
     "RequestResult",
     "SamplingParams",
     "TensorParallelGroup",
+    "TokenLogprob",
     "connect",
     "drain_on_sigterm",
     "launch",

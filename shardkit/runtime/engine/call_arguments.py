@@ -5,7 +5,7 @@ Every argument is passed on as it is, or refused by name before anything is sent
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -53,6 +53,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     if len({each.shape for each in tensors}) > 1:
         shapes = [list(each.shape) for each in tensors]
         raise RequestError(f"attention_mask: {shapes[1]}, but input_ids is {shapes[0]}")
+
+
+def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is token ids `[B, T]`."""
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
 def is_count(value: Any) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from shardkit.errors import EngineBusy, RanksLost, RequestError
+from shardkit.errors import EngineDraining, RanksLost, RequestError
 from shardkit.runtime.batching.abilities import Abilities
-from shardkit.runtime.engine.call_arguments import check_arguments
+from shardkit.runtime.engine.call_arguments import check_arguments, is_token_ids
 from shardkit.runtime.engine.controller import EngineRanks
 from shardkit.runtime.engine.generate_calls import (
     begin_generate,
@@ -69,6 +69,7 @@ class Engine:
         self._start_ranks, self._load = start_ranks, load
         self._limits = limits or Limits()
         self._pid, self._turn = os.getpid(), threading.RLock()
+        self._encoding = threading.Lock()  # a tokenizer is changed as it encodes
         self._is_draining = self._is_closed = False
         self._model = RunningModel(start_ranks, self._load, self._limits)
 
@@ -124,7 +125,7 @@ class Engine:
             self._is_draining = False
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests with EngineBusy, and wait until the others have finished.
+        """Refuse new requests with EngineDraining, and wait until the others have finished.
 
         Args:
             timeout: Seconds to wait; None is as long as it takes.
@@ -166,7 +167,7 @@ class Engine:
 
         Raises:
             RequestError: A parameter is misspelt or impossible, or the prompt does not fit.
-            EngineBusy: The queue is full, or the engine drains.
+            EngineBusy: The queue is full; EngineDraining, if the engine drains.
             RanksLost: A rank is dead; `restart` the engine.
             ManifestError: The prompt is text, and the folder has no tokenizer.
         """
@@ -267,10 +268,14 @@ class Engine:
     def input_ids(self, prompt: Prompt) -> torch.Tensor:
         """A prompt as token ids `[B, T]`, int64. Raises ManifestError without a tokenizer."""
         if isinstance(prompt, str):
-            return read_ids(self.tokenizer(prompt)["input_ids"])
+            with self._encoding:
+                return read_ids(self.tokenizer(prompt)["input_ids"])
         if isinstance(prompt, Mapping):
             return read_ids(prompt.get("input_ids"))
-        return read_ids(encode_chat(self.tokenizer, prompt) if is_chat(prompt) else prompt)
+        if not is_chat(prompt):
+            return read_ids(prompt)
+        with self._encoding:
+            return read_ids(encode_chat(self.tokenizer, prompt))
 
     def _begin_stream(self, prompt: Prompt, seed: int | None, options: dict[str, Any]) -> Handle:
         tokenizer = self.tokenizer if is_text(prompt) else None
@@ -280,6 +285,8 @@ class Engine:
     def _begin_forward(self, inputs: dict[str, Any]) -> Call:
         self._check_usable()
         check_arguments(inputs)
+        if is_token_ids(ids := inputs.get("input_ids")):
+            self._model.planner.check_prompt(ids)
         call = Call(call_request("forward", inputs))
         self._model.loop.add_call(call)
         return call
@@ -295,4 +302,4 @@ class Engine:
         if self._pid != os.getpid():
             raise RanksLost("the engine is of the process that forked this one; launch another")
         if self._is_draining:
-            raise EngineBusy("the engine takes no more requests: it drains")
+            raise EngineDraining("the engine takes no more requests: it drains")

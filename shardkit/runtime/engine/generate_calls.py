@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from shardkit.errors import RequestError
-from shardkit.runtime.engine.call_arguments import check_arguments
+from shardkit.runtime.engine.call_arguments import check_arguments, is_token_ids
 from shardkit.runtime.engine.handle import Chunk, Handle
 from shardkit.runtime.engine.messages import Message, call_request
 from shardkit.runtime.engine.request_loop import Call
@@ -65,8 +65,7 @@ def _check(model: RunningModel, arguments: Mapping[str, Any], seed: int | None) 
     check_arguments(arguments)
     if not model.abilities.generates:
         raise RequestError("the model does not generate; call forward")
-    ids = arguments.get("input_ids")
-    if isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+    if is_token_ids(ids := arguments.get("input_ids")):
         model.planner.check_prompt(ids)
     return {**arguments}
 
