@@ -1,16 +1,11 @@
 """The ASGI application of a server: its routes, and the guard around them."""
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from shardkit.runtime import Engine
 from shardkit.serve.completions import answer_chat, answer_completion
 from shardkit.serve.embeddings import answer_embeddings
-from shardkit.serve.http_errors import HttpError, describe_error
 from shardkit.serve.request_guard import RequestGuard
 from shardkit.serve.serve_options import ServeOptions
 from shardkit.serve.service import Service
@@ -41,15 +36,5 @@ def make_app(engine: Engine, options: ServeOptions) -> ASGIApp:
         engine: What runs the model; the caller closes it.
         options: How it answers.
     """
-    service = Service(engine, options)
-    app = Starlette(routes=ROUTES, exception_handlers={HTTPException: _answer_http_error})
-    app.state.service = service
     paths = frozenset(route.path for route in ROUTES)
-    return RequestGuard(app, options, service.metrics, paths)
-
-
-async def _answer_http_error(_request: Request, error: Exception) -> Response:
-    """A path or a method that there is not, as JSON like every other error."""
-    assert isinstance(error, HTTPException)
-    body = describe_error(HttpError(error.status_code, error.detail))
-    return JSONResponse(body, error.status_code, error.headers)
+    return RequestGuard(Router(ROUTES), Service(engine, options), paths)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -22,26 +22,27 @@ from shardkit.serve.service import Service, cancel_all, merge_chunks
 
 async def answer_completion(request: Request) -> Response:
     """POST /v1/completions."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     body = await read_body(request, service.options.max_body_bytes)
     return await _answer(request, read_completion(body, service.options), is_chat=False)
 
 
 async def answer_chat(request: Request) -> Response:
     """POST /v1/chat/completions."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     body = await read_body(request, service.options.max_body_bytes)
     return await _answer(request, read_chat(body, service.options), is_chat=True)
 
 
 async def _answer(request: Request, asked: GenerationRequest, is_chat: bool) -> Response:
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     form = AnswerForm(is_chat, service.options.model, service.decode_token, asked.with_ids)
     record: RequestRecord = request.scope["record"]
     if asked.stream:
         # What cannot be submitted is an answer of its own, and no event.
         handles = await service.submit_all(asked.prompts, asked.params)
-        return EventStream(stream_events(service, form, asked, handles, record))
+        events = stream_events(service, form, asked, handles, record)
+        return EventStream(events, lambda: cancel_all(handles))
     results = await run_while_connected(request.receive, _generate(service, asked))
     answer = form.make_answer(results)
     usage = answer["usage"]
@@ -63,7 +64,7 @@ async def stream_events(
     asked: GenerationRequest,
     handles: Sequence[Handle],
     record: RequestRecord,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The events of a stream; an error once it has begun is an event, and then it ends."""
     began, new_tokens = time.monotonic(), 0
     num_choices = asked.params.n
@@ -82,7 +83,6 @@ async def stream_events(
         yield make_event(describe_error(error))
         return
     finally:
-        cancel_all(handles)
         prompt_tokens = sum(len(handle.prompt_ids) for handle in handles)
         record.facts |= service.count_tokens(prompt_tokens, new_tokens)
     if asked.with_usage:

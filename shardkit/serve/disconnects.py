@@ -1,7 +1,7 @@
 """Ends what a client has asked for as soon as it goes away."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -36,10 +36,23 @@ async def wait_until_gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, until they end or the client goes away."""
+    """Server-sent events, until they end or the client goes away.
+
+    Args:
+        events: The events.
+        close: Is called at the end, though the events may not have begun.
+    """
 
     media_type = "text/event-stream"
 
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None]) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache"})
+        self._events, self._close = events, close
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events. Raises ClientDisconnect."""
-        await run_while_connected(receive, self.stream_response(send))
+        try:
+            await run_while_connected(receive, self.stream_response(send))
+        finally:
+            self._close()
+            await self._events.aclose()

@@ -26,7 +26,7 @@ HIDDEN = "last_hidden_state"
 
 async def answer_embeddings(request: Request) -> Response:
     """POST /v1/embeddings."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     body = await read_body(request, service.options.max_body_bytes)
     fields = check_fields(body, FIELDS, service.options)
     if "dimensions" in fields:

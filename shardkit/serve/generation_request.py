@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from shardkit.errors import RequestError
 from shardkit.runtime import SamplingParams
-from shardkit.serve.http_errors import HttpError
 from shardkit.serve.serve_options import ServeOptions
 
 SAMPLING = (
@@ -47,14 +48,14 @@ class GenerationRequest:
 
 
 def read_completion(body: Mapping[str, Any], options: ServeOptions) -> GenerationRequest:
-    """The request of a completion's body. Raises RequestError, or HttpError for another model."""
+    """The request of a completion's body. Raises RequestError or HTTPException."""
     fields = check_fields(body, COMPLETION, options)
     params = {"echo": fields.get("echo", False), "logprobs": fields.get("logprobs")}
     return _make_request(fields, _list_prompts(fields.get("prompt")), params, options)
 
 
 def read_chat(body: Mapping[str, Any], options: ServeOptions) -> GenerationRequest:
-    """The request of a chat's body. Raises RequestError, or HttpError for another model."""
+    """The request of a chat's body. Raises RequestError or HTTPException."""
     fields = check_fields(body, CHAT, options)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -83,7 +84,7 @@ def check_fields(body: Mapping[str, Any], known: set[str], options: ServeOptions
             )
     model = fields.get("model", options.model)
     if model != options.model:
-        raise HttpError(404, f"the model {model!r:.80} is not served here; {options.model} is")
+        raise HTTPException(404, f"the model {model!r:.80} is not served here; {options.model} is")
     return fields
 
 

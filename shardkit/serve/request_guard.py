@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardkit.errors import ShardkitError
-from shardkit.serve.http_errors import HttpError, describe_error, find_status
-from shardkit.serve.metrics import Metrics
-from shardkit.serve.serve_options import ServeOptions
+from shardkit.serve.http_errors import describe_error, find_status, list_headers
+from shardkit.serve.service import Service
 
 OPEN = {"/", "/page.js", "/page.css", "/health"}  # they say nothing of requests
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
@@ -38,16 +38,14 @@ class RequestGuard:
     """An ASGI application around another one.
 
     Args:
-        app: What answers.
-        options: Whom it answers.
-        metrics: Counts answers.
+        app: What answers; it has the service in its scope, and raises what goes wrong.
+        service: Whom it answers, and what counts the answers.
         paths: The paths there are; others are counted as one.
     """
 
-    def __init__(
-        self, app: ASGIApp, options: ServeOptions, metrics: Metrics, paths: frozenset[str]
-    ) -> None:
-        self._app, self._options, self._metrics, self._paths = app, options, metrics, paths
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
+        self._app, self._service, self._paths = app, service, paths
+        self._options, self._metrics = service.options, service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -56,7 +54,8 @@ class RequestGuard:
             return
         headers, started = Headers(scope=scope), time.monotonic()
         record = RequestRecord(choose_id(headers.get("x-request-id", "")))
-        scope["record"] = record
+        # Starlette's router raises errors, and does not answer them, if there is an "app".
+        scope |= {"record": record, "service": self._service, "app": self}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -77,28 +76,28 @@ class RequestGuard:
             self._finish(record, scope, time.monotonic() - started)
 
     def _check(self, headers: Headers, path: str) -> None:
-        """Raise HttpError for a host or a key that is not allowed."""
+        """Raise HTTPException for a host or a key that is not allowed."""
         options = self._options
         if options.hosts and split_host(headers.get("host", "")) not in options.hosts:
-            raise HttpError(403, "the host header names another host than this one")
+            raise HTTPException(403, "the host header names another host than this one")
         if options.api_key is None or path in OPEN:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(key.strip().encode(), options.api_key.encode())
         if scheme.lower() != "bearer" or not is_right:
-            raise HttpError(401, "the API key is wrong or missing: send it as a bearer token")
+            text = "the API key is wrong or missing: send it as a bearer token"
+            raise HTTPException(401, text, {"www-authenticate": "Bearer"})
 
     async def _answer_error(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        record.facts["error"] = str(error)
-        if not isinstance(error, ShardkitError | HttpError):
+        record.facts["error"] = getattr(error, "detail", str(error))
+        if not isinstance(error, ShardkitError | HTTPException):
             log.exception("request %s failed", record.request_id)
         if record.status:  # the answer has begun; it ends here, and not as if it were whole
             raise error
-        status = find_status(error)
-        more = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(status, {})
-        await JSONResponse(describe_error(error), status, more)(scope, receive, send)
+        answer = JSONResponse(describe_error(error), find_status(error), list_headers(error))
+        await answer(scope, receive, send)
 
     def _finish(self, record: RequestRecord, scope: Scope, seconds: float) -> None:
         path = scope["path"] if scope["path"] in self._paths else "other"

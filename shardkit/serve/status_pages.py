@@ -19,7 +19,7 @@ POLICY = (
 
 async def answer_health(request: Request) -> Response:
     """GET /health: 200 if requests are taken, else 503 and why not."""
-    status = request.app.state.service.engine.status()
+    status = request.scope["service"].engine.status()
     if status.alive and not status.draining:
         return JSONResponse({"status": "ok"})
     reason = status.failure or "it drains"
@@ -28,7 +28,7 @@ async def answer_health(request: Request) -> Response:
 
 async def answer_models(request: Request) -> Response:
     """GET /v1/models."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     created = int(service.started)
     entry = {"id": service.options.model, "object": "model", "created": created}
     return JSONResponse({"object": "list", "data": [{**entry, "owned_by": "shardkit"}]})
@@ -36,14 +36,14 @@ async def answer_models(request: Request) -> Response:
 
 async def answer_metrics(request: Request) -> Response:
     """GET /metrics."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     text = service.metrics.render_text(service.engine.status())
     return Response(text, media_type=CONTENT_TYPE)
 
 
 async def answer_status(request: Request) -> Response:
     """GET /status: what the page shows."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["service"]
     return JSONResponse(describe_service(service))
 
 

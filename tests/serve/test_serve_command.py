@@ -1,0 +1,62 @@
+"""`shardkit serve` as a program: answers once ready, drains at SIGTERM, leaves nothing."""
+
+import json
+import signal
+import subprocess
+import threading
+import urllib.request
+from pathlib import Path
+
+from tests.helpers.command_line import SHARDKIT, environment, run
+from tests.helpers.rank_launcher import MARK, marked
+from tests.helpers.runtime_helpers import cut
+
+
+def complete(address: str, tokens: int) -> dict[str, object]:
+    body = {"prompt": [1], "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(),
+        {"content-type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        made: dict[str, object] = json.loads(answer.read())["choices"][0]
+    return made
+
+
+def test_a_server_answers_drains_and_leaves_nothing(stories260k: Path, tmp_path: Path) -> None:
+    cut(stories260k, tmp_path / "tp2", 2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [*SHARDKIT, "serve", str(tmp_path / "tp2"), "--port", "0", "--name", "stories"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(**{MARK: str(tmp_path), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}),
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("stories answers at http://127.0.0.1:"), process.communicate()
+    address = line.split()[-1]
+    first = complete(address, 4)
+    assert first["token_ids"] == [403, 407, 261, 378]
+    answers: list[dict[str, object]] = []
+    asking = threading.Thread(target=lambda: answers.append(complete(address, 400)))
+    asking.start()
+    while b"shardkit_sequences_running 0" in urllib.request.urlopen(f"{address}/metrics").read():
+        pass
+    process.send_signal(signal.SIGTERM)
+    asking.join(60)
+    assert len(answers[0]["token_ids"]) == 400  # type: ignore[arg-type]
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 143
+    lines = [json.loads(each) for each in log.splitlines()]
+    answered = [each for each in lines if each.get("path") == "/v1/completions"]
+    assert [each["completion_tokens"] for each in answered] == [4, 400]
+    assert len({each["request_id"] for each in lines if "path" in each}) > 2
+    assert not list(marked(tmp_path))
+    assert not list(scratch.iterdir())
+
+
+def test_a_server_for_other_hosts_needs_a_key(tmp_path: Path) -> None:
+    found = run("serve", tmp_path, "--host", "0.0.0.0")
+    assert found.exit_code == 2
+    assert "Error: --host 0.0.0.0: other hosts can reach it; give an --api-key" in found.output
