@@ -96,6 +96,7 @@ def serve(
     )  # fmt: skip
     sock = bind_socket(host, port)
     with sock, runtime.launch(shards, **loading) as engine:
+        sock.listen()  # who reads the next line may connect
         address = f"[{host}]" if ":" in host else host
         print_line(f"{options.model} answers at http://{address}:{sock.getsockname()[1]}")
         code = run_server(engine, options, sock)

@@ -4,48 +4,64 @@ import json
 import signal
 import subprocess
 import threading
+import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.helpers.command_line import SHARDKIT, environment, run
 from tests.helpers.rank_launcher import MARK, marked
 from tests.helpers.runtime_helpers import cut
 
 
-def complete(address: str, tokens: int) -> dict[str, object]:
+def read(request: str | urllib.request.Request) -> str:
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def complete(address: str, tokens: int) -> dict[str, Any]:
     body = {"prompt": [1], "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(),
         {"content-type": "application/json"},
     )  # fmt: skip
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        made: dict[str, object] = json.loads(answer.read())["choices"][0]
+    made: dict[str, Any] = json.loads(read(request))["choices"][0]
     return made
 
 
-def test_a_server_answers_drains_and_leaves_nothing(stories260k: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def process(stories260k: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     cut(stories260k, tmp_path / "tp2", 2)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    process = subprocess.Popen(
+    (tmp_path / "scratch").mkdir()
+    own = {MARK: str(tmp_path), "TMPDIR": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
         [*SHARDKIT, "serve", str(tmp_path / "tp2"), "--port", "0", "--name", "stories"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(**{MARK: str(tmp_path), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}),
-    )  # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**own),
+    ) as started:  # fmt: skip
+        yield started
+        started.kill()
+
+
+def test_a_server_answers_drains_and_leaves_nothing(
+    process: subprocess.Popen[str], tmp_path: Path
+) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("stories answers at http://127.0.0.1:"), process.communicate()
     address = line.split()[-1]
-    first = complete(address, 4)
-    assert first["token_ids"] == [403, 407, 261, 378]
-    answers: list[dict[str, object]] = []
+    assert complete(address, 4)["token_ids"] == [403, 407, 261, 378]
+    answers: list[dict[str, Any]] = []
     asking = threading.Thread(target=lambda: answers.append(complete(address, 400)))
     asking.start()
-    while b"shardkit_sequences_running 0" in urllib.request.urlopen(f"{address}/metrics").read():
-        pass
+    while "shardkit_sequences_running 0" in read(f"{address}/metrics"):
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     asking.join(60)
-    assert len(answers[0]["token_ids"]) == 400  # type: ignore[arg-type]
+    assert len(answers[0]["token_ids"]) == 400
     _, log = process.communicate(timeout=60)
     assert process.returncode == 143
     lines = [json.loads(each) for each in log.splitlines()]
@@ -53,7 +69,7 @@ def test_a_server_answers_drains_and_leaves_nothing(stories260k: Path, tmp_path:
     assert [each["completion_tokens"] for each in answered] == [4, 400]
     assert len({each["request_id"] for each in lines if "path" in each}) > 2
     assert not list(marked(tmp_path))
-    assert not list(scratch.iterdir())
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_a_server_for_other_hosts_needs_a_key(tmp_path: Path) -> None:
