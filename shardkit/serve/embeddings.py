@@ -35,7 +35,7 @@ async def answer_embeddings(request: Request) -> Response:
     if encoding not in ("float", "base64"):
         raise RequestError(f"encoding_format={encoding!r:.80}: it must be float or base64")
     texts = list_inputs(fields.get("input"), service.options.max_prompts)
-    vectors, num_tokens = await run_while_connected(request.receive, embed(service, texts))
+    vectors, num_tokens = await run_while_connected(request.receive, embed_texts(service, texts))
     record: RequestRecord = request.scope["record"]
     record.facts |= service.count_tokens(num_tokens, 0)
     data = [
@@ -62,7 +62,7 @@ def list_inputs(given: Any, most: int) -> list[Any]:
     return texts
 
 
-async def embed(service: Service, texts: Sequence[Any]) -> tuple[list[list[float]], int]:
+async def embed_texts(service: Service, texts: Sequence[Any]) -> tuple[list[list[float]], int]:
     """The vector of each input, in one forward pass, and how many tokens they have."""
     rows = await asyncio.to_thread(lambda: [service.engine.input_ids(text)[0] for text in texts])
     inputs = pad_rows(rows)

@@ -55,7 +55,7 @@ class RequestGuard:
         headers, started = Headers(scope=scope), time.monotonic()
         record = RequestRecord(choose_id(headers.get("x-request-id", "")))
         # Starlette's router raises errors, and does not answer them, if there is an "app".
-        scope |= {"record": record, "service": self._service, "app": self}
+        scope.update(record=record, service=self._service, app=self)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

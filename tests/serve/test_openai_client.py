@@ -104,7 +104,7 @@ def test_sixty_four_requests_at_once_get_what_the_unsharded_model_says(
 
     async def ask(client: openai.AsyncOpenAI, prompt: str, tokens: int, kind: int) -> str:
         options: dict[str, Any] = {"model": MODEL, "max_tokens": tokens, "temperature": 0}
-        message = {"role": "user", "content": prompt}
+        message: Any = {"role": "user", "content": prompt}
         if kind % 4 == 0:
             whole = await client.completions.create(prompt=prompt, **options)
             return str(whole.choices[0].text)
@@ -114,7 +114,9 @@ def test_sixty_four_requests_at_once_get_what_the_unsharded_model_says(
         if kind % 4 == 2:
             answer = await client.chat.completions.create(messages=[message], **options)
             return str(answer.choices[0].message.content)
-        parts = await client.chat.completions.create(messages=[message], stream=True, **options)
+        parts: Any = await client.chat.completions.create(
+            messages=[message], stream=True, **options
+        )
         return "".join([part.choices[0].delta.content or "" async for part in parts])
 
     async def run() -> list[str]:

@@ -2,9 +2,12 @@
 
 import json
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +16,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.command_line import SHARDKIT, environment, run
-from tests.helpers.rank_launcher import MARK, marked
+from tests.helpers.rank_launcher import MARK, free_port, marked
 from tests.helpers.runtime_helpers import cut
+
+OWN_SERVER = Path(__file__).resolve().parents[1] / "client" / "own_server.py"
 
 
 def read(request: str | urllib.request.Request) -> str:
@@ -70,6 +75,30 @@ def test_a_server_answers_drains_and_leaves_nothing(
     assert len({each["request_id"] for each in lines if "path" in each}) > 2
     assert not list(marked(tmp_path))
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.slow
+def test_a_server_of_ones_own_streams_and_refuses(stories260k: Path, tmp_path: Path) -> None:
+    cut(stories260k, tmp_path / "tp2", 2)
+    port = free_port()
+    command = [sys.executable, str(OWN_SERVER), str(tmp_path / "tp2"), str(port)]
+    with subprocess.Popen(command, env=environment(OMP_NUM_THREADS="1")) as process:
+        end = time.monotonic() + 60
+        while not can_connect(port) and time.monotonic() < end:
+            time.sleep(0.1)
+        address = f"http://127.0.0.1:{port}/"
+        text = read(urllib.request.Request(address, b"Once upon a time"))
+        with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+            read(urllib.request.Request(address, b"Once " * 600))
+        caught.value.close()
+        process.terminate()
+    assert text.startswith(", there was a little girl named Lily.")
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_server_for_other_hosts_needs_a_key(tmp_path: Path) -> None:

@@ -26,9 +26,8 @@ from shardkit.runtime.engine.handle import Handle
 from shardkit.runtime.engine.messages import Message, call_request
 from shardkit.runtime.engine.prompts import (
     Prompt,
-    encode_chat,
+    encode_text,
     has_tokenizer,
-    is_chat,
     is_text,
     load_tokenizer,
     read_ids,
@@ -267,15 +266,10 @@ class Engine:
 
     def input_ids(self, prompt: Prompt) -> torch.Tensor:
         """A prompt as token ids `[B, T]`, int64. Raises ManifestError without a tokenizer."""
-        if isinstance(prompt, str):
+        if is_text(prompt):
             with self._encoding:
-                return read_ids(self.tokenizer(prompt)["input_ids"])
-        if isinstance(prompt, Mapping):
-            return read_ids(prompt.get("input_ids"))
-        if not is_chat(prompt):
-            return read_ids(prompt)
-        with self._encoding:
-            return read_ids(encode_chat(self.tokenizer, prompt))
+                return read_ids(encode_text(self.tokenizer, prompt))
+        return read_ids(prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt)
 
     def _begin_stream(self, prompt: Prompt, seed: int | None, options: dict[str, Any]) -> Handle:
         tokenizer = self.tokenizer if is_text(prompt) else None

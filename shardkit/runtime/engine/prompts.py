@@ -52,6 +52,14 @@ def is_text(prompt: Prompt | None) -> bool:
     return isinstance(prompt, str) or (prompt is not None and is_chat(prompt))
 
 
+def encode_text(tokenizer: Any, prompt: Any) -> list[int]:
+    """The token ids of a text, or of a chat. Raises RequestError for a chat without a template."""
+    if not isinstance(prompt, str):
+        return encode_chat(tokenizer, prompt)
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    return ids
+
+
 def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
     """A chat's token ids up to where the answer begins, by the tokenizer's own template.
 

@@ -53,6 +53,7 @@ OPENED = {
     "shardkit/runtime/engine/stop_flag.py": "memory without a name, which the engine has made",
     "shardkit/runtime/engine/prompts.py": "the tokenizer, by transformers, without remote code",
     "shardkit/planning/available_memory.py": "the kernel's own files about memory",
+    "shardkit/serve/status_pages.py": "the page, and the kernel's own files about memory",
     "shardkit/verification/streamed_models.py": "how an unsharded model generates",
     "shardkit/verification/input_table.py": "the bundled table of inputs",
     "shardkit/verification/models.py": "the unsharded model, by transformers, its headers checked",
