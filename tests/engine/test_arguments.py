@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import RanksError
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.loader import resolve_model_class
 from tests.engine.argument_table import compare_table, describe_difference
 from tests.helpers.model_samples import make
-from tests.helpers.pooled_engine import run_engine
 from tests.helpers.runtime_helpers import cut
 from tests.helpers.torchrun import torchrun
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardkit import runtime
+from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import (
     EngineBusy,
@@ -24,7 +25,6 @@ from shardkit.errors import (
     RequestTimeout,
     ShardkitError,
 )
-from tests.helpers.pooled_engine import run_engine
 from tests.helpers.runtime_helpers import cut
 
 SECONDS = 60.0  # that a test waits for a request

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.serve import ServeOptions
 from tests.helpers.http_server import serve_engine
-from tests.helpers.pooled_engine import run_engine
 from tests.helpers.runtime_helpers import cut
 
 TEXTS = ["A dog runs.", "Two cats sleep on a warm red sofa near the window.", "Rain"]

@@ -16,10 +16,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from shardkit import runtime
+from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.serve import ServeOptions
 from tests.helpers.http_server import serve_engine
-from tests.helpers.pooled_engine import run_engine
 from tests.helpers.runtime_helpers import cut
 
 KEY = "key-of-this-test"

@@ -1,4 +1,4 @@
-"""An engine on ranks that go on after it, so that a test need not wait for new ones to start."""
+"""An engine on ranks that outlive it, so that nobody waits for new ones to start."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from shardkit import runtime
 from shardkit.runtime.engine.channel import OnTokens
 from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import Message, load_request
 from shardkit.runtime.engine.rank_processes import RankProcesses
+from shardkit.runtime.engine.scheduler import Limits
 
 
 class LentRanks:
@@ -22,18 +22,23 @@ class LentRanks:
 
     @property
     def pids(self) -> list[int]:
+        """The process id of each rank."""
         return self._ranks.pids
 
     def request(self, request: Message, on_tokens: OnTokens | None = None) -> list[Message]:
+        """Have every rank handle a request. Raises RanksError."""
         return self._ranks.request(request, on_tokens)
 
     def pause(self) -> None:
+        """Let the ranks wait for the next request."""
         self._ranks.pause()
 
     def check(self) -> None:
+        """Raise RanksLost if a rank has ended."""
         self._ranks.check()
 
     def describe_silence(self) -> str:
+        """Which ranks give no sign of life, in words."""
         return self._ranks.describe_silence()
 
     def kill(self) -> None:
@@ -47,7 +52,7 @@ class LentRanks:
 def run_engine(
     ranks: RankProcesses,
     folder: Path,
-    limits: runtime.Limits | None = None,
+    limits: Limits | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Engine]:
     """An engine of a shard folder on running ranks, which outlive it."""
