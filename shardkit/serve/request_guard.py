@@ -20,6 +20,7 @@ from shardkit.serve.http_errors import describe_error, find_status, list_headers
 from shardkit.serve.service import Service
 
 OPEN = {"/", "/page.js", "/page.css", "/health"}  # they say nothing of requests
+WATCHED = OPEN | {"/status", "/metrics"}  # asked for again and again
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 CLIENT_CLOSED = 499  # in the log and the metrics: the client went away before an answer
 log = logging.getLogger("shardkit.serve")
@@ -110,7 +111,8 @@ class RequestGuard:
             "path": scope["path"], "status": status, "seconds": round(seconds, 4),
             "client": client[0], **record.facts,
         }  # fmt: skip
-        log.info("request", extra={"facts": line})
+        level = logging.DEBUG if status == 200 and scope["path"] in WATCHED else logging.INFO
+        log.log(level, "request", extra={"facts": line})
 
 
 def choose_id(given: str) -> str:

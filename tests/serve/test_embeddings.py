@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import openai
 import pytest
@@ -41,6 +43,13 @@ def test_embeddings_are_those_of_the_unsharded_encoder(
             client.completions.create(model="minilm", prompt="Rain")
         with pytest.raises(openai.BadRequestError, match="512 positions"):
             client.embeddings.create(model="minilm", input="word " * 600)
+        engine.close()
+        with pytest.raises(openai.InternalServerError, match="the engine was closed") as caught:
+            client.embeddings.create(model="minilm", input="Rain")
+        assert caught.value.status_code == 503
+        with pytest.raises(HTTPError, match="503") as health:
+            urlopen(f"{address}/health")
+        health.value.close()
     for text, item in zip(TEXTS, answer.data, strict=True):
         assert math.isclose(sum(v * v for v in item.embedding), 1, rel_tol=1e-4)
         assert torch.allclose(torch.tensor(item.embedding), embed_alone(minilm, text), atol=1e-5)

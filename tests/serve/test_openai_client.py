@@ -217,6 +217,16 @@ def test_a_refusal_has_a_status_and_one_line(
     wait_until_idle(engine)
 
 
+def test_a_request_that_takes_too_long_fails_alone(engine: runtime.Engine) -> None:
+    options = ServeOptions(model=MODEL, request_timeout=0.05)
+    with serve_engine(engine, options) as address:
+        status, _, answer = send(address, "/v1/completions", LONG)
+        assert (status, answer["error"]["type"]) == (504, "timeout_error")
+        text = send(address, "/v1/completions", {**LONG, "stream": True})[2]
+        assert '"code": 504' in text.strip().splitlines()[-1]  # and no [DONE]
+    wait_until_idle(engine)
+
+
 def test_who_may_ask_and_for_what(address: str) -> None:
     assert send(address, "/v1/models")[2]["data"][0]["id"] == MODEL
     status, headers, answer = send(address, "/v1/models", key="wrong")
