@@ -9,6 +9,7 @@ from typing import Any
 from shardkit.runtime import Chunk, Completion, RequestResult, TokenLogprob
 
 DecodeToken = Callable[[int], str]
+LEAST_LOGPROB = -9999.0  # for a token of probability 0, since JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ class AnswerForm:
             return {"content": [self._describe_token(each) for each in listed]}
         return {
             "tokens": [self.decode(each.token) for each in listed],
-            "token_logprobs": [each.logprob for each in listed],
-            "top_logprobs": [{self.decode(t): v for t, v in each.top} for each in listed],
+            "token_logprobs": [max(each.logprob, LEAST_LOGPROB) for each in listed],
+            "top_logprobs": [
+                {self.decode(token): max(value, LEAST_LOGPROB) for token, value in each.top}
+                for each in listed
+            ],
         }
 
     def _describe_token(self, each: TokenLogprob) -> dict[str, Any]:
@@ -101,7 +105,7 @@ class AnswerForm:
 
     def _describe_one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.decode(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
 
 
 def count_usage(results: Iterable[RequestResult]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import (
     EngineBusy,
+    RanksError,
     RequestCancelled,
     RequestError,
     RequestTimeout,
@@ -211,6 +212,14 @@ def test_a_deadline_fails_one_request(engine: runtime.Engine) -> None:
     with pytest.raises(RequestTimeout, match=r"^the request did not finish within 0.3 s$"):
         late.result(SECONDS)
     assert len(good.result(SECONDS).ids) == 20
+
+
+def test_a_request_that_fails_by_its_own_options_fails_alone(engine: runtime.Engine) -> None:
+    good = [engine.submit(STORY, max_tokens=20, temperature=0) for _ in range(3)]
+    bad = engine.submit(STORY, max_tokens=20, temperature=1e-40, seed=1)
+    with pytest.raises(RanksError, match="probability tensor contains"):
+        bad.result(SECONDS)
+    assert {len(handle.result(SECONDS).ids) for handle in good} == {20}
 
 
 def test_a_full_queue_refuses_at_once(engine: runtime.Engine) -> None:

@@ -102,6 +102,8 @@ class BatchRunner:
         except MODEL_ERRORS as error:
             result.refused = first_line(error)
             result.failed |= dict.fromkeys(numbers, result.refused)
+            for number in numbers:
+                self._samplers.pop(number, None)
             return
         self._choose(numbers, logits, result)
 
@@ -118,9 +120,8 @@ class BatchRunner:
             return
         rows = [at for at, number in enumerate(numbers) if number in self._samplers]
         samplers = [self._samplers[numbers[at]] for at in rows]
-        try:
-            choices = choose_tokens(samplers, logits[rows])
-        except MODEL_ERRORS as error:
-            result.failed |= {numbers[at]: first_line(error) for at in rows}
-            return
-        result.choices |= {numbers[at]: c for at, c in zip(rows, choices, strict=True)}
+        for at, choice in zip(rows, choose_tokens(samplers, logits[rows]), strict=True):
+            if isinstance(choice, str):
+                result.failed[numbers[at]] = choice
+            else:
+                result.choices[numbers[at]] = choice

@@ -158,7 +158,10 @@ def count_vocabulary(model: PreTrainedModel) -> int | None:
     """How many tokens a model's embedding has, on whichever rank; None if it has none."""
     if model.main_input_name != "input_ids":
         return None
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # a model of several towers
+        return None
     size = getattr(table, "rows", None) or getattr(table, "num_embeddings", None)
     return size if isinstance(size, int) else None
 

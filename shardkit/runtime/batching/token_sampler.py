@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 
+from shardkit.errors import MODEL_ERRORS, first_line
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -100,17 +102,23 @@ def make_sampler(
     return RowSampler(ids, processors, generator, num_logprobs)
 
 
-def choose_tokens(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Choice]:
-    """The next token of each row, given the logits `[B, V]`."""
+def choose_tokens(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Choice | str]:
+    """The next token of each row, given the logits `[B, V]`; or why there is none.
+
+    A row can fail by its own options: a temperature near 0 makes infinite scores of any logits.
+    """
     plain = [
         at for at, s in enumerate(samplers)
         if s.generator is None and s.num_logprobs is None and not s.processors
     ]  # fmt: skip
-    choices: dict[int, Choice] = {}
+    choices: dict[int, Choice | str] = {}
     if plain:  # one call for all of them; no processor needs their tokens so far
         tokens = logits[plain].argmax(-1).tolist()
         choices = {at: Choice(token) for at, token in zip(plain, tokens, strict=True)}
     for at, sampler in enumerate(samplers):
         if at not in choices:
-            choices[at] = sampler.choose(logits[at])
+            try:
+                choices[at] = sampler.choose(logits[at])
+            except MODEL_ERRORS as error:
+                choices[at] = first_line(error)
     return [choices[at] for at in range(len(samplers))]
