@@ -15,7 +15,7 @@ class BatchingResult:
 
     Attributes:
         digest: The digest of the recipe and the samples that they are of.
-        proofs: A JSON object for each sample.
+        proofs: A JSON object for each sample and number of ranks.
     """
 
     digest: str
@@ -24,7 +24,8 @@ class BatchingResult:
     @property
     def faults(self) -> list[str]:
         """What was wrong, by sample."""
-        return [f"{proof['sample']}: {proof['fault']}" for proof in self.proofs if proof["fault"]]
+        faults = [proof for proof in self.proofs if proof["fault"]]
+        return [f"{p['sample']} at tp {p['tp_size']}: {p['fault']}" for p in faults]
 
     @property
     def obstacles(self) -> list[str]:
@@ -34,8 +35,9 @@ class BatchingResult:
     @property
     def summary(self) -> str:
         """In a few words: how many of the samples can join, or why none can."""
-        joining = sum(not proof["obstacle"] for proof in self.proofs)
-        return f"{joining} of {len(self.proofs)}" if joining else "; ".join(self.obstacles)
+        samples = {proof["sample"] for proof in self.proofs}
+        joining = samples - {proof["sample"] for proof in self.proofs if proof["obstacle"]}
+        return f"{len(joining)} of {len(samples)}" if joining else "; ".join(self.obstacles)
 
 
 def read_batching_results(folder: Path) -> dict[str, BatchingResult]:

@@ -16,7 +16,9 @@ from shardkit.authoring.check import SCRATCH
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
 from shardkit.authoring.sweep import (
+    AWKWARD_TP_SIZES,
     PAGE,
+    TP_SIZES,
     digest_inputs,
     list_alone,
     list_stale,
@@ -24,9 +26,6 @@ from shardkit.authoring.sweep import (
     render_page,
 )
 from shardkit.recipe import Recipe
-
-TP_SIZE = 2
-AWKWARD_TP_SIZE = 3  # of samples whose sizes divide unevenly
 
 
 def sweep_batching(
@@ -42,7 +41,7 @@ def sweep_batching(
     results, alone = read_batching_results(folder), list_alone(recipes)
     with RankPool() as pool:
         for recipe in list_stale(results, alone) if only_stale else alone:
-            proofs = [_prove_sample(recipe, sample, pool) for sample in find_samples(recipe)]
+            proofs = [p for s in find_samples(recipe) for p in _prove_sample(recipe, s, pool)]
             result = BatchingResult(digest_inputs(recipe), proofs)
             results[recipe.name] = result
             kept = {each.name: results[each.name] for each in alone if each.name in results}
@@ -51,11 +50,14 @@ def sweep_batching(
     (folder / PAGE).write_text(render_page(read_results(folder), recipes, folder))
 
 
-def _prove_sample(recipe: Recipe, sample: Sample, pool: RankPool) -> dict[str, Any]:
-    size = AWKWARD_TP_SIZE if "awkward" in sample.group else TP_SIZE
+def _prove_sample(recipe: Recipe, sample: Sample, pool: RankPool) -> Iterator[dict[str, Any]]:
+    """A proof over each number of ranks; one alone if the sequences cannot join."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         source = make_sample(sample, Path(folder) / "source")
-        scratch = Path(folder) / "split"
-        scratch.mkdir()
-        proof = asdict(prove_batching(source, recipe, pool.of(size), scratch))
-    return {"sample": sample.name, **proof}
+        for size in AWKWARD_TP_SIZES if "awkward" in sample.group else TP_SIZES:
+            scratch = Path(folder) / f"tp{size}"
+            scratch.mkdir()
+            proof = prove_batching(source, recipe, pool.of(size), scratch)
+            yield {"sample": sample.name, **asdict(proof)}
+            if proof.obstacle:
+                return

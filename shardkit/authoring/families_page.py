@@ -101,8 +101,8 @@ def _render_recipes(entries: Sequence[Entry], batching: Mapping[str, str]) -> It
     yield (
         "*Largest rank*: its share of the bytes of the recipe's first sample, over 2 and 4 ranks."
         " *Share a batch*: of how many samples requests join and leave a running batch, and get,"
-        " token for token, what `generate` gives each alone (over 2 ranks, or 3 if sizes divide"
-        " unevenly; by `shardkit recipes check --batching --write`); or why that is not offered."
+        " token for token, what `generate` gives each alone, over the same numbers of ranks (by"
+        " `shardkit recipes check --batching --write`); or why that is not offered."
     )
     yield ""
     titles = (
