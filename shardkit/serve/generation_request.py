@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from shardkit.errors import RequestError
 from shardkit.runtime import SamplingParams
 from shardkit.serve.serve_options import ServeOptions
+from shardkit.strict_json import escape_line
 
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop",
@@ -79,9 +80,8 @@ def check_fields(body: Mapping[str, Any], known: set[str], options: ServeOptions
         if name in NEUTRAL and value != NEUTRAL[name] and value not in ("", [], {}):
             raise RequestError(f"{name}: this server does not support it; leave it out")
         if name not in known and name not in NEUTRAL:
-            raise RequestError(
-                f"{name}: there is no such field; there are {', '.join(sorted(known))}"
-            )
+            listed = ", ".join(sorted(known))
+            raise RequestError(f"{escape_line(name, 80)}: there is no such field: {listed}")
     model = fields.get("model", options.model)
     if model != options.model:
         raise HTTPException(404, f"the model {model!r:.80} is not served here; {options.model} is")

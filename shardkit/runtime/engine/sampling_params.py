@@ -79,8 +79,9 @@ class SamplingParams:
         for name, limits in INTEGERS.items():
             value = _check_number(name, getattr(self, name), limits, numbers.Integral, int)
             self._set(name, 1 if name == "n" and value is None else value)
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        is_list = isinstance(stop, Sequence)
+        if not is_list or not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop={self.stop!r}: it must be texts that are not empty")
         self._set("stop", tuple(stop))
         ids = _list_integers("stop_token_ids", self.stop_token_ids or ())
