@@ -1,6 +1,7 @@
 """`shardkit serve` as a program: answers once ready, drains at SIGTERM, leaves nothing."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -54,10 +55,7 @@ def process(stories260k: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]
 def test_a_server_answers_drains_and_leaves_nothing(
     process: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("stories answers at http://127.0.0.1:"), process.communicate()
-    address = line.split()[-1]
+    address = find_address(process)
     assert complete(address, 4)["token_ids"] == [403, 407, 261, 378]
     answers: list[dict[str, Any]] = []
     asking = threading.Thread(target=lambda: answers.append(complete(address, 400)))
@@ -75,6 +73,67 @@ def test_a_server_answers_drains_and_leaves_nothing(
     assert len({each["request_id"] for each in answered}) == 2
     assert not list(marked(tmp_path))
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def find_address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("stories answers at http://127.0.0.1:"), process.communicate()
+    return line.split()[-1]
+
+
+@pytest.mark.slow
+def test_ranks_that_are_lost_are_started_again(process: subprocess.Popen[str]) -> None:
+    address, errors = find_address(process), []
+    first = complete(address, 8)
+
+    def ask() -> None:
+        try:
+            complete(address, 500)
+        except urllib.error.HTTPError as error:
+            errors.append((error.code, json.loads(error.read())["error"]["message"]))
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    while "shardkit_sequences_running 3" not in read(f"{address}/metrics"):
+        time.sleep(0.01)
+    os.kill(json.loads(read(f"{address}/status"))["ranks"][1]["pid"], signal.SIGKILL)
+    for thread in asking:
+        thread.join(60)
+    assert errors == [(503, "rank 1 was killed by SIGKILL")] * 3
+    end = time.monotonic() + 90
+    while not json.loads(read(f"{address}/status"))["alive"] and time.monotonic() < end:
+        time.sleep(0.2)
+    assert complete(address, 8) == first
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_what_runs(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    address, errors = find_address(process), []
+
+    def ask() -> None:
+        try:
+            complete(address, 500)
+        except urllib.error.HTTPError as error:
+            errors.append(error.code)
+            error.close()
+        except OSError:
+            errors.append(0)  # the connection was closed
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while "shardkit_sequences_running 1" not in read(f"{address}/metrics"):
+        time.sleep(0.01)
+    os.kill(json.loads(read(f"{address}/status"))["ranks"][1]["pid"], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    asking.join(30)
+    assert errors in ([0], [503])
+    assert not list(marked(tmp_path))
 
 
 @pytest.mark.slow
