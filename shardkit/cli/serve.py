@@ -63,7 +63,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 def serve(
     shards: Path, host: str, port: int, api_key: str | None, name: str | None, **settings: Any
 ) -> None:
-    """Answer HTTP requests with shards, as OpenAI's API has them.
+    """Answer HTTP requests as OpenAI's API has them.
 
     SHARDS is a shard folder; one process per rank is started on this machine. A first SIGTERM or
     Ctrl-C lets requests finish, a second one does not.

@@ -1,5 +1,6 @@
 """What drives the ranks of one model: the process that started them, or rank 0 under torchrun."""
 
+from pathlib import Path
 from typing import Protocol
 
 from shardkit.errors import RanksError, RanksLost
@@ -51,16 +52,22 @@ class EngineRanks(RankController, Protocol):
 
 
 class TorchrunRanks:
-    """The ranks that torchrun started: rank 0 makes requests, every other rank calls `follow`."""
+    """The ranks that torchrun started: rank 0 makes requests, every other rank calls `follow`.
 
-    def __init__(self, group: TensorParallelGroup) -> None:
+    Args:
+        group: The ranks.
+        own_folder: The shard folder as it is called on this rank's host; None if it is as a
+            request names it.
+    """
+
+    def __init__(self, group: TensorParallelGroup, own_folder: Path | None = None) -> None:
         # Not above, since a rank process runs that module as its program.
         from shardkit.runtime.engine.worker import Worker
 
         self.size = group.tp_size
         self.pids: list[int] = []
         self._channel = StoreChannel(group)
-        self._worker = Worker(self._channel, group)
+        self._worker = Worker(self._channel, group, own_folder)
         self._group = group
         self._is_closed = self._is_used = False
 

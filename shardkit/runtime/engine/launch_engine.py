@@ -61,23 +61,24 @@ def launch(
         ...         print(text, end="", flush=True)
     """
     check_dequantize(dequantize)
-    tp_size = read_manifest(Path(folder)).tp_size
-    load = load_request(Path(folder), dtype, verify, dequantize)
-    return Engine(Path(folder), _choose_ranks(tp_size, device, timeouts), load, limits)
+    path = Path(folder)
+    load = load_request(path, dtype, verify, dequantize)
+    return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 
 def _choose_ranks(
-    tp_size: int, device: str | None, timeouts: Timeouts
+    folder: Path, device: str | None, timeouts: Timeouts
 ) -> Callable[[], EngineRanks]:
-    """What starts the ranks, or those that torchrun has started."""
+    """What starts the ranks, or those that torchrun has started. Raises ManifestError."""
+    tp_size = read_manifest(folder).tp_size
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return _join_torchrun(device, timeouts).reuse
+        return _join_torchrun(folder, device, timeouts).reuse
     return partial(RankProcesses, tp_size, device, timeouts)
 
 
-def _join_torchrun(device: str | None, timeouts: Timeouts) -> TorchrunRanks:
+def _join_torchrun(folder: Path, device: str | None, timeouts: Timeouts) -> TorchrunRanks:
     """The ranks, on rank 0; any other follows it, and then raises SystemExit."""
-    ranks = TorchrunRanks(connect(device, timeouts))
+    ranks = TorchrunRanks(connect(device, timeouts), folder)
     if ranks.is_follower:
         with _ignore_sigterm():
             ranks.follow()

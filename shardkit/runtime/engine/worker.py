@@ -46,7 +46,10 @@ PARENT_POLL = 0.5  # seconds between two checks that the controlling process is 
 class Worker:
     """This rank's model, and the requests that it handles."""
 
-    def __init__(self, channel: Channel, group: TensorParallelGroup) -> None:
+    def __init__(
+        self, channel: Channel, group: TensorParallelGroup, own_folder: Path | None = None
+    ) -> None:
+        self._own_folder = own_folder  # this host's, whatever path rank 0 names
         self.channel = channel
         self.group = group
         self._runner: ModelRunner | None = None
@@ -81,7 +84,7 @@ class Worker:
         name = request.header["dtype"]
         dtype = getattr(torch, name) if name else None
         options = {name: request.header[name] for name in ("verify", "dequantize")}
-        self._folder = Path(request.header["folder"])
+        self._folder = self._own_folder or Path(request.header["folder"])
         model, warning = load_with_warnings(self._folder, self.group, dtype, **options)
         self._runner = ModelRunner(model, self.group.device)
         return Message({"dtype": str(model.dtype).removeprefix("torch."), "warning": warning})
