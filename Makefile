@@ -29,6 +29,7 @@ slow: $(VENV)/dev
 sweep: $(VENV)/dev
 	$(BIN)/shardkit recipes check --all --write
 	$(BIN)/shardkit recipes check --formats --write
+	$(BIN)/shardkit recipes check --batching --write
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report

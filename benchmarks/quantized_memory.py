@@ -33,6 +33,7 @@ from shardkit.dtypes import DTYPES
 from shardkit.planning import Plan, plan_for, summarize_plan
 from shardkit.recipe.formats import find_schemes
 from shardkit.runtime.engine.engine import Engine
+from shardkit.runtime.engine.messages import forward_request, generate_request, load_request
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.runtime.models.registry import find_model_class
 from shardkit.runtime.packing import Dequantize
@@ -199,9 +200,9 @@ def run_model(shards: Path, tiny: Path, plan: Plan, mode: Dequantize, steps: int
     """Load and run a shard folder in ranks of its own."""
     ranks = RankProcesses(plan.mesh.tp_size, "cpu")
     ids = torch.arange(1, PROMPT_TOKENS + 1)[None]
-    before = Engine(tiny, ranks, None, False, mode)
-    before.forward(input_ids=ids)
-    before.generate(ids, max_new_tokens=2, do_sample=False)
+    ranks.request(load_request(tiny, None, False, mode))
+    ranks.request(forward_request({"input_ids": ids}))
+    ranks.request(generate_request({"input_ids": ids}, {"max_new_tokens": 2, "do_sample": False}))
     baseline = read_memory(ranks.pids, "VmRSS")
     for pid in ranks.pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
@@ -209,7 +210,7 @@ def run_model(shards: Path, tiny: Path, plan: Plan, mode: Dequantize, steps: int
     def above(field: str) -> int:
         return max(a - b for a, b in zip(read_memory(ranks.pids, field), baseline, strict=True))
 
-    with Engine(shards, ranks, None, False, mode) as engine:
+    with Engine(shards, lambda: ranks, load_request(shards, None, False, mode)) as engine:
         load_peak, loaded = above("VmHWM"), above("VmRSS")
         started = time.perf_counter()
         engine.forward(input_ids=ids)

@@ -2,6 +2,7 @@
 
     ShardkitError          1
     ├── UsageError         2   arguments that contradict each other
+    │   └── RequestError   2   a request that no engine would run: a bad parameter or prompt
     ├── RecipeError        1   a recipe is malformed, missing, or does not fit the checkpoint
     ├── LayoutError        1   an axis cannot be divided as asked
     ├── CheckpointError    3   a source is missing, damaged or not to be trusted
@@ -10,7 +11,11 @@
     ├── OutputError        5   the output exists, cannot be written, or has no room
     ├── SourceChanged      6   a source file changed while it was read
     └── RanksError         7   ranks disagree, died, or did not answer in time
-        └── RanksLost      7   a rank died or fell silent: what it ran may be right
+        ├── RanksLost      7   a rank died or fell silent: what it ran may be right
+        ├── EngineBusy     7   the queue of requests is full
+        │   └── EngineDraining 7   the engine finishes what it has, and takes no more
+        ├── RequestTimeout 7   a request did not finish in its time
+        └── RequestCancelled 7 a request was cancelled
 
 Exit code 2 is also click's own, for wrong usage. The numbers are stable.
 """
@@ -26,6 +31,10 @@ class UsageError(ShardkitError):
     """Arguments that contradict each other, or a value that is not one of those allowed."""
 
     exit_code = 2
+
+
+class RequestError(UsageError):
+    """A request that no engine would run: a misspelt or impossible parameter, or a bad prompt."""
 
 
 class RecipeError(ShardkitError):
@@ -74,6 +83,22 @@ class RanksError(ShardkitError):
 
 class RanksLost(RanksError):
     """A rank died, stalled or never came: what the others were doing is undecided."""
+
+
+class EngineBusy(RanksError):
+    """The queue of requests is full; send the request again later."""
+
+
+class EngineDraining(EngineBusy):
+    """The engine finishes the requests that it has, and takes no more."""
+
+
+class RequestTimeout(RanksError):
+    """A request did not finish in its time; the engine goes on."""
+
+
+class RequestCancelled(RanksError):
+    """A request was cancelled before it finished."""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -24,7 +24,7 @@ LAYERS = [  # a module imports only from the rows above its own; a package count
     {"planning", "output"},
     {"shards"},
     {"runtime", "convert"},
-    {"verification"},
+    {"verification", "serve"},
     {"authoring"},
     {"cli"},
 ]
@@ -101,7 +101,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_the_rooms_are_few_enough_to_see_at_once() -> None:
     rooms = {part(path) for path in MODULES} - {"__init__"}
-    assert len(rooms | {"__main__"}) <= 19, sorted(rooms)
+    assert len(rooms | {"__main__"}) <= 20, sorted(rooms)
 
 
 def test_the_runtime_needs_no_recipe_file() -> None:

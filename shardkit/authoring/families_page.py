@@ -16,6 +16,7 @@ def render_families(
     omissions: Mapping[str, str],
     served: Sequence[Mapping[str, Any]],
     formats: Mapping[str, int],
+    batching: Mapping[str, str],
 ) -> str:
     """The page in Markdown.
 
@@ -24,12 +25,13 @@ def render_families(
         omissions: Model types without a recipe, and why.
         served: The plans of the checkpoints that are most served.
         formats: How many proofs each quantized format has, by its title.
+        batching: How many samples of each recipe can share a batch, or why none can.
     """
     proofs = [proof for _, entry in entries for proof in entry["proofs"]]
     sections = (
         _render_head(entries),
         render_served(served, proofs, formats),
-        _render_recipes(entries),
+        _render_recipes(entries, batching),
         _render_omissions(omissions),
         _render_replicated(entries),
         _render_proofs(entries),
@@ -93,17 +95,23 @@ def _summarize_forms(types: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _render_recipes(entries: Sequence[Entry]) -> Iterator[str]:
+def _render_recipes(entries: Sequence[Entry], batching: Mapping[str, str]) -> Iterator[str]:
     yield "## Recipes"
     yield ""
     yield (
         "*Largest rank*: its share of the bytes of the recipe's first sample, over 2 and 4 ranks."
+        " *Share a batch*: of how many samples requests join and leave a running batch, and get,"
+        " token for token, what `generate` gives each alone, over the same numbers of ranks (by"
+        " `shardkit recipes check --batching --write`); or why that is not offered."
     )
     yield ""
     titles = (
         "recipe", "model types", "samples:", "largest rank:", "mutants detected:", "forms run:",
+        "share a batch:",
     )  # fmt: skip
-    yield from format_table(titles, [_recipe_row(recipe, entry) for recipe, entry in entries])
+    yield from format_table(
+        titles, [(*_recipe_row(r, entry), batching.get(r.name, "")) for r, entry in entries]
+    )
     yield ""
 
 

@@ -10,8 +10,9 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from shardkit.authoring.batching_results import read_batching_results
 from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.form_check import summarize_forms
@@ -27,7 +28,16 @@ AWKWARD_TP_SIZES = (2, 3, 4)  # of samples whose sizes divide unevenly
 MAX_MUTANTS = 16
 MUTANT_TP_SIZE = 2
 FORM_TP_SIZE = 2
+PAGE = "FAMILIES.md"
 MIN_DETECTED = 3  # mutants of a recipe that must have been detected at least
+
+
+class HasDigest(Protocol):
+    """Results of a recipe, and the digest of what they are of."""
+
+    @property
+    def digest(self) -> str:
+        """That of `digest_inputs` when they were made."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +151,15 @@ def write_results(
     kept = {recipe.name: results[recipe.name] for recipe in recipes if recipe.name in results}
     lines = [f"{json.dumps(name)}: {json.dumps(r.to_json())}" for name, r in kept.items()]
     (folder / "results.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    (folder / "FAMILIES.md").write_text(render_page(kept, recipes, folder))
+    (folder / PAGE).write_text(render_page(kept, recipes, folder))
 
 
 def render_page(results: Mapping[str, SweepResult], recipes: Sequence[Recipe], folder: Path) -> str:
     """The page of all families in Markdown, with what else is stored in the folder."""
     formats = count_proofs(read_format_results(folder))
     entries = list_entries(results, recipes)
-    return render_families(entries, read_omissions(folder), read_served(folder), formats)
+    batching = {name: each.summary for name, each in read_batching_results(folder).items()}
+    return render_families(entries, read_omissions(folder), read_served(folder), formats, batching)
 
 
 def read_omissions(folder: Path) -> dict[str, str]:
@@ -169,7 +180,7 @@ def list_alone(recipes: Sequence[Recipe]) -> list[Recipe]:
     return [recipe for recipe in recipes if not recipe.part_only]
 
 
-def list_stale(results: Mapping[str, SweepResult], recipes: Sequence[Recipe]) -> list[Recipe]:
+def list_stale(results: Mapping[str, HasDigest], recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes that have no results, or have changed since, or whose samples have."""
     return [
         recipe

@@ -33,6 +33,9 @@ COMMANDS = {
         "shardkit.cli.inspect:inspect", "Describe a shard folder or a checkpoint."
     ),
     "generate": CommandEntry("shardkit.cli.generate:generate", "Generate text from shards."),
+    "serve": CommandEntry(
+        "shardkit.cli.serve:serve", "Answer HTTP requests as OpenAI's API has them."
+    ),
     "recipes": CommandEntry("shardkit.cli.recipes:recipes", "List, show, check and draft recipes."),
     "demo": CommandEntry("shardkit.cli.demo:demo", "Split, verify and run two small models."),
 }

@@ -84,7 +84,7 @@ def generate(
     import torch
 
     from shardkit import runtime
-    from shardkit.runtime.engine.engine import has_tokenizer
+    from shardkit.runtime.engine.prompts import has_tokenizer
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

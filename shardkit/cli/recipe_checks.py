@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shardkit.authoring.batching_sweep import sweep_batching
 from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
 from shardkit.authoring.format_sweep import sweep_formats
 from shardkit.authoring.model_classes import write_model_classes
@@ -120,6 +121,25 @@ def run_format_sweep(only_stale: bool) -> bool:
             if not fault["finding"]:
                 print_line(f"  NOT FOUND {fault['fault']}")
         passed = passed and result.passed
+    return passed
+
+
+def run_batching_sweep(only_stale: bool) -> bool:
+    """Prove that requests share a batch rightly, and publish the results in the checkout.
+
+    Args:
+        only_stale: Whether to leave out recipes whose results are up to date.
+
+    Returns:
+        Whether no sequence differed.
+    """
+    passed = True
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    for recipe, result in sweep_batching(recipes, find_proofs_folder(), only_stale):
+        print_line(f"{recipe.name}: {result.summary}")
+        for fault in result.faults:
+            print_line(f"  FAILED {fault}")
+        passed = passed and not result.faults
     return passed
 
 

@@ -65,8 +65,13 @@ def show(name: str) -> None:
 @click.argument("names", metavar="[NAME|FILE.toml]...", nargs=-1)
 @click.option("--all", "check_all", is_flag=True, help="Check every bundled recipe.")
 @click.option(
-    "--formats", is_flag=True,
+    "--formats", "others", flag_value="formats",
     help="With --write, check every quantized format instead of recipes.",
+)  # fmt: skip
+@click.option(
+    "--batching", "others", flag_value="batching",
+    help="With --write, check for every recipe that requests which share a batch get what each"
+    " would get alone.",
 )  # fmt: skip
 @click.option(
     "--config", type=FOLDER, metavar="DIR",
@@ -94,7 +99,7 @@ def show(name: str) -> None:
 def check(
     names: Sequence[str],
     check_all: bool,
-    formats: bool,
+    others: str | None,
     config: Path | None,
     tp_sizes: Sequence[int],
     mutants: int | None,
@@ -114,9 +119,9 @@ def check(
       shardkit recipes check llama
       shardkit recipes check my-recipe.toml --config models/small --tp 2 --tp 4
     """
-    if formats and (names or check_all or not write):
-        raise click.UsageError("--formats needs --write, and no NAME or --all")
-    if bool(names) + check_all + formats != 1:
+    if others and (names or check_all or not write):
+        raise click.UsageError(f"--{others} needs --write, and no NAME or --all")
+    if bool(names) + check_all + bool(others) != 1:
         raise click.UsageError("give the NAME of a recipe, or --all")
     if write and (config or tp_sizes or mutants is not None or as_json):
         raise click.UsageError(
@@ -125,8 +130,8 @@ def check(
     if stale and not write:
         raise click.UsageError("--stale needs --write")
     quiet_transformers()
-    if formats:
-        _sweep_formats(stale)
+    if others:
+        _sweep_others(others, stale)
         return
     if write:
         _sweep(names, stale)
@@ -252,12 +257,13 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
         raise VerifyError("a recipe does not pass; see the lines above")
 
 
-def _sweep_formats(only_stale: bool) -> None:
-    """Check the formats and publish. Raises VerifyError if one does not pass."""
-    from shardkit.cli.recipe_checks import run_format_sweep
+def _sweep_others(others: str, only_stale: bool) -> None:
+    """Check formats or batching, and publish. Raises VerifyError if one does not pass."""
+    from shardkit.cli.recipe_checks import run_batching_sweep, run_format_sweep
 
-    if not run_format_sweep(only_stale):
-        raise VerifyError("a format does not pass; see the lines above")
+    run = run_format_sweep if others == "formats" else run_batching_sweep
+    if not run(only_stale):
+        raise VerifyError("one does not pass; see the lines above")
 
 
 def _draft_all(out: Path | None, limit: int | None, seconds: float, as_json: bool) -> None:

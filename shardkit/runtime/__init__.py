@@ -12,7 +12,33 @@ with runtime.launch("llama-tp4") as engine:     # or: start the ranks and drive 
 
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.engine.engine import Engine, launch
+from shardkit.runtime.engine.engine import Engine
+from shardkit.runtime.engine.handle import (
+    Chunk,
+    Completion,
+    Handle,
+    RequestResult,
+    TokenLogprob,
+)
+from shardkit.runtime.engine.launch_engine import drain_on_sigterm, launch
+from shardkit.runtime.engine.sampling_params import SamplingParams
+from shardkit.runtime.engine.scheduler import Limits
+from shardkit.runtime.engine.status import EngineStatus
 from shardkit.runtime.loader import load
 
-__all__ = ["Engine", "TensorParallelGroup", "connect", "launch", "load"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "Engine",
+    "EngineStatus",
+    "Handle",
+    "Limits",
+    "RequestResult",
+    "SamplingParams",
+    "TensorParallelGroup",
+    "TokenLogprob",
+    "connect",
+    "drain_on_sigterm",
+    "launch",
+    "load",
+]

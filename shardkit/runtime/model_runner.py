@@ -57,7 +57,7 @@ class ModelRunner:
         Returns:
             The output tensors, by name.
         """
-        with _inference(self.model.dtype):
+        with run_inference(self.model.dtype):
             return select_tensors(self._call(inputs, options))
 
     def generate(
@@ -89,19 +89,47 @@ class ModelRunner:
             arguments["streamer"] = streamer
         if stopping is not None:
             arguments["stopping_criteria"] = StoppingCriteriaList([stopping])
-        if seed is not None:
-            torch.manual_seed(seed)
-        with _inference(self.model.dtype):
+        with run_inference(self.model.dtype), seed_random(seed, self.device):
             output = self.model.generate(**arguments)
         if not with_logits:
             return Generation(output)
         return Generation(output.sequences, torch.stack(output.logits, 1))
 
+    def call(
+        self,
+        method: str,
+        arguments: Mapping[str, Any],
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteria | None = None,
+    ) -> Any:
+        """Call the model's `forward` or `generate` as it is called elsewhere.
+
+        Args:
+            method: Which of them.
+            arguments: Its arguments; tensors are moved to the model's device.
+            seed: Seeds torch for the call.
+            streamer: Receives each step's token ids.
+            stopping: Is asked after each step whether to stop.
+
+        Returns:
+            What it returns.
+        """
+        tensors = {name: v for name, v in arguments.items() if isinstance(v, torch.Tensor)}
+        given = {**arguments, **move_inputs(tensors, self.model, self.device)}
+        if streamer is not None:
+            given["streamer"] = streamer
+        if stopping is not None:
+            given["stopping_criteria"] = StoppingCriteriaList([stopping])
+        act = self.model if method == "forward" else self.model.generate
+        with run_inference(self.model.dtype), seed_random(seed, self.device):
+            return act(**given)
+
     def trace(
         self, inputs: Tensors, modules: Iterable[str], options: Mapping[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
         """Run a forward pass, and return the first output of each named module, in run order."""
-        with _inference(self.model.dtype), ModuleOutputs(self.model, modules) as outputs:
+        with run_inference(self.model.dtype), ModuleOutputs(self.model, modules) as outputs:
             self._call(inputs, options)
         return outputs.tensors
 
@@ -166,7 +194,18 @@ def select_tensors(output: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _inference(dtype: torch.dtype) -> Iterator[None]:
+def seed_random(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed torch, and go on where the random numbers were after it; None does neither."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def run_inference(dtype: torch.dtype) -> Iterator[None]:
     """No gradients; for a float64 model, float64 constants, which models create as they run."""
     default = torch.get_default_dtype()
     if dtype == torch.float64:

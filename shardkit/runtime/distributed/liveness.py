@@ -34,6 +34,7 @@ class Link:
         self.store = RankStore(rank, timeouts.join, timeouts.collective)
         self._others = [other for other in range(size) if other != rank]
         self._num_exchanges = self._num_published = 0
+        self._monitor = LivenessMonitor(timeouts.collective)
         self._closed = threading.Event()
         self._heartbeats = connect_store(False, timeouts.join)
         self._thread = threading.Thread(target=self._beat, name="shardkit-heartbeat", daemon=True)
@@ -84,6 +85,10 @@ class Link:
         text = self._gather({rank: f"published/{self._num_published}"}, limit)[rank]
         self._num_published += 1
         return text
+
+    def check_others(self) -> None:
+        """Raise RanksError if another rank has left, or has given no heartbeat for too long."""
+        self._check(self._monitor, self._keys("never", self._others))
 
     def diagnose(self, collective: str, error: str, close: Callable[[], None]) -> str:
         """Why a collective failed, in words that name the rank.

@@ -1,106 +1,76 @@
-"""A model whose ranks this process started: logits, generation, token streaming."""
+"""A running model as one object: requests in, tokens out; from any thread or event loop."""
 
-import queue
+import asyncio
+import os
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shardkit.errors import ManifestError
-from shardkit.runtime.engine.messages import forward_request, generate_request, load_request
-from shardkit.runtime.engine.rank_processes import OnTokens, RankProcesses
-from shardkit.runtime.engine.text_decoder import decode_stream
-from shardkit.runtime.packing import Dequantize, check_dequantize
-from shardkit.shards.manifest_json import read_manifest
-from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
-
-Prompt = str | Sequence[int] | torch.Tensor
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
+from shardkit.errors import EngineDraining, RanksLost, RequestError
+from shardkit.runtime.batching.abilities import Abilities
+from shardkit.runtime.engine.call_arguments import check_arguments, is_token_ids
+from shardkit.runtime.engine.controller import EngineRanks
+from shardkit.runtime.engine.generate_calls import (
+    begin_generate,
+    begin_stream,
+    list_pieces,
+    read_output,
+    read_tokens,
 )
+from shardkit.runtime.engine.handle import Handle
+from shardkit.runtime.engine.messages import Message, call_request
+from shardkit.runtime.engine.prompts import (
+    Prompt,
+    encode_text,
+    has_tokenizer,
+    is_text,
+    load_tokenizer,
+    read_ids,
+)
+from shardkit.runtime.engine.request_loop import Call
+from shardkit.runtime.engine.running_model import RunningModel
+from shardkit.runtime.engine.sampling_params import SamplingParams, make_params
+from shardkit.runtime.engine.scheduler import Limits
+from shardkit.runtime.engine.status import EngineStatus
 
-
-def launch(
-    folder: str | Path,
-    *,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    timeouts: Timeouts = DEFAULT_TIMEOUTS,
-    verify: bool = False,
-    dequantize: Dequantize = "forward",
-) -> "Engine":
-    """Start the ranks of a shard folder on this host, one process each, and load the model.
-
-    The ranks end with this process, however it ends.
-
-    Args:
-        folder: A shard folder; as many ranks are started as it was split for.
-        device: "cpu" or "cuda"; None means the GPUs, if there are any.
-        dtype: What to compute in; None means the checkpoint's own dtype.
-        timeouts: How long to wait for the ranks.
-        verify: Whether each rank checks the SHA-256 of its shard while loading it.
-        dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
-
-    Returns:
-        The running model, to be closed or used in a `with`.
-
-    Raises:
-        ManifestError: The folder is not a finished split; no process is started.
-        UsageError: `dequantize` is neither of the two.
-        RanksError: A rank cannot load its shard, died, or did not answer in time; the message
-            names the rank and the cause.
-
-    Example:
-        >>> with launch("llama-tp4") as engine:
-        ...     for text in engine.stream("Once upon a time", max_new_tokens=64):
-        ...         print(text, end="", flush=True)
-    """
-    check_dequantize(dequantize)
-    manifest = read_manifest(Path(folder))
-    ranks = RankProcesses(manifest.tp_size, device, timeouts)
-    try:
-        return Engine(Path(folder), ranks, dtype, verify, dequantize)
-    except BaseException:
-        ranks.close()
-        raise
+POLL = 0.02  # seconds between two looks at whether the engine has drained
 
 
 class Engine:
     """A running model, made by `launch`. Close it, or use it in a `with`.
 
-    Several threads may use an engine; their requests run one after another. Every method raises
-    RanksError if a rank fails, dies or does not answer in time; unless every rank has answered, the
-    ranks are then stopped, and the model must be launched again.
+    Any thread and any event loop may use it. Where sequences can join a running batch
+    (`status().obstacle` is ""), a request begins as soon as there is room; elsewhere those with
+    prompts of one length are generated together. `forward`, and a `generate` with options that a
+    row of a batch cannot have, run between two steps.
+
+    Every method raises RequestError for what no engine would run, EngineBusy if the queue is full,
+    and RanksLost once a rank has died or fallen silent; `restart` then brings the ranks back.
 
     Attributes:
         folder: The shard folder.
-        ranks: The rank processes.
-        dtype: What the model computes in.
     """
 
     def __init__(
         self,
         folder: Path,
-        ranks: RankProcesses,
-        dtype: torch.dtype | None = None,
-        verify: bool = False,
-        dequantize: Dequantize = "forward",
+        start_ranks: Callable[[], EngineRanks],
+        load: Message,
+        limits: Limits | None = None,
     ) -> None:
-        """Load `folder` into `ranks`, which the engine then owns."""
+        """Start ranks, which the engine then owns, and have them `load` a folder."""
         self.folder = folder.resolve()
-        self.ranks = ranks
-        response = ranks.request(load_request(self.folder, dtype, verify, dequantize))[0]
-        self.dtype: torch.dtype = getattr(torch, response.header["dtype"])
-        if warning := response.header["warning"]:
-            warnings.warn(warning, RuntimeWarning, stacklevel=3)  # where launch was called
+        self._start_ranks, self._load = start_ranks, load
+        self._limits = limits or Limits()
+        self._pid, self._turn = os.getpid(), threading.RLock()
+        self._encoding = threading.Lock()  # a tokenizer is changed as it encodes
+        self._is_draining = self._is_closed = False
+        self._model = RunningModel(start_ranks, self._load, self._limits)
 
     def __enter__(self) -> "Engine":
         return self
@@ -108,138 +78,222 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def ranks(self) -> EngineRanks:
+        """What runs the model."""
+        return self._model.ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._model.dtype
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the model can do."""
+        return self._model.abilities
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can work: no rank is known to be lost, and it is not closed."""
+        return self._model.loop.failure is None
+
+    def status(self) -> EngineStatus:
+        """What it is doing, and what it can do."""
+        return self._model.read_status(self._is_draining)
+
     def close(self) -> None:
-        """Stop the ranks; a request that is running in another thread raises RanksError."""
-        self.ranks.close()
+        """Stop the ranks; what runs or waits fails with RanksLost."""
+        if self._pid != os.getpid():  # a fork of the process that they belong to
+            return
+        with self._turn:
+            self._is_closed = True
+            self._model.stop(RanksLost("the engine was closed"))
+
+    def restart(self) -> None:
+        """Stop the ranks, however they are, start new ones, and load the model again.
+
+        What runs or waits fails with RanksLost. Raises RanksError if the ranks do not start, or
+        if torchrun started them, which alone can start others.
+        """
+        with self._turn:
+            if self._is_closed:
+                raise RanksLost("the engine was closed; launch it again")
+            self._model.stop(RanksLost("the engine was restarted"))
+            self._model = RunningModel(self._start_ranks, self._load, self._limits)
+            self._is_draining = False
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests with EngineDraining, and wait until the others have finished.
+
+        Args:
+            timeout: Seconds to wait; None is as long as it takes.
+
+        Returns:
+            Whether all have finished.
+        """
+        self._is_draining = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.alive and not self._model.loop.is_idle():
+            if end is not None and time.monotonic() > end:
+                return False
+            time.sleep(POLL)
+        return True
 
     @cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer. Raises ManifestError if it has none."""
-        from transformers import AutoTokenizer
+        return load_tokenizer(self.folder)
 
-        if not has_tokenizer(self.folder):
-            raise ManifestError(f"{self.folder}: no tokenizer; give token ids")
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-
-    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        """Run a forward pass.
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Handle:
+        """Queue a request, and return at once.
 
         Args:
-            **inputs: Arguments of the model's forward. Tensors are its inputs, such as `input_ids`
-                `[B, T]` int64; other values are its options.
+            prompt: Text, chat messages (mappings of role and content), or token ids.
+            params: How to generate.
+            timeout: Seconds after which it fails with RequestTimeout, waiting included.
+            **sampling: The fields of `SamplingParams`, instead of `params`.
 
         Returns:
-            The output tensors, by name: `logits` `[B, T, V]`, `last_hidden_state`, and so on.
+            The request: iterate over it, call `result`, or await it.
 
         Raises:
-            RanksError: The model refuses the inputs, or a rank is lost.
-        """
-        tensors = {name: v for name, v in inputs.items() if isinstance(v, torch.Tensor)}
-        options = {name: v for name, v in inputs.items() if name not in tensors}
-        return dict(self.ranks.request(forward_request(tensors, options))[0].tensors)
-
-    def logits(self, prompt: Prompt) -> torch.Tensor:
-        """The logits of a prompt, `[B, T, V]`.
-
-        Args:
-            prompt: Text, token ids, or token ids `[B, T]`.
-
-        Raises:
+            RequestError: A parameter is misspelt or impossible, or the prompt does not fit.
+            EngineBusy: The queue is full; EngineDraining, if the engine drains.
+            RanksLost: A rank is dead; `restart` the engine.
             ManifestError: The prompt is text, and the folder has no tokenizer.
-            RanksError: The model refuses the inputs, or a rank is lost.
         """
-        return self.forward(input_ids=self.input_ids(prompt))["logits"]
+        self._check_usable()
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+            raise RequestError(f"timeout={timeout!r}: it must be above 0 seconds")
+        made = make_params(params, sampling)
+        ids = self.input_ids(prompt)
+        if len(ids) > 1:
+            raise RequestError(f"prompt: {len(ids)} rows of token ids; submit each by itself")
+        planner = self._model.planner
+        planner.check_prompt(ids)
+        handle = Handle(tuple(ids[0].tolist()), made.n, timeout)
+        needs_text = bool(made.stop or made.echo) or has_tokenizer(self.folder)
+        tokenizer = self.tokenizer if needs_text else None
+        self._model.loop.add_sequences(planner.plan_request(handle, made, tokenizer))
+        return handle
 
-    def generate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> torch.Tensor:
-        """Generate tokens.
+    def generate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+        """Generate tokens, as transformers' `generate` does.
 
         Args:
-            prompt: Text, token ids, or token ids `[B, T]`.
+            prompt: Text, chat messages, token ids, token ids `[B, T]`, or a tokenizer's output.
             seed: Makes sampling repeatable.
-            **options: Arguments of transformers' `generate`, such as `max_new_tokens`,
-                `do_sample` and `num_beams`.
+            **options: Arguments of transformers' `generate`, such as `max_new_tokens`.
 
         Returns:
-            Token ids `[B, T]`, int64; those of the prompt come first for a decoder.
+            Token ids `[B, T]`, int64; those of the prompt come first for a decoder. With
+            `return_dict_in_generate` a dict of what transformers returns, without caches.
 
         Raises:
-            ManifestError: The prompt is text, and the folder has no tokenizer.
-            RanksError: The model refuses the inputs, or a rank is lost.
+            RequestError: An argument cannot be sent to the ranks; the message names it.
+            RanksError: The model refuses the arguments, or a rank is lost.
         """
-        return self._generate(prompt, seed, options)
+        started = begin_generate(self._model, self._make_arguments(prompt, options), seed)
+        if isinstance(started, Handle):
+            return read_tokens(started, started.result().ids)
+        return read_output(started.future.result())
+
+    async def agenerate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+        """As `generate`, without blocking the event loop."""
+        started = begin_generate(self._model, self._make_arguments(prompt, options), seed)
+        if isinstance(started, Handle):
+            return read_tokens(started, (await started).ids)
+        return read_output(await asyncio.wrap_future(started.future))
 
     def stream(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Iterator[Any]:
-        """Generate tokens, and return each as soon as there is one.
+        """Generate one sequence, and return its tokens as soon as there are any.
 
-        A caller may stop iterating at any time: the ranks then stop one or two steps later, and the
-        engine is ready for the next request.
+        A caller may stop iterating at any time; the sequence then leaves before the next step.
 
         Args:
-            prompt: Text or token ids; one sequence.
+            prompt: Text, chat messages or token ids; one sequence.
             seed: Makes sampling repeatable.
             **options: Arguments of transformers' `generate`.
 
         Yields:
-            Pieces of text for a text prompt, token ids (int) for token ids; without the prompt.
+            Pieces of text for text or a chat, token ids (int) for token ids; without the prompt.
 
         Raises:
-            ManifestError: The prompt is text, and the folder has no tokenizer.
-            RanksError: The model refuses the inputs, or a rank is lost.
+            RequestError: An argument cannot be sent to the ranks; the message names it.
+            RanksError: The model refuses the arguments, or a rank is lost.
         """
-        events: queue.Queue[list[int] | BaseException | None] = queue.Queue()
-        abandoned = threading.Event()
+        for chunk in self._begin_stream(prompt, seed, options):
+            yield from list_pieces(chunk, is_text(prompt))
 
-        def put_tokens(ids: list[int]) -> bool:
-            events.put(ids)
-            return not abandoned.is_set()
+    async def astream(
+        self, prompt: Prompt, seed: int | None = None, **options: Any
+    ) -> AsyncIterator[Any]:
+        """As `stream`, for `async for`."""
+        async for chunk in self._begin_stream(prompt, seed, options):
+            for piece in list_pieces(chunk, is_text(prompt)):
+                yield piece
 
-        def run() -> None:
-            try:
-                self._generate(prompt, seed, options, put_tokens)
-                events.put(None)
-            except BaseException as error:
-                events.put(error)
+    def forward(self, **inputs: Any) -> Any:
+        """Run a forward pass.
 
-        threading.Thread(target=run, name="shardkit-stream").start()
-        ids = _read_tokens(events)
-        try:
-            yield from decode_stream(self.tokenizer, ids) if isinstance(prompt, str) else ids
-        except (KeyboardInterrupt, SystemExit):
-            self.ranks.kill()
-            raise
-        finally:
-            abandoned.set()
+        Args:
+            **inputs: Arguments of the model's forward, such as `input_ids` `[B, T]` int64.
+
+        Returns:
+            What it returns, by name: `logits` `[B, T, V]`, `last_hidden_state`, and so on, without
+            caches; a tuple with `return_dict=False`.
+
+        Raises RequestError and RanksError as `generate` does.
+        """
+        return read_output(self._begin_forward(inputs).future.result())
+
+    async def aforward(self, **inputs: Any) -> Any:
+        """As `forward`, without blocking the event loop."""
+        return read_output(await asyncio.wrap_future(self._begin_forward(inputs).future))
+
+    def logits(self, prompt: Prompt) -> torch.Tensor:
+        """The logits of a prompt, `[B, T, V]`. Raises as `forward` does."""
+        logits: torch.Tensor = self.forward(input_ids=self.input_ids(prompt))["logits"]
+        return logits
 
     def input_ids(self, prompt: Prompt) -> torch.Tensor:
         """A prompt as token ids `[B, T]`, int64. Raises ManifestError without a tokenizer."""
-        if isinstance(prompt, str):
-            return torch.tensor(self.tokenizer([prompt])["input_ids"])
-        ids = prompt if isinstance(prompt, torch.Tensor) else torch.tensor(list(prompt))
-        return ids if ids.ndim == 2 else ids.unsqueeze(0)
+        if is_text(prompt):
+            with self._encoding:
+                return read_ids(encode_text(self.tokenizer, prompt))
+        return read_ids(prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt)
 
-    def _generate(
-        self,
-        prompt: Prompt,
-        seed: int | None,
-        options: dict[str, Any],
-        on_tokens: OnTokens | None = None,
-    ) -> torch.Tensor:
-        ids = self.input_ids(prompt)
-        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        tensors |= {name: v for name, v in options.items() if isinstance(v, torch.Tensor)}
-        others = {name: v for name, v in options.items() if name not in tensors}
-        request = generate_request(tensors, others, seed=seed, stream=on_tokens is not None)
-        return self.ranks.request(request, on_tokens)[0].tensors["ids"]
+    def _begin_stream(self, prompt: Prompt, seed: int | None, options: dict[str, Any]) -> Handle:
+        tokenizer = self.tokenizer if is_text(prompt) else None
+        arguments = self._make_arguments(prompt, options)
+        return begin_stream(self._model, arguments, seed, tokenizer)
 
+    def _begin_forward(self, inputs: dict[str, Any]) -> Call:
+        self._check_usable()
+        check_arguments(inputs)
+        if is_token_ids(ids := inputs.get("input_ids")):
+            self._model.planner.check_prompt(ids)
+        call = Call(call_request("forward", inputs))
+        self._model.loop.add_call(call)
+        return call
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the files of a tokenizer."""
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
+    def _make_arguments(self, prompt: Prompt | None, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of `generate`, which has its own if there is no prompt."""
+        self._check_usable()
+        if isinstance(prompt, Mapping):
+            return {**prompt, "input_ids": read_ids(prompt.get("input_ids")), **options}
+        return options if prompt is None else {"input_ids": self.input_ids(prompt), **options}
 
-
-def _read_tokens(events: "queue.Queue[list[int] | BaseException | None]") -> Iterator[int]:
-    """Token ids until None comes; an error is raised."""
-    while (event := events.get()) is not None:
-        if isinstance(event, BaseException):
-            raise event
-        yield from event
+    def _check_usable(self) -> None:
+        if self._pid != os.getpid():
+            raise RanksLost("the engine is of the process that forked this one; launch another")
+        if self._is_draining:
+            raise EngineDraining("the engine takes no more requests: it drains")

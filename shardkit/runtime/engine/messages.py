@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from shardkit.runtime.engine.values import pack_value
 from shardkit.runtime.packing import Dequantize
 
 MAX_HEADER = 64 << 20
@@ -63,6 +64,35 @@ def generate_request(
     """Generate with options of transformers' `generate`; rank 0 sends each token with `stream`."""
     header = {"action": "generate", "options": options, "seed": seed, "stream": stream}
     return Message({**header, "with_logits": with_logits}, inputs)
+
+
+def call_request(
+    method: str, arguments: Mapping[str, object], *, seed: int | None = None, stream: bool = False
+) -> Message:
+    """Call the model's `forward` or `generate` with these arguments, and return what it returns.
+
+    Raises RequestError for an argument that cannot be sent.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    packed = {name: pack_value(value, tensors, name) for name, value in arguments.items()}
+    header = {"action": "call", "method": method, "arguments": packed, "seed": seed}
+    return Message({**header, "stream": stream}, tensors)
+
+
+def prepare_request() -> Message:
+    """Run the model once, and find out what an engine can do with it."""
+    return Message({"action": "prepare"})
+
+
+def step_request(tokens: Mapping[int, int], join: Iterable[Mapping[str, object]]) -> Message:
+    """Do one step of the running batch; see `batching.batch_runner.BatchRunner.run_step`.
+
+    Args:
+        tokens: The last token of each sequence that stays, by number; every other leaves.
+        join: Of each prompt that joins, the fields of `batch_runner.JoiningPrompt`.
+    """
+    pairs = [list(pair) for pair in tokens.items()]
+    return Message({"action": "step", "tokens": pairs, "join": [dict(p) for p in join]})
 
 
 def trace_request(inputs: Mapping[str, torch.Tensor], modules: Iterable[str]) -> Message:

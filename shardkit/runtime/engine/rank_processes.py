@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import IO
 
 import torch.distributed as dist
 
-from shardkit.errors import RanksError
-from shardkit.runtime.distributed.diagnosis import Fault, combine_faults
-from shardkit.runtime.distributed.liveness import ROLL_CALL
-from shardkit.runtime.distributed.rendezvous import heartbeat_key
+from shardkit.errors import RanksLost
+from shardkit.runtime.distributed.diagnosis import Fault, combine_faults, rank_list
+from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL
+from shardkit.runtime.engine.channel import OnTokens
+from shardkit.runtime.engine.heartbeats import find_silent
 from shardkit.runtime.engine.messages import Message, encode_message, receive_message
 from shardkit.runtime.engine.stop_flag import StopFlag
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -29,7 +30,6 @@ from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 GRACE = 2.0  # seconds that the other ranks have to respond once one has failed
 LOG_BYTES = 4096  # of a rank's output that are searched for its last line
 
-OnTokens = Callable[[list[int]], bool]
 Responses = dict[int, Message | Fault]
 
 
@@ -107,7 +107,7 @@ class RankProcesses:
         limit = self.timeouts.load if request.header["action"] == "load" else self.timeouts.request
         with self._turn:
             if not self._processes:
-                raise RanksError("the ranks have stopped; launch them again")
+                raise RanksLost("the ranks have stopped; launch them again")
             self._stop_flag.clear()
             responses: Responses = {}
             try:
@@ -121,6 +121,21 @@ class RankProcesses:
         if faults:
             raise combine_faults(faults, self.size)
         return [r for _, r in sorted(responses.items()) if isinstance(r, Message)]
+
+    def pause(self) -> None:
+        """Nothing: a rank waits for its next request as long as this process lives."""
+
+    def check(self) -> None:
+        """Raise RanksLost if a rank has ended, though nothing was asked of it."""
+        with self._turn:
+            for rank, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    raise RanksLost(self._explain_death(rank).reason)
+
+    def describe_silence(self) -> str:
+        """Which ranks give no heartbeat for a moment, in words; "" if all do, or none ever has."""
+        silent = find_silent(self._store, range(self.size), 3 * HEARTBEAT)
+        return f"{rank_list(silent)} died or is stopped: no sign of life" if silent else ""
 
     def kill(self) -> None:
         """End every rank at once, even while another thread waits for a response."""
@@ -255,22 +270,11 @@ class RankProcesses:
         """Faults of ranks that do not respond in time: of those without a heartbeat, if any."""
         if not ranks:
             return {}
-        before = self._read_heartbeats(ranks)
-        time.sleep(ROLL_CALL)
-        now = self._read_heartbeats(ranks)
-        stopped = [rank for rank in ranks if now.get(rank) == before.get(rank) is not None]
+        stopped = find_silent(self._store, ranks, ROLL_CALL)
         state = "died or is stopped: no sign of life, and" if stopped else "is running, but"
         return {
             rank: Fault(f"rank {rank} {state} did not answer within {limit:g} s")
             for rank in stopped or ranks
-        }
-
-    def _read_heartbeats(self, ranks: list[int]) -> dict[int, bytes]:
-        """The last heartbeat of those ranks that have given one."""
-        return {
-            rank: self._store.get(key)
-            for rank in ranks
-            if self._store.check([key := heartbeat_key(rank)])
         }
 
     def _explain_death(self, rank: int) -> Fault:

@@ -1,9 +1,10 @@
 """Turns token ids into text as they come, at a cost per token that does not grow."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes a part of a character to
+CONTEXT = 8  # tokens of a prompt that the text of the next one may depend on
 
 
 class TextDecoder:
@@ -14,9 +15,10 @@ class TextDecoder:
     piece before them, and are held back while their last character is incomplete.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+        """Decode what follows the token ids of a prompt, whose own text is not returned."""
         self._tokenizer = tokenizer
-        self._previous: list[int] = []  # the tokens of the last piece
+        self._previous = list(prompt[-CONTEXT:])  # the tokens before those that are pending
         self._pending: list[int] = []  # tokens whose text has not been returned
 
     def add(self, token: int) -> str:
@@ -42,9 +44,9 @@ class TextDecoder:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
 
-def decode_stream(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
-    """The text of token ids, in pieces that are not empty, each as soon as it is complete."""
-    decoder = TextDecoder(tokenizer)
+def decode_stream(tokenizer: Any, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+    """The text of token ids after a prompt, in pieces that are not empty, as they are complete."""
+    decoder = TextDecoder(tokenizer, prompt)
     for token in ids:
         if piece := decoder.add(token):
             yield piece

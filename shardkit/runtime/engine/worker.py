@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from shardkit.errors import RanksError, RanksLost
+from shardkit.runtime.batching.abilities import find_abilities
+from shardkit.runtime.batching.batch_runner import BatchRunner, JoiningPrompt
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.channel import Channel, SocketChannel
@@ -29,7 +32,9 @@ from shardkit.runtime.engine.messages import (
     select_prefixed,
     send_message,
 )
-from shardkit.runtime.engine.stop_flag import StopFlag, StopOnFlag
+from shardkit.runtime.engine.prompts import load_tokenizer
+from shardkit.runtime.engine.stop_flag import StopFlag
+from shardkit.runtime.engine.values import pack_output, unpack_value
 from shardkit.runtime.loader import load_with_warnings
 from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.usage import measure_usage
@@ -42,14 +47,22 @@ PARENT_POLL = 0.5  # seconds between two checks that the controlling process is 
 class Worker:
     """This rank's model, and the requests that it handles."""
 
-    def __init__(self, channel: Channel, group: TensorParallelGroup) -> None:
+    def __init__(
+        self, channel: Channel, group: TensorParallelGroup, own_folder: Path | None = None
+    ) -> None:
+        self._own_folder = own_folder  # this host's, whatever path rank 0 names
         self.channel = channel
         self.group = group
         self._runner: ModelRunner | None = None
+        self._batch: BatchRunner | None = None
+        self._folder = Path()
         self._actions: dict[str, Callable[[Message], Message]] = {
             "load": self._load,
             "forward": self._forward,
             "generate": self._generate,
+            "call": self._call,
+            "prepare": self._prepare,
+            "step": self._step,
             "trace": self._trace,
             "measure": self._measure,
         }
@@ -68,12 +81,12 @@ class Worker:
             return error_response(error)
 
     def _load(self, request: Message) -> Message:
-        self._runner = None
+        self._runner = self._batch = None
         name = request.header["dtype"]
         dtype = getattr(torch, name) if name else None
         options = {name: request.header[name] for name in ("verify", "dequantize")}
-        folder = Path(request.header["folder"])
-        model, warning = load_with_warnings(folder, self.group, dtype, **options)
+        self._folder = self._own_folder or Path(request.header["folder"])
+        model, warning = load_with_warnings(self._folder, self.group, dtype, **options)
         self._runner = ModelRunner(model, self.group.device)
         return Message({"dtype": str(model.dtype).removeprefix("torch."), "warning": warning})
 
@@ -82,20 +95,53 @@ class Worker:
 
     def _generate(self, request: Message) -> Message:
         header = request.header
-        options: dict[str, Any] = {}
-        if header["stream"]:
-            if self.group.tp_rank == 0:
-                options["streamer"] = TokenStreamer(self.channel)
-            if (flag := self.channel.stop_flag) is not None:
-                options["stopping"] = StopOnFlag(flag, self.group.tp_rank)
         generation = self._loaded.generate(
             request.tensors,
             header["options"],
             seed=header["seed"],
             with_logits=header["with_logits"],
-            **options,
+            **self._stream_options(header["stream"]),
         )
         return self._response(generation.tensors())
+
+    def _call(self, request: Message) -> Message:
+        header = request.header
+        values = header["arguments"].items()
+        arguments = {name: unpack_value(value, request.tensors) for name, value in values}
+        if arguments.get("stop_strings") is not None:
+            arguments["tokenizer"] = load_tokenizer(self._folder)
+        options = self._stream_options(header["stream"])
+        output = self._loaded.call(header["method"], arguments, header["seed"], **options)
+        tensors: dict[str, torch.Tensor] = {}
+        if self.group.tp_rank != 0:  # every rank has the same, and rank 0 alone sends it
+            return Message({"output": None})
+        return Message({"output": pack_output(output, tensors)}, tensors)
+
+    def _stream_options(self, stream: bool) -> dict[str, Any]:
+        """What sends each step's tokens, and stops a generate; on every rank, to fail alike."""
+        if not stream:
+            return {}
+        is_sender = self.group.tp_rank == 0
+        stopping = self.channel.make_stopping(self.group.tp_rank)
+        return {
+            "streamer": TokenStreamer(self.channel if is_sender else None), "stopping": stopping,
+        }  # fmt: skip
+
+    def _prepare(self, _request: Message) -> Message:
+        abilities = find_abilities(self._loaded)
+        if not abilities.obstacle:
+            is_sampler = self.group.tp_rank == 0
+            self._batch = BatchRunner(self._loaded.model, self.group.device, is_sampler)
+        return Message({"abilities": asdict(abilities)})
+
+    def _step(self, request: Message) -> Message:
+        if self._batch is None:
+            raise RanksError("no running batch is prepared")
+        header = request.header
+        prompts = [JoiningPrompt(**prompt) for prompt in header["join"]]
+        result = self._batch.run_step(dict(header["tokens"]), prompts)
+        choices = {str(n): [c.token, c.logprob, c.top] for n, c in result.choices.items()}
+        return Message({"choices": choices, "failed": result.failed, "refused": result.refused})
 
     def _trace(self, request: Message) -> Message:
         return Message({}, self._loaded.trace(request.tensors, request.header["modules"]))
@@ -121,13 +167,13 @@ class Worker:
 class TokenStreamer(BaseStreamer):  # type: ignore[misc]
     """Sends the token ids of each step as transformers makes them."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel | None) -> None:
+        self._channel = channel  # None for a rank that sends nothing
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         """Send one step's ids `[B]`; the first call has the prompt's, which are not sent."""
-        if not self._is_prompt:
+        if not self._is_prompt and self._channel is not None:
             self._channel.send(Message({"tokens": value.flatten().tolist()}))
         self._is_prompt = False
 
