@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from shardkit.runtime.distributed.group import connect
+from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.engine.controller import EngineRanks, TorchrunRanks
 from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import load_request
