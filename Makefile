@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint suite slow sweep fuzz bench clean
+.PHONY: demo test lint suite slow sweep fuzz campaign bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/shardkit demo
@@ -33,6 +33,10 @@ sweep: $(VENV)/dev
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report
+
+campaign: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign wrong --seeds 20 --report wrong.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --seeds 3 --report right.jsonl
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py

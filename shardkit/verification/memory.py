@@ -5,12 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from shardkit.dtypes import DTYPES
 from shardkit.errors import ShardkitError
-from shardkit.planning import Placement
+from shardkit.planning import KvCache, Placement, estimate_kv_cache
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.loader import RankShard, build_on_meta
@@ -21,9 +22,10 @@ from shardkit.verification.streamed_weights import SMALL
 
 PROCESS_BYTES = 500_000_000  # of a process that has imported torch and transformers, and used them
 WIDEST = 8  # bytes of a value of the reference, which is float64
+MIDDLE = 4  # of one in float32, in which 16-bit models are run, too
 DEQUANTIZED = 4  # bytes of a value of a quantized weight of the source, which is float32
 SPARE = 1.1  # of what is counted: what the allocator keeps, and what a multiplication packs
-TOKENS = 64  # of all texts, those of two steps included; images may fill more
+TOKENS = 56  # of all texts, 2 of 24 and two steps, with some to spare; images may fill more
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -45,7 +47,8 @@ def estimate_real_ranks(manifest: Manifest, dtype: str | None) -> int:
 
 def estimate_turns(folder: Path, manifest: Manifest) -> int:
     """Bytes that ranks in turns take: the largest block as it is stored, and in float64 the largest
-    module of it, whose weights come and go alone. What every block outputs is kept for a pass.
+    module of it, whose weights come and go alone. What every block outputs is kept for a pass, and
+    the keys and values of the unsharded models.
 
     Of a model that cannot be built, which the check will say, it is as much as that needs.
     """
@@ -57,7 +60,8 @@ def estimate_turns(folder: Path, manifest: Manifest) -> int:
         largest = max(count_block_bytes(whole, *weights, quantized).values(), default=0)
     except ShardkitError:
         return PROCESS_BYTES
-    return PROCESS_BYTES + math.ceil(SPARE * largest) + count_output_bytes(manifest)
+    kept = count_output_bytes(manifest) + count_kept_keys(manifest, configs.config)
+    return PROCESS_BYTES + math.ceil(SPARE * largest) + kept
 
 
 def count_block_bytes(
@@ -122,6 +126,19 @@ def count_output_bytes(manifest: Manifest) -> int:
         if len(spec.shape) == 1 or not NUMBER.search(spec.name):
             outputs[block] = max(outputs.get(block, 0), *spec.shape, 1)
     return TOKENS * WIDEST * sum(outputs.values())
+
+
+def count_kept_keys(manifest: Manifest, config: Mapping[str, Any]) -> int:
+    """Bytes of the keys and values that the unsharded models keep together; 0 if it is unknown."""
+    cache = estimate_kv_cache(manifest.plan.with_tp_size(1), config)
+    if not isinstance(cache, KvCache):
+        return 0
+    width = DTYPES[cache.dtype].bits // 8
+    every = WIDEST + width + (MIDDLE if width < MIDDLE else 0)
+    heads, units = cache.kv_heads[0], manifest.plan.units.values()
+    # A manifest does not name the tensors of a unit: heads that share kv heads are counted as them.
+    kv_heads = max((u.count or heads for u in units if u.shared_by == heads), default=heads)
+    return TOKENS * sum(cache.rank_bytes) * every * kv_heads // (width * heads)
 
 
 def name_block(tensor: str) -> str:

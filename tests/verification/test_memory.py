@@ -1,6 +1,7 @@
 """What memory there is and is needed: limits of containers, refusals with the number that would do,
 and a model of many blocks that is verified in the memory of one."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -14,7 +15,13 @@ from transformers import LlamaConfig, LlamaModel
 from shardkit.errors import UsageError
 from shardkit.output.available_memory import measure_available_memory, parse_size
 from shardkit.verification import NumericsOptions, verify
-from shardkit.verification.memory import PROCESS_BYTES, estimate_turns, name_block
+from shardkit.verification.memory import (
+    PROCESS_BYTES,
+    TOKENS,
+    count_kept_keys,
+    estimate_turns,
+    name_block,
+)
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
 
@@ -138,3 +145,14 @@ def write_llama(folder: Path, changes: dict[str, int]) -> Path:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     return folder
+
+
+def test_keys_of_all_unsharded_models_count(tmp_path: Path) -> None:
+    """A key and a value of each kv head and layer: in float64 and float32, and in 16 bits, too."""
+    for dtype, width in (("float32", 8 + 4), ("bfloat16", 8 + 4 + 2)):
+        source = make("llama-two-kv-heads", tmp_path / f"source-{dtype}", dtype)
+        manifest = cut(source, tmp_path / f"shards-{dtype}", 2)
+        config = json.loads((source / "config.json").read_text())
+        size = 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
+        size *= config["hidden_size"] // config["num_attention_heads"]
+        assert count_kept_keys(manifest, config) == TOKENS * size * width

@@ -209,3 +209,15 @@ def test_a_hub_repository_of_pickles_is_fetched_only_where_they_are_allowed(tmp_
         assert BIN in hub.fetched()
     record = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["source"]
     assert (record["id"], record["revision"]) == ("org/name", commit)
+
+
+def test_a_conversion_that_takes_more_memory_than_is_allowed_is_refused(
+    tmp_path: Path, apart_folder: Path
+) -> None:
+    folder = pickled(shared("models/stories260K"), tmp_path / "model")
+    options = ("--tp", "2", "--allow-pickle", "--max-memory", "200M")
+    refused = run("split", folder, tmp_path / "out", *options)
+    assert refused.exit_code == 2
+    assert "to convert its pickled weights takes 302 MB" in refused.stderr
+    assert not list(apart_folder.glob("*/*"))
+    assert not (tmp_path / "out").exists()
