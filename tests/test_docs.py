@@ -13,7 +13,6 @@ import click
 import pytest
 
 from shardkit import errors
-from shardkit.authoring.batching_results import read_batching_results
 from shardkit.authoring.draft.draft_all import list_generative_types, read_records
 from shardkit.authoring.draft.drafts_page import render_drafts
 from shardkit.authoring.format_samples import list_format_samples
@@ -209,14 +208,6 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --all --write --stale`"
     assert [r.name for r in list_alone(recipes) if not results[r.name].passed] == []
-
-
-def test_every_recipe_that_shares_a_batch_has_been_proven_as_it_is() -> None:
-    recipes = [load_recipe(path) for path in list_recipe_files()]
-    results = read_batching_results(PROOFS)
-    stale = [recipe.name for recipe in list_stale(results, recipes)]
-    assert not stale, "run `shardkit recipes check --batching --write --stale`"
-    assert [fault for result in results.values() for fault in result.faults] == []
 
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:

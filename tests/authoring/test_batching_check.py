@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 
 from shardkit.authoring.batching_check import prove_batching
-from shardkit.authoring.batching_results import BatchingResult
+from shardkit.authoring.batching_results import BatchingResult, read_batching_results
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples, make_sample
+from shardkit.authoring.sweep import list_stale
 from shardkit.recipe import find_recipe
+from shardkit.recipe.catalog import list_recipe_files
+from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.engine.scheduler import apply_choices
 from shardkit.runtime.engine.sequence import TokenSequence
 
+PROOFS = Path(__file__).resolve().parents[2] / "recipes" / "proofs"
 SAMPLES = {sample.name: sample for sample in list_samples()}
 
 
@@ -46,6 +50,14 @@ def test_a_sequence_that_gets_the_token_of_another_is_found_out(
     obstacle, dtype, fault = prove("gpt2", rank_pool, tmp_path)
     assert (obstacle, dtype) == ("", "float64")
     assert fault.startswith("after [")
+
+
+def test_every_recipe_that_shares_a_batch_has_been_proven_as_it_is() -> None:
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    results = read_batching_results(PROOFS)
+    stale = [recipe.name for recipe in list_stale(results, recipes)]
+    assert not stale, "run `shardkit recipes check --batching --write --stale`"
+    assert [fault for result in results.values() for fault in result.faults] == []
 
 
 def test_a_summary_says_how_many_can_join_or_why_none_can() -> None:

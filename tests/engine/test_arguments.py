@@ -1,5 +1,6 @@
 """An engine takes what transformers' own calls take, and returns the same, or refuses it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ from tests.engine.argument_table import compare_table
 torch.set_num_threads(1)
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 timeouts = Timeouts(collective=3)
-with runtime.launch(sys.argv[1], device="cpu", timeouts=timeouts) as engine:
+own = pathlib.Path(sys.argv[2], f"host{os.environ['RANK']}")
+with runtime.launch(own, device="cpu", timeouts=timeouts) as engine:
     found = {"generate": engine.generate([1], max_new_tokens=4, do_sample=False).tolist()}
     if sys.argv[3:]:
         found["table"] = compare_table(
@@ -74,6 +76,9 @@ def test_every_argument_on_launched_ranks(
 def test_a_batch_and_every_argument_under_torchrun(
     table: bool, stories: Path, stories260k: Path, tmp_path: Path
 ) -> None:
+    for rank in range(2):  # each has its own file alone, under a path of its own
+        own = shutil.copytree(stories, tmp_path / f"host{rank}")
+        next(own.glob(f"rank-0000{1 - rank}-*")).unlink()
     code, said = torchrun(2, stories, tmp_path, TORCHRUN, *[str(stories260k)] * table)
     assert code == 0
     (found,) = said  # the other rank follows, and ends
