@@ -2,7 +2,8 @@
 
 The reference is the unsharded model in float64. A 16-bit model is compared in float32, too: a
 mixture in 16 bits may route a token elsewhere by its own rounding, and then what is allowed there
-is large; in float32 routes do not flip, and a wrong layout shows.
+is large; in float32 routes do not flip, and a wrong layout shows. If ranks alone route a few tokens
+elsewhere in 16 bits, these are set aside there, and the report says how many.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from shardkit.shards import Manifest
 from shardkit.verification.block_journal import BlockJournal
 from shardkit.verification.block_notes import CheckNotes
 from shardkit.verification.block_record import (
+    PROVEN_IN,
     BlockComparison,
     BlockRecord,
     list_errors_by_block,
@@ -40,7 +42,6 @@ from shardkit.verification.streamed_weights import ByteCounts
 
 REFERENCE = torch.float64
 CACHED = "cached"  # the pass with a cache
-PROVEN_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def check_blocks(
@@ -229,6 +230,9 @@ class _BlockCheck:
             "peak_weight_bytes": self.notes.counts.peak,
         }
         steps = self.numbers.get("cached_steps")
+        if aside := sum(each.rows_aside for record in records for each in record.comparisons):
+            self.numbers["rows_set_aside"] = aside
+            texts.append(f"{aside} rows in {torch_name(self.own)} set aside, as routed elsewhere")
         return f"{self._count_blocks()}, ranks in turns: {'; '.join(texts)}" + (
             f"; cached steps are {steps}" if steps in ("equal", "differ") else ""
         )

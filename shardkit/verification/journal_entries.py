@@ -125,14 +125,15 @@ def _encode_errors(*errors: Error) -> list[str]:
 def _encode_comparison(each: BlockComparison) -> list[Any]:
     result = each.result
     numbers = _encode_errors(result.sharded, result.unsharded, result.allowed)
-    return [each.tp_rank, torch_name(each.dtype), *numbers]
+    return [each.tp_rank, torch_name(each.dtype), each.rows_aside, *numbers]
 
 
 def _read_comparison(value: Any, call: BlockCall) -> BlockComparison:
-    tp_rank, dtype, *numbers = _read_list(value, 8)
+    tp_rank, dtype, rows, *numbers = _read_list(value, 9)
     n = _read_floats(numbers, 6)
     result = Comparison(Error(n[0], n[1]), Error(n[2], n[3]), Error(n[4], n[5]))
-    return BlockComparison(call, read_integer(tp_rank, "rank"), _read_dtype(dtype), result)
+    rank, aside = read_integer(tp_rank, "rank"), read_integer(rows, "rows")
+    return BlockComparison(call, rank, _read_dtype(dtype), result, aside)
 
 
 def _read_shape(value: Any, where: str) -> tuple[torch.dtype, tuple[int, ...]]:
