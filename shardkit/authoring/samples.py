@@ -16,6 +16,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,13 @@ class Sample:
 def list_samples() -> list[Sample]:
     """Every bundled sample, in the order of the files and within them."""
     files = sorted((find_recipe_folder() / "samples").glob("*.toml"))
-    return [sample for path in files for sample in read_samples(path)]
+    return [sample for path in files for sample in _keep_samples(path, path.stat().st_mtime_ns)]
+
+
+@lru_cache
+def _keep_samples(path: Path, _changed: int) -> tuple[Sample, ...]:
+    """The samples of a file, read once until it is changed."""
+    return tuple(read_samples(path))
 
 
 def find_samples(recipe: Recipe) -> list[Sample]:

@@ -95,8 +95,10 @@ def test_minimax_m2_with_whole_experts_is_even_where_its_blocks_are_not() -> Non
     parts, experts = find_option(advice, 8), find_option(advice, 8, whole=True)
     assert experts.weight_bytes == pytest.approx(230 * GB / 8, rel=0.01)
     assert parts.weight_bytes > 1.3 * experts.weight_bytes
-    # 12 blocks cannot be on 16 ranks, 256 experts can.
-    assert [o.is_expert_parallel for o in advice.options if o.tp_size == 16] == [True]
+    # 12 blocks over 16 ranks: 96 columns each, in one block or two, so twice what 1 / 12 would be.
+    over16, whole16 = find_option(advice, 16), find_option(advice, 16, whole=True)
+    assert over16.weight_bytes == pytest.approx(230 * GB / 6, rel=0.03)
+    assert whole16.weight_bytes == pytest.approx(230 * GB / 16, rel=0.03)
     # 230 / 4 is 57.6 GB, so 14.4e9 / 63,488 = 226,000 tokens: more than a context of 204,800.
     assert advice.context == 204_800
     assert (advice.choice and advice.choice.tp_size, advice.choice and advice.choice.replicas) == (
