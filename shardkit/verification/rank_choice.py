@@ -8,7 +8,8 @@ import torch
 from shardkit.output.available_memory import check_memory, choose_max_memory
 from shardkit.runtime.engine.controller import RankController
 from shardkit.shards import Manifest
-from shardkit.verification.block_check import PROVEN_IN, check_blocks
+from shardkit.verification.block_check import check_blocks
+from shardkit.verification.block_record import PROVEN_IN
 from shardkit.verification.memory import estimate_real_ranks, estimate_turns
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
