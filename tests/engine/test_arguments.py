@@ -71,8 +71,9 @@ def test_every_argument_on_launched_ranks(
         assert engine.alive
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
-@pytest.mark.parametrize("table", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", [False, True])
 def test_a_batch_and_every_argument_under_torchrun(
     table: bool, stories: Path, stories260k: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def shards(stories_tp2: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stories_tp2, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path: Path) -> None:
     code, said = torchrun(3, stories_tp2, tmp_path, STORY, "1")
@@ -90,6 +91,7 @@ def test_a_wrong_world_size_is_refused_by_every_rank(stories_tp2: Path, tmp_path
     assert all("tp_size 2, but 3 ranks" in found["error"] for found in said)
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_a_missing_shard_is_reported_by_every_rank(shards: Path, tmp_path: Path) -> None:
     (shards / "rank-00001-of-00002.safetensors").unlink()

@@ -26,6 +26,7 @@ def test_a_trained_llama_tells_its_golden_story(
     assert len({tuple(found["sampled"]) for found in said}) == 1
 
 
+@pytest.mark.slow
 def test_its_sharded_source_tells_the_same_story(tmp_path: Path) -> None:
     cut(shared("models/stories260K-sharded"), tmp_path / "shards", 2)
     with runtime.launch(tmp_path / "shards") as engine:

@@ -255,6 +255,7 @@ def test_it_verifies_under_torchrun(models: SampleFolder, tmp_path: Path) -> Non
     assert "first diverging module" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_a_damaged_file_under_torchrun_ends_every_rank(
     models: SampleFolder, tmp_path: Path
