@@ -80,11 +80,11 @@ def compare_sequences(engine: Engine, reference: ReferenceModel) -> str:
     """What differs between sequences that share a batch and those made alone; "" if nothing."""
     prompts = make_prompts(reference, engine.abilities.vocabulary or len(SMALL_IDS))
     before = engine.status().steps
-    made = asyncio.run(_generate_together(engine, prompts))
+    outputs = asyncio.run(_generate_together(engine, prompts))
     steps = engine.status().steps - before
     if not max(STEPS) <= steps < sum(STEPS):
         return f"{steps} steps: the sequences did not share a batch"
-    for prompt, count, ids in zip(prompts, STEPS, made, strict=True):
+    for prompt, count, ids in zip(prompts, STEPS, outputs, strict=True):
         inputs = {"input_ids": torch.tensor([prompt])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         alone = reference.generate(inputs, count).ids
@@ -97,13 +97,13 @@ async def _generate_together(
     engine: Engine, prompts: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     options = [{"max_new_tokens": count, "min_new_tokens": count} for count in STEPS]
-    made: list[torch.Tensor] = await asyncio.gather(
+    outputs: list[torch.Tensor] = await asyncio.gather(
         *(
             engine.agenerate([*prompt], do_sample=False, **each)
             for prompt, each in zip(prompts, options, strict=True)
         )
     )
-    return made
+    return outputs
 
 
 def make_prompts(reference: ReferenceModel, vocabulary: int) -> list[list[int]]:
@@ -124,11 +124,11 @@ def make_prompts(reference: ReferenceModel, vocabulary: int) -> list[list[int]]:
 
 def _list_ids(config: object) -> list[int]:
     """Every value of a config's fields whose names say that they are tokens, however deep."""
-    found: list[int] = []
+    ids: list[int] = []
     if isinstance(config, dict):
         for name, value in config.items():
             values = value if isinstance(value, list) else [value]
             if "token" in str(name):
-                found += [each for each in values if isinstance(each, int)]
-            found += [each for inner in values for each in _list_ids(inner)]
-    return found
+                ids += [each for each in values if isinstance(each, int)]
+            ids += [each for inner in values for each in _list_ids(inner)]
+    return ids

@@ -110,10 +110,10 @@ def split(
     with open_source(source, revision, allow_pickle, max_memory) as checkpoint:
         used, plan = plan_for(checkpoint, tp_size, recipe, expert_parallel)
         advance, buffer = _check_room(checkpoint, plan, destination, max_memory, progress)
-        made = None if dry_run else split_checkpoint(
+        manifest = None if dry_run else split_checkpoint(
             checkpoint, plan, used, destination, advance, fail_on_nonfinite, buffer
         )  # fmt: skip
-        return _describe_result(checkpoint, plan, destination.out, made)
+        return _describe_result(checkpoint, plan, destination.out, manifest)
 
 
 def reshard(

@@ -65,8 +65,8 @@ def _list_telling(
 def _list_numbers(group: PlacementGroup) -> Numbers:
     """The numbers in each name."""
     pattern = re.escape(group.tensors.pattern).replace(r"\*", r"(\d+)")
-    found: Numbers = re.findall(f"^{pattern}$", "\n".join(group.tensors.names), re.MULTILINE)
-    return found
+    numbers: Numbers = re.findall(f"^{pattern}$", "\n".join(group.tensors.names), re.MULTILINE)
+    return numbers
 
 
 def _find_first(

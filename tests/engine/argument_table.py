@@ -73,49 +73,49 @@ FORWARD: dict[str, dict[str, Any]] = {
 
 def compare_table(engine: runtime.Engine, model: PreTrainedModel) -> dict[str, str]:
     """What each argument does on the engine: "equal", "refused", or how it differs."""
-    found = {}
+    differences = {}
     for name, (ids, options) in GENERATE.items():
         torch.manual_seed(11)
         with warnings.catch_warnings(action="ignore"):
             expected = model.generate(ids, **options)
         try:
-            made = engine.generate(ids, seed=11, **options)
+            actual = engine.generate(ids, seed=11, **options)
         except ShardkitError as error:
-            made = str(error)
-        found[f"generate {name}"] = describe_difference(made, expected)
+            actual = str(error)
+        differences[f"generate {name}"] = describe_difference(actual, expected)
     for name, value in REFUSED.items():
         try:
             engine.generate(IDS, **{**GREEDY, name: value})
-            found[f"refused {name}"] = "accepted"
+            differences[f"refused {name}"] = "accepted"
         except RequestError as error:
             is_named = str(error).startswith(name) and "\n" not in str(error)
-            found[f"refused {name}"] = "equal" if is_named else str(error)
+            differences[f"refused {name}"] = "equal" if is_named else str(error)
     for name, inputs in FORWARD.items():
         with torch.inference_mode():
             expected = model(**inputs)
-        found[f"forward {name}"] = describe_difference(engine.forward(**inputs), expected)
-    return found
+        differences[f"forward {name}"] = describe_difference(engine.forward(**inputs), expected)
+    return differences
 
 
-def describe_difference(made: Any, expected: Any) -> str:
+def describe_difference(actual: Any, expected: Any) -> str:
     """ "equal", or where a value differs from what transformers returns, caches left out."""
     if isinstance(expected, torch.Tensor):
-        if not isinstance(made, torch.Tensor) or made.shape != expected.shape:
-            return f"{getattr(made, 'shape', made)} instead of {expected.shape}"
-        if not made.is_floating_point():
-            return "equal" if torch.equal(made, expected) else f"{made} instead of {expected}"
-        pairs = zip(made.flatten().tolist(), expected.flatten().tolist(), strict=True)
+        if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
+            return f"{getattr(actual, 'shape', actual)} instead of {expected.shape}"
+        if not actual.is_floating_point():
+            return "equal" if torch.equal(actual, expected) else f"{actual} instead of {expected}"
+        pairs = zip(actual.flatten().tolist(), expected.flatten().tolist(), strict=True)
         same = all(a == b or math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) for a, b in pairs)
-        return "equal" if same else f"by {float((made - expected).abs().max())}"
+        return "equal" if same else f"by {float((actual - expected).abs().max())}"
     if isinstance(expected, Mapping):
         kept = {k: v for k, v in expected.items() if not isinstance(v, Cache)}
-        if not isinstance(made, Mapping) or list(made) != list(kept):
-            return f"{made} instead of {list(kept)}"
-        made, expected = list(made.values()), list(kept.values())
+        if not isinstance(actual, Mapping) or list(actual) != list(kept):
+            return f"{actual} instead of {list(kept)}"
+        actual, expected = list(actual.values()), list(kept.values())
     if isinstance(expected, list | tuple):
         expected = [each for each in expected if not isinstance(each, Cache)]
-        if len(made) != len(expected):
-            return f"{len(made)} instead of {len(expected)}"
-        found = [describe_difference(a, b) for a, b in zip(made, expected, strict=True)]
-        return next((each for each in found if each != "equal"), "equal")
-    return "equal" if made == expected else f"{made} instead of {expected}"
+        if len(actual) != len(expected):
+            return f"{len(actual)} instead of {len(expected)}"
+        differences = [describe_difference(a, b) for a, b in zip(actual, expected, strict=True)]
+        return next((each for each in differences if each != "equal"), "equal")
+    return "equal" if actual == expected else f"{actual} instead of {expected}"

@@ -82,8 +82,8 @@ def _try_joining(model: PreTrainedModel, device: torch.device) -> str:
     """Generate two prompts alone, then so that one joins the other: the logits must be equal."""
     prompts = _make_prompts(model)
     alone = [_generate_alone(model, prompt, device) for prompt in prompts]
-    joined = _generate_joined(model, prompts, [ids for ids, _ in alone], device)
-    for (_, expected), logits in zip(alone, joined, strict=True):
+    logits_in_batch = _generate_joined(model, prompts, [ids for ids, _ in alone], device)
+    for (_, expected), logits in zip(alone, logits_in_batch, strict=True):
         difference = _compare(expected, logits)
         if not difference <= TOLERANCES.get(model.dtype, 0.5):
             return f"a sequence that joined had other logits, by {difference:.2g} deviations"
@@ -129,9 +129,9 @@ def _generate_alone(
     options = {"do_sample": False, "max_new_tokens": PROBE_STEPS, "min_new_tokens": PROBE_STEPS}
     inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
     inputs["attention_mask"] = inputs["attention_mask"].long()
-    made = ModelRunner(model, device).generate(inputs, options, with_logits=True)
-    assert made.logits is not None
-    return made.ids[0, len(prompt) :].tolist(), made.logits[0].float()
+    generation = ModelRunner(model, device).generate(inputs, options, with_logits=True)
+    assert generation.logits is not None
+    return generation.ids[0, len(prompt) :].tolist(), generation.logits[0].float()
 
 
 def _generate_joined(

@@ -173,16 +173,16 @@ class Engine:
         self._check_usable()
         if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
             raise RequestError(f"timeout={timeout!r}: it must be above 0 seconds")
-        made = make_params(params, sampling)
+        settings = make_params(params, sampling)
         ids = self.input_ids(prompt)
         if len(ids) > 1:
             raise RequestError(f"prompt: {len(ids)} rows of token ids; submit each by itself")
         planner = self._model.planner
         planner.check_prompt(ids)
-        handle = Handle(tuple(ids[0].tolist()), made.n, timeout)
-        needs_text = bool(made.stop or made.echo) or has_tokenizer(self.folder)
+        handle = Handle(tuple(ids[0].tolist()), settings.n, timeout)
+        needs_text = bool(settings.stop or settings.echo) or has_tokenizer(self.folder)
         tokenizer = self.tokenizer if needs_text else None
-        self._model.loop.add_sequences(planner.plan_request(handle, made, tokenizer))
+        self._model.loop.add_sequences(planner.plan_request(handle, settings, tokenizer))
         return handle
 
     def generate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:

@@ -26,7 +26,7 @@ PAUSE_AFTER = 2.0  # seconds without a request before the ranks wait without a c
 
 @dataclass
 class Call:
-    """One request to the ranks that is no part of the batch: a forward pass, a whole generate."""
+    """One request to the ranks outside the batch: a forward pass, or a whole generate."""
 
     request: Message
     on_tokens: OnTokens | None = None

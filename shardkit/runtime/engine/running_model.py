@@ -41,17 +41,17 @@ class RunningModel:
         self.ranks = start_ranks()
         try:
             loaded = self.ranks.request(load)[0].header
-            found = [r.header["abilities"] for r in self.ranks.request(prepare_request())]
+            by_rank = [r.header["abilities"] for r in self.ranks.request(prepare_request())]
         except BaseException:
             self.ranks.close()
             raise
         self.dtype: torch.dtype = getattr(torch, loaded["dtype"])
         if warning := loaded["warning"]:
             warnings.warn(warning, RuntimeWarning, stacklevel=4)  # where launch was called
-        self.abilities = Abilities(**found[0])
+        self.abilities = Abilities(**by_rank[0])
         if self.abilities.failure:
             log.warning("a forward pass over two tokens failed: %s", self.abilities.failure)
-        room = min(each["cache_tokens"] for each in found)
+        room = min(each["cache_tokens"] for each in by_rank)
         size, tokens = limits.max_batch_size, limits.max_batch_tokens or room
         log.info("%d sequences at most, %d tokens of KV cache", size, tokens)
         self._scheduler = Scheduler(size, limits.max_queue, tokens)
