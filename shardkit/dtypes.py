@@ -19,9 +19,8 @@ class Dtype:
         kind: What its values are.
         torch_name: What torch calls it, `bfloat16`; empty if torch has no such dtype.
         is_compute: Whether models compute in it. The others only store values.
-        nonfinite: What makes a value NaN or infinite: pairs of a byte's place in the little-endian
-            value, the most significant first, and the values of that byte. All pairs must hold.
-            Empty if every bit pattern is a finite number.
+        nonfinite: What makes a number NaN or infinite, as two integers of its width: the bits to
+            look at, and what they are then. None if every bit pattern is a finite number.
         float_bytes: The bytes of one number that `nonfinite` describes.
     """
 
@@ -30,20 +29,18 @@ class Dtype:
     kind: Kind
     torch_name: str = ""
     is_compute: bool = False
-    nonfinite: tuple[tuple[int, bytes], ...] = ()
+    nonfinite: tuple[int, int] | None = None
     float_bytes: int = 0
 
 
-def _bytes_with(bits: int) -> bytes:
-    """Every byte value that has all of `bits` set."""
-    return bytes(value for value in range(256) if value & bits == bits)
+def _all_set(bits: int) -> tuple[int, int]:
+    return bits, bits
 
 
-# A float is NaN or infinite if its whole exponent is set. The sign is masked out of the top byte.
-_F64 = ((7, _bytes_with(0x7F)), (6, _bytes_with(0xF0)))
-_F32 = ((3, _bytes_with(0x7F)), (2, _bytes_with(0x80)))
-_BF16 = ((1, _bytes_with(0x7F)), (0, _bytes_with(0x80)))
-_F16 = ((1, _bytes_with(0x7C)),)
+# A float is NaN or infinite if all bits of its exponent are set, whatever its sign.
+_F64, _F32 = _all_set(0x7FF0 << 48), _all_set(0x7F80 << 16)
+_BF16, _F16 = _all_set(0x7F80), _all_set(0x7C00)
+_FNUZ = (0xFF, 0x80)  # the negative zero, which those formats have not, is their only NaN
 
 # Formats of 4 and 6 bits have neither NaN nor infinity; of the 8-bit ones only E5M2 has infinities
 # (OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats 1.0 for E8M0; FNUZ: Noune et
@@ -52,11 +49,11 @@ _TABLE = (
     Dtype("F4", 4, "float"),
     Dtype("F6_E2M3", 6, "float"),
     Dtype("F6_E3M2", 6, "float"),
-    Dtype("F8_E5M2", 8, "float", "float8_e5m2", False, ((0, _bytes_with(0x7C)),), 1),
-    Dtype("F8_E4M3", 8, "float", "float8_e4m3fn", False, ((0, _bytes_with(0x7F)),), 1),
-    Dtype("F8_E8M0", 8, "float", "float8_e8m0fnu", False, ((0, b"\xff"),), 1),
-    Dtype("F8_E4M3FNUZ", 8, "float", "float8_e4m3fnuz", False, ((0, b"\x80"),), 1),
-    Dtype("F8_E5M2FNUZ", 8, "float", "float8_e5m2fnuz", False, ((0, b"\x80"),), 1),
+    Dtype("F8_E5M2", 8, "float", "float8_e5m2", False, _all_set(0x7C), 1),
+    Dtype("F8_E4M3", 8, "float", "float8_e4m3fn", False, _all_set(0x7F), 1),
+    Dtype("F8_E8M0", 8, "float", "float8_e8m0fnu", False, _all_set(0xFF), 1),
+    Dtype("F8_E4M3FNUZ", 8, "float", "float8_e4m3fnuz", False, _FNUZ, 1),
+    Dtype("F8_E5M2FNUZ", 8, "float", "float8_e5m2fnuz", False, _FNUZ, 1),
     Dtype("F16", 16, "float", "float16", True, _F16, 2),
     Dtype("BF16", 16, "float", "bfloat16", True, _BF16, 2),
     Dtype("F32", 32, "float", "float32", True, _F32, 4),
