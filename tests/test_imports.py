@@ -203,4 +203,5 @@ def test_plan_split_merge_and_inspect_load_no_torch(tmp_path: Path) -> None:
         ("reshard", shards, str(tmp_path / "three"), "--tp", "3"),
         ("merge", shards, merged),
     ):
-        assert not loaded(*arguments) & HEAVY, arguments
+        counts = {"numpy"} if arguments[0] == "split" else set()  # of NaN and infinite values
+        assert loaded(*arguments) & HEAVY <= counts, arguments

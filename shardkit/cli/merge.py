@@ -22,7 +22,7 @@ def merge(
 ) -> None:
     """Write the unsharded checkpoint again.
 
-    SHARDS is a shard folder. All of its data is checked before anything is written. OUT is the new
+    SHARDS is a shard folder. All of its data is checked before OUT is there. OUT is the new
     folder, with the source's own files, names and metadata. --force replaces a folder that holds
     only files of those names.
 

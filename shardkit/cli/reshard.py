@@ -29,7 +29,7 @@ def reshard(
 ) -> None:
     """Split shards for another number of ranks.
 
-    SHARDS is a shard folder. All of its data is checked before anything is written. OUT is the new
+    SHARDS is a shard folder. All of its data is checked before OUT is there. OUT is the new
     shard folder, byte for byte what a split of the source writes. With --force it may replace
     SHARDS itself.
 

@@ -4,19 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import encode_header, encode_index
-from shardkit.convert.copy_memory import choose_buffer_bytes
+from shardkit.convert.copy_memory import HASHED, choose_buffer_bytes
 from shardkit.convert.replaceable import merge_destination
 from shardkit.convert.steps import (
-    copy_into,
+    copy_shards_into,
     count_companion_bytes,
     open_output,
     read_shard_companions,
     write_companions,
 )
 from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
-from shardkit.output import Destination, OutputFile, TensorCopy, count_file_bytes, identify_run
+from shardkit.output import (
+    Destination,
+    Inspection,
+    OutputFile,
+    TensorCopy,
+    count_file_bytes,
+    identify_run,
+)
 from shardkit.planning import Mesh, summarize_plan
-from shardkit.shards import Manifest, ShardedCheckpoint, check_ranks, hash_manifest
+from shardkit.shards import Manifest, ShardedCheckpoint, hash_manifest
 
 WHOLE = Mesh(1).rank(0)
 
@@ -48,7 +55,7 @@ def merge(
     """Write the unsharded checkpoint again, in the source's own files, names and metadata.
 
     Args:
-        shards: A shard folder. Every byte of it is checked before anything is written.
+        shards: A shard folder. Every byte of it is checked before the output is there.
         out: The new folder.
         force: Whether to replace a folder that holds only files which this merge writes.
         resume: Whether to resume an interrupted run, and keep partial output if interrupted again.
@@ -69,7 +76,7 @@ def merge(
         advance = track_progress(sum(summary.stored_bytes) + summary.total_bytes, progress)
         destination = merge_destination(opened.manifest, Path(out), force, resume)
         pieces = len(opened.manifest.placements)
-        buffer_bytes = choose_buffer_bytes("merge", pieces, 1.0, max_memory)
+        buffer_bytes = choose_buffer_bytes("merge", pieces, 1 + HASHED, max_memory)
         merge_shards(opened, destination, advance, buffer_bytes)
         names = tuple(file.name for file in opened.manifest.source.files)
     return MergeResult(Path(out), names, summary.total_bytes)
@@ -84,14 +91,14 @@ def merge_shards(
     """As `merge`, of an open shard folder."""
     manifest, index = shards.manifest, shards.manifest.source.index
     destination.check()
-    check_ranks(shards, progress)
     files = _plan_source_files(manifest)
     run = identify_run(manifest.split_id, hash_manifest(manifest), files)
     destination.check_space(count_file_bytes(files) + count_companion_bytes(manifest))
-    with open_output(destination, run, files, progress) as (stage, writers):
+    unread = Inspection(digests=False, counted=())  # what is written is hashed as it is read
+    with open_output(destination, run, files, progress, unread) as (stage, writers):
         write_companions(stage, read_shard_companions(shards))
         copies = _plan_source_copies(manifest)
-        copy_into(stage, files, writers, shards, copies, progress, buffer_bytes)
+        copy_shards_into(stage, files, writers, shards, copies, progress, buffer_bytes)
         if index:
             total = sum(placement.spec.nbytes for placement in manifest.plan.placements)
             stage.write(index.name, encode_index(index, total))

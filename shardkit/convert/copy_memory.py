@@ -18,8 +18,9 @@ from shardkit.planning import Plan
 from shardkit.shards.integrity import READ_BYTES, THREADS
 
 SMALLEST_BUFFER = 64 << 10
+HASHED = 1.0  # of a block of shards: its parts of a rank's file, joined to be hashed
 PIECE_BYTES = 1100  # of a tensor in a file: its place, digest and line; measured 800
-SPARE_BYTES = 12 << 20  # threads, modules that are imported late, companion files
+SPARE_BYTES = 24 << 20  # threads, modules that are imported late (NumPy: 12 MB), companion files
 
 
 def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None) -> int:
@@ -28,7 +29,7 @@ def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None
     Args:
         what: The command, for an error.
         pieces: How many tensors all files have, counted in each file.
-        growth: The bytes that are written of a block, as a multiple of it, at most.
+        growth: The bytes that are packed of a block, as a multiple of it, at most.
         limit: The bytes that the process may take; None for what is free, less a margin.
 
     Raises:

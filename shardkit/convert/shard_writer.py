@@ -9,10 +9,11 @@ from pathlib import Path
 
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, encode_header, open_source, read_config
-from shardkit.convert.copy_memory import choose_buffer_bytes, find_growth
+from shardkit.convert.copy_memory import HASHED, choose_buffer_bytes, find_growth
 from shardkit.convert.replaceable import shard_destination
 from shardkit.convert.steps import (
     copy_into,
+    copy_shards_into,
     count_companion_bytes,
     open_output,
     read_shard_companions,
@@ -23,7 +24,9 @@ from shardkit.files import Progress, ProgressCallback, ignore_progress, track_pr
 from shardkit.output import (
     Destination,
     FileWriter,
+    Inspection,
     OutputFile,
+    PlainReader,
     StagingFolder,
     TensorCopy,
     count_file_bytes,
@@ -41,7 +44,6 @@ from shardkit.shards import (
     RankFile,
     ShardedCheckpoint,
     SourceRecord,
-    check_ranks,
     encode_manifest,
     hash_manifest,
     make_shard_metadata,
@@ -129,7 +131,7 @@ def reshard(
     """Cut a shard folder for another number of ranks: byte for byte what a direct split writes.
 
     Args:
-        shards: A shard folder. Every byte of it is checked before anything is written.
+        shards: A shard folder. Every byte of it is checked before the output is there.
         out: The new shard folder; with `force` it may be `shards` itself.
         tp_size: The new number of ranks.
         force: As for `split`.
@@ -152,7 +154,7 @@ def reshard(
         total += sum(summarize_plan(new_plan).stored_bytes)
         destination = shard_destination(Path(out), force, resume)
         advance = track_progress(total, progress)
-        buffer_bytes = _choose_buffer_bytes("reshard", new_plan, max_memory)
+        buffer_bytes = _choose_buffer_bytes("reshard", new_plan, max_memory, HASHED)
         manifest = reshard_shards(opened, tp_size, destination, advance, buffer_bytes)
     return SplitResult(Path(out), manifest.plan, manifest, (), makes_text)
 
@@ -183,7 +185,7 @@ def split_checkpoint(
     with open_output(destination, run, files, progress) as (stage, writers):
         companions = write_companions(stage, source.companions())
         copies = _plan_rank_copies(draft)
-        copy_into(stage, files, writers, source, copies, progress, buffer_bytes)
+        copy_into(stage, files, writers, PlainReader(source), copies, progress, buffer_bytes)
         source.check_unchanged()
         if fail_on_nonfinite:
             _check_finite(source, writers)
@@ -207,9 +209,9 @@ def _check_room(
     return track_progress(source.download_bytes + nbytes, progress), buffer_bytes
 
 
-def _choose_buffer_bytes(what: str, plan: Plan, max_memory: int | None) -> int:
+def _choose_buffer_bytes(what: str, plan: Plan, max_memory: int | None, growth: float = 0.0) -> int:
     pieces = len(plan.placements) * plan.mesh.world_size
-    return choose_buffer_bytes(what, pieces, find_growth(plan), max_memory)
+    return choose_buffer_bytes(what, pieces, find_growth(plan) + growth, max_memory)
 
 
 def _describe_result(
@@ -230,7 +232,6 @@ def reshard_shards(
 ) -> Manifest:
     """As `reshard`, of an open shard folder."""
     destination.check()
-    check_ranks(shards, progress)
     old = shards.manifest
     plan = old.plan.with_tp_size(tp_size)
     split_id = make_split_id(plan, old.source.fingerprint, old.recipe_sha256)
@@ -238,10 +239,11 @@ def reshard_shards(
     files = _plan_rank_files(draft)
     run = identify_run(split_id, hash_manifest(old), files)
     destination.check_space(count_file_bytes(files) + count_companion_bytes(old))
-    with open_output(destination, run, files, progress) as (stage, writers):
+    counted = Inspection(counted=old.nonfinite)
+    with open_output(destination, run, files, progress, counted) as (stage, writers):
         companions = write_companions(stage, read_shard_companions(shards))
         copies = _plan_rank_copies(draft)
-        copy_into(stage, files, writers, shards, copies, progress, buffer_bytes)
+        copy_shards_into(stage, files, writers, shards, copies, progress, buffer_bytes)
         return _write_manifest(stage, draft, writers, companions)
 
 

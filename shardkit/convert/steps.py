@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
-from shardkit.checkpoint import Source
+from shardkit.errors import VerifyError
 from shardkit.files import Progress
 from shardkit.output import (
+    BlockReader,
     Destination,
     Files,
     FileWriter,
+    Inspection,
     RunIdentity,
     StagingFolder,
     TensorCopy,
@@ -19,23 +21,27 @@ from shardkit.output import (
     publish_folder,
     remaining_copies,
 )
-from shardkit.shards import Digest, Manifest, ShardedCheckpoint, read_companion
+from shardkit.shards import CheckedShards, Digest, Manifest, ShardedCheckpoint, read_companion
 
 
 @contextmanager
 def open_output(
-    destination: Destination, run: RunIdentity, files: Files, progress: Progress
+    destination: Destination,
+    run: RunIdentity,
+    files: Files,
+    progress: Progress,
+    inspection: Inspection | None = None,
 ) -> Iterator[tuple[StagingFolder, list[FileWriter]]]:
     """A staging folder with a writer for each file, published if the block succeeds."""
     with publish_folder(destination) as stage:
-        yield stage, open_writers(stage, run, files, progress)
+        yield stage, open_writers(stage, run, files, progress, inspection)
 
 
 def copy_into(
     stage: StagingFolder,
     files: Files,
     writers: Sequence[FileWriter],
-    source: Source,
+    reader: BlockReader,
     copies: Sequence[TensorCopy],
     progress: Progress,
     buffer_bytes: int | None = None,
@@ -43,8 +49,29 @@ def copy_into(
     """Make the copies that an interrupted run has not made, and sync the files."""
     with as_output_error(stage.folder):
         remaining = list(remaining_copies(copies, writers))
-        copy_tensors(source, remaining, writers, progress, buffer_bytes)
+        copy_tensors(reader, remaining, writers, progress, buffer_bytes)
     stage.sync_files(files)
+
+
+def copy_shards_into(
+    stage: StagingFolder,
+    files: Files,
+    writers: Sequence[FileWriter],
+    shards: ShardedCheckpoint,
+    copies: Sequence[TensorCopy],
+    progress: Progress,
+    buffer_bytes: int | None = None,
+) -> None:
+    """As `copy_into`, of a shard folder, every byte of which is hashed on the way.
+
+    Raises VerifyError, naming every damaged file, if the bytes are not those that were written.
+    """
+    reader = CheckedShards(shards, progress)
+    try:
+        copy_into(stage, files, writers, reader, copies, progress, buffer_bytes)
+        reader.finish()
+    except VerifyError as fault:
+        raise reader.explain(fault) from None
 
 
 def write_companions(

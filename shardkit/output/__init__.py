@@ -12,14 +12,17 @@ from shardkit.output.resume import (
     open_writers,
     remaining_copies,
 )
-from shardkit.output.stream import TensorCopy, TensorWriter, copy_tensors
-from shardkit.output.writer import FileWriter
+from shardkit.output.stream import BlockReader, PlainReader, TensorCopy, TensorWriter, copy_tensors
+from shardkit.output.writer import FileWriter, Inspection
 
 __all__ = [
+    "BlockReader",
     "Destination",
     "FileWriter",
     "Files",
+    "Inspection",
     "OutputFile",
+    "PlainReader",
     "RunIdentity",
     "StagingFolder",
     "TensorCopy",

@@ -20,7 +20,7 @@ from shardkit.files import Progress, ignore_progress, read_file_name, read_small
 from shardkit.output.destination import as_output_error
 from shardkit.output.publish import JOURNAL, StagingFolder
 from shardkit.output.stream import TensorCopy
-from shardkit.output.writer import FileWriter
+from shardkit.output.writer import FileWriter, Inspection
 from shardkit.strict_json import JsonError, JsonObject, encode_canonical, parse_json, quote
 from shardkit.tensor import TensorSpec
 
@@ -42,7 +42,10 @@ class RunIdentity:
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A file whose first `tensors` tensors are on disk, and its digest up to their end."""
+    """A file whose first `tensors` tensors are on disk, and its digest up to their end.
+
+    The digest is empty if the run hashes nothing.
+    """
 
     file: str
     tensors: int
@@ -68,7 +71,11 @@ class OutputFile:
     @property
     def size(self) -> int:
         """Its bytes."""
-        return len(self.header) + sum(spec.nbytes for spec in self.tensors)
+        return self.size_up_to(len(self.tensors))
+
+    def size_up_to(self, tensors: int) -> int:
+        """The bytes of its header and its first `tensors` tensors."""
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors[:tensors])
 
 
 Files = Mapping[str, OutputFile]
@@ -150,24 +157,31 @@ def identify_run(split_id: str, source: str, files: Files) -> RunIdentity:
 
 
 def open_writers(
-    stage: StagingFolder, run: RunIdentity, files: Files, progress: Progress
+    stage: StagingFolder,
+    run: RunIdentity,
+    files: Files,
+    progress: Progress,
+    inspection: Inspection | None = None,
 ) -> list[FileWriter]:
     """A writer for each file, its whole size reserved, positioned behind what is on disk already.
 
-    Whatever else the staging folder holds is removed. Raises OutputError.
+    If nothing is hashed, it stands at the start and compares what is on disk. Whatever else the
+    staging folder holds is removed. Raises OutputError.
     """
     journal = Journal(stage, run)
     entries = {name: entry for name, entry in journal.read_entries().items() if name in files}
     stage.clear({JOURNAL, *entries})
     with as_output_error(stage.folder):
-        writers = _reopen_writers(stage, journal, files, entries, progress)
+        inspection = inspection or Inspection()
+        writers = _reopen_writers(stage, journal, files, entries, progress, inspection)
         stage.clear({JOURNAL, *writers})
-        new = [name for name in files if name not in writers]
-        for name in new:
-            fd = stage.create(name, files[name].size)
-            writers[name] = _make_writer(fd, journal, name, files[name])
-        for name in new:
-            writers[name].write([memoryview(files[name].header)])
+        for name in files:
+            if name not in writers:
+                fd = stage.create(name, files[name].size)
+                writers[name] = _make_writer(fd, journal, name, files[name], inspection)
+        for name, writer in writers.items():
+            if not writer.size:
+                writer.write([memoryview(files[name].header)])
     return [writers[name] for name in files]
 
 
@@ -188,14 +202,15 @@ def _reopen_writers(
     files: Files,
     entries: Mapping[str, JournalEntry],
     progress: Progress,
+    inspection: Inspection,
 ) -> dict[str, FileWriter]:
-    """The files whose first tensors are, by their bytes, those of the journal."""
+    """The files whose first tensors are, by their bytes, those of the journal, or may be."""
 
     def is_unchanged(name: str) -> bool:
         return _is_unchanged(writers[name], files[name], entries[name], progress)
 
     writers = {
-        name: _make_writer(stage.reopen(name), journal, name, files[name])
+        name: _make_writer(stage.reopen(name), journal, name, files[name], inspection)
         for name in entries
         if (stage.folder / name).exists()
     }
@@ -204,11 +219,13 @@ def _reopen_writers(
     return {name: w for (name, w), ok in zip(writers.items(), verdicts, strict=True) if ok}
 
 
-def _make_writer(fd: int, journal: Journal, name: str, file: OutputFile) -> FileWriter:
+def _make_writer(
+    fd: int, journal: Journal, name: str, file: OutputFile, inspection: Inspection
+) -> FileWriter:
     def record(tensors: int, digest: str) -> None:
         journal.append(JournalEntry(name, tensors, digest))
 
-    return FileWriter(fd, file.size, record)
+    return FileWriter(fd, file.size, record, inspection)
 
 
 def _is_unchanged(
@@ -218,6 +235,9 @@ def _is_unchanged(
     state = os.fstat(writer.fd)
     if not stat.S_ISREG(state.st_mode) or state.st_size != file.size:
         return False
+    if not entry.sha256:
+        writer.keep(file.size_up_to(entry.tensors))
+        return True
     if os.pread(writer.fd, len(file.header), 0) != file.header:
         return False
     writer.rehash(len(file.header), ignore_progress)
@@ -249,4 +269,5 @@ def _parse_run(value: Any) -> RunIdentity:
 def _parse_entry(value: Any, where: str) -> JournalEntry:
     fields = JsonObject(value, where, "file tensors sha256")
     tensors = fields.integer("tensors", MAX_TENSORS)
-    return JournalEntry(fields.read("file", read_file_name), tensors, fields.hex("sha256"))
+    digest = fields.hex("sha256") if fields.value("sha256") else ""
+    return JournalEntry(fields.read("file", read_file_name), tensors, digest)

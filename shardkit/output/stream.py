@@ -7,9 +7,10 @@ zlib and the system calls all release the interpreter lock.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Protocol
 
@@ -20,6 +21,33 @@ from shardkit.tensor import ByteView, TensorSpec, byte_view
 
 BUFFER_BYTES = 2 << 20  # per buffer: what is hashed is still in a core's cache when written
 NUM_BUFFERS = 8  # read ahead while others are hashed and written
+
+
+Task = Callable[[], None]
+
+
+class BlockReader(Protocol):
+    """What blocks are read from."""
+
+    def read_block(self, name: str, offset: int, view: memoryview) -> Iterable[tuple[int, Task]]:
+        """Fill `view` with a tensor's bytes from `offset` on.
+
+        Returns:
+            By a number, what is to be done with the block in a thread before `view` is filled anew;
+            one after another, in the order of the blocks, if the number is the same.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PlainReader:
+    """The blocks of a source, with nothing to be done but to copy them."""
+
+    source: Source
+
+    def read_block(self, name: str, offset: int, view: memoryview) -> Iterable[tuple[int, Task]]:
+        """As `BlockReader` says."""
+        self.source.read_into(name, offset, view)
+        return ()
 
 
 class TensorWriter(Protocol):
@@ -70,35 +98,35 @@ class _Buffer:
 
 
 def copy_tensors(
-    source: Source,
+    reader: BlockReader,
     copies: Sequence[TensorCopy],
     writers: Sequence[TensorWriter],
     progress: Progress,
     buffer_bytes: int | None = None,
 ) -> None:
-    """Run the copies in order. Raises what the source or a writer raises."""
+    """Run the copies in order. Raises what the reader, its tasks or a writer raises."""
     with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
-        _Copier(source, writers, pool, progress, buffer_bytes or BUFFER_BYTES).run(copies)
+        _Copier(reader, writers, pool, progress, buffer_bytes or BUFFER_BYTES).run(copies)
 
 
 class _Copier:
-    """One run of `copy_tensors`: the buffers, and each writer's last task, which run in order."""
+    """One run of `copy_tensors`: the buffers, and the last of the tasks that run in order."""
 
     def __init__(
         self,
-        source: Source,
+        reader: BlockReader,
         writers: Sequence[TensorWriter],
         pool: ThreadPoolExecutor,
         progress: Progress,
         buffer_bytes: int,
     ) -> None:
         self._buffer_bytes = buffer_bytes
-        self._source = source
+        self._reader = reader
         self._writers = writers
         self._pool = pool
         self._progress = progress
         self._buffers = [_Buffer(bytearray(buffer_bytes)) for _ in range(NUM_BUFFERS)]
-        self._last: dict[int, Future[None]] = {}
+        self._last: dict[tuple[str, int], Future[None]] = {}
         self._turn = 0
 
     def run(self, copies: Sequence[TensorCopy]) -> None:
@@ -112,7 +140,7 @@ class _Copier:
     def _run(self, copy: TensorCopy) -> None:
         view = byte_view(copy.spec, copy.dim)
         for writer, _ in copy.destinations:
-            self._submit(writer, self._writers[writer].begin, copy.spec)
+            self._submit("write", writer, partial(self._writers[writer].begin, copy.spec))
         if (
             view.outer > 1
             and view.row <= self._buffer_bytes
@@ -132,8 +160,8 @@ class _Copier:
             buffer, data = self._read(copy, start, min(start + step, total))
             for writer, spans in copy.destinations:
                 room = buffer.room(len(data) // view.row * num_indices(spans) * view.inner)
-                work = self._submit(writer, self._feed_rows, writer, view, spans, data, room)
-                buffer.busy.append(work)
+                task = partial(self._feed_rows, writer, view, spans, data, room)
+                buffer.busy.append(self._submit("write", writer, task))
                 self._progress(len(room))
 
     def _by_runs(self, copy: TensorCopy, view: ByteView) -> None:
@@ -155,7 +183,8 @@ class _Copier:
     def _read(self, copy: TensorCopy, start: int, stop: int) -> tuple[_Buffer, memoryview]:
         buffer = self._next()
         data = memoryview(buffer.data)[: stop - start]
-        self._source.read_into(copy.spec.name, start, data)
+        for number, task in self._reader.read_block(copy.spec.name, start, data):
+            buffer.busy.append(self._submit("read", number, task))
         return buffer, data
 
     def _next(self) -> _Buffer:
@@ -165,7 +194,9 @@ class _Copier:
         return buffer
 
     def _feed(self, writer: int, buffer: _Buffer, parts: Sequence[memoryview]) -> None:
-        buffer.busy.append(self._submit(writer, self._writers[writer].write, parts))
+        buffer.busy.append(
+            self._submit("write", writer, partial(self._writers[writer].write, parts))
+        )
         self._progress(sum(map(len, parts)))
 
     def _feed_rows(
@@ -174,19 +205,19 @@ class _Copier:
         pack_rows(view, spans, data, room)
         self._writers[writer].write([room])
 
-    def _submit(self, writer: int, task: Callable[..., None], *args: object) -> Future[None]:
-        """Run a task in a thread, after the writer's task before it."""
-        before = self._last.get(writer)
-        future = self._pool.submit(_run_in_turn, before, task, *args)
-        self._last[writer] = future
+    def _submit(self, kind: str, number: int, task: Task) -> Future[None]:
+        """Run a task in a thread, after the one before it of the same kind and number."""
+        before = self._last.get((kind, number))
+        future = self._pool.submit(_run_in_turn, before, task)
+        self._last[kind, number] = future
         return future
 
 
-def _run_in_turn(before: Future[None] | None, task: Callable[..., None], *args: object) -> None:
-    """Run a task after the one before it for the same consumer; a failure stops the chain."""
+def _run_in_turn(before: Future[None] | None, task: Task) -> None:
+    """Run a task after the one before it; a failure stops the chain."""
     if before is not None:
         before.result()
-    task(*args)
+    task()
 
 
 def iter_chunks(

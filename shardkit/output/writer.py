@@ -1,9 +1,10 @@
-"""An output file as the streaming copy fills it: hashed on the way, noted as it is safe."""
+"""An output file as the streaming copy fills it: inspected on the way, noted as it is safe."""
 
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 from shardkit.files import Progress, read_exactly
 from shardkit.output.nonfinite import count_nonfinite
@@ -19,38 +20,65 @@ SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is to be known of the bytes of files that are written.
+
+    Attributes:
+        digests: Whether to hash them. If not, what an interrupted run left is compared, when it is
+            resumed, with what is to be written.
+        counted: The tensors of which to count NaN and infinite values; None for all.
+    """
+
+    digests: bool = True
+    counted: Container[str] | None = None
+
+    def counts(self, spec: TensorSpec) -> bool:
+        """Whether to count NaN and infinite values of a tensor."""
+        return self.counted is None or spec.name in self.counted
+
+
 class FileWriter:
-    """An output file, written once from its start and hashed on the way.
+    """An output file, written once from its start and inspected on the way.
 
     Args:
-        fd: An open, empty file, or one that is to be rehashed first.
+        fd: An open, empty file, or one that is to be rehashed or kept first.
         total: The bytes it will have, a header first.
         record: Called with how many tensors are safe on disk, and the digest of the file up to
-            there: between tensors, after every JOURNAL_INTERVAL bytes, and at the end of a file
-            of as many.
+            there, empty if there is none: between tensors, after every JOURNAL_INTERVAL bytes, and
+            at the end of a file of as many.
+        inspection: What is to be known of its bytes.
 
     Attributes:
         size: The bytes written so far.
         nonfinite: How many values are NaN or infinite, of each tensor that has any.
     """
 
-    def __init__(self, fd: int, total: int, record: Callable[[int, str], object]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        total: int,
+        record: Callable[[int, str], object],
+        inspection: Inspection | None = None,
+    ) -> None:
         self.fd = fd
         self.size = 0
         self.nonfinite: dict[str, int] = {}
         self._total = total
         self._record = record
+        self._inspection = inspection or Inspection()
         self._recorded = 0
         self._flushed = 0
-        self._sha256 = hashlib.sha256()
+        self._kept = 0
+        self._sha256 = hashlib.sha256() if self._inspection.digests else None
         self._starts: list[tuple[str, int]] = []
         self._ends: list[str] = []
         self._spec: TensorSpec | None = None
 
     @property
     def sha256(self) -> str:
-        """The digest of everything written so far."""
-        return self._sha256.hexdigest()
+        """The digest of everything written so far; empty if it is not hashed."""
+        return self._sha256.hexdigest() if self._sha256 else ""
 
     @property
     def names(self) -> list[str]:
@@ -72,9 +100,10 @@ class FileWriter:
         self._spec = spec
 
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Hash and write the next bytes. Raises OSError."""
+        """Inspect and write the next bytes. Raises OSError."""
         for view in parts:
-            self._digest(view)
+            self._inspect(view)
+            view = self._skip_kept(view)
             while view:
                 count = os.pwrite(self.fd, view, self.size)
                 self.size += count
@@ -92,16 +121,30 @@ class FileWriter:
         while self.size < stop:
             part = buffer[: stop - self.size]
             read_exactly(self.fd, part, self.size)
-            self._digest(part)
+            self._inspect(part)
             self.size += len(part)
             progress(len(part))
         self._recorded = self._flushed = self.size
 
-    def _digest(self, view: memoryview) -> None:
-        """Hash the next bytes, whole values of a tensor unless they are the header, and count."""
-        self._sha256.update(view)
-        if self._spec and (count := count_nonfinite(view, self._spec.dtype)):
-            self.nonfinite[self._spec.name] = self.nonfinite.get(self._spec.name, 0) + count
+    def keep(self, count: int) -> None:
+        """The file has `count` bytes already, to be compared with the next that are written."""
+        self._kept = self._recorded = self._flushed = count
+
+    def _skip_kept(self, view: memoryview) -> memoryview:
+        """What of the next bytes is to be written, as the file does not have it. Raises OSError."""
+        kept = view[: max(0, self._kept - self.size)]
+        if kept and os.pread(self.fd, len(kept), self.size) != kept:
+            self._kept, kept = 0, view[:0]
+        self.size += len(kept)
+        return view[len(kept) :]
+
+    def _inspect(self, view: memoryview) -> None:
+        """Take the next bytes, whole values of a tensor unless they are the header."""
+        if self._sha256:
+            self._sha256.update(view)
+        spec = self._spec
+        if spec and self._inspection.counts(spec) and (count := count_nonfinite(view, spec.dtype)):
+            self.nonfinite[spec.name] = self.nonfinite.get(spec.name, 0) + count
 
     def _secure(self) -> None:
         os.fdatasync(self.fd)

@@ -1,5 +1,6 @@
 """The shard-folder format: its manifest, reading it as a checkpoint, and finding damage."""
 
+from shardkit.shards.checked_reads import CheckedShards
 from shardkit.shards.integrity import RankReader, check_ranks, find_rank_faults, read_companion
 from shardkit.shards.manifest import (
     FORMAT,
@@ -27,6 +28,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST_NAME",
     "PREFIX_DIGITS",
+    "CheckedShards",
     "Digest",
     "Manifest",
     "Piece",

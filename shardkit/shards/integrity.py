@@ -10,7 +10,8 @@ from shardkit.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
 from shardkit.files import Progress, read_exactly, read_small_file
 from shardkit.planning import Rank
-from shardkit.shards.manifest import PREFIX_DIGITS, Digest, Manifest
+from shardkit.shards.manifest import Digest, Manifest
+from shardkit.shards.rank_digest import RankDigest
 from shardkit.shards.reader import ShardedCheckpoint, open_shard
 from shardkit.tensor import TensorSpec
 
@@ -38,10 +39,10 @@ class RankReader:
         self, folder: Path, manifest: Manifest, rank: Rank, check_sha256: bool = True
     ) -> None:
         self.specs = manifest.stored_specs(rank)  # in the order of the file
-        self._rank_file = manifest.ranks[rank.index]
-        self._name = f"{folder / self._rank_file.name}: rank {rank.index}"
+        self._pieces = manifest.ranks[rank.index].pieces
+        self._name = f"{folder / manifest.ranks[rank.index].name}: rank {rank.index}"
         self._fd = open_shard(folder, manifest, rank)
-        self._sha256 = sha256(manifest.rank_header(rank)) if check_sha256 else None
+        self._digest = RankDigest(folder, manifest, rank) if check_sha256 else None
 
     def __enter__(self) -> "RankReader":
         return self
@@ -58,34 +59,20 @@ class RankReader:
             ManifestError: If the file cannot be read or became shorter.
             VerifyError: If the bytes are not the split's.
         """
-        piece = self._rank_file.pieces[spec.name]
-        at = piece.offset
+        at = self._pieces[spec.name].offset
         for view in views:
             try:
                 read_exactly(self._fd, view, at)
             except OSError as failure:
                 raise ManifestError(f"{self._name}: cannot be read: {failure.strerror}") from None
             at += len(view)
-            if self._sha256:
-                self._sha256.update(view)
-        if self._sha256 and self._sha256.hexdigest()[:PREFIX_DIGITS] != piece.prefix_sha256:
-            raise VerifyError(self._describe_damage(spec))
+            if self._digest:
+                self._digest.update(view)
 
     def finish(self) -> None:
         """Once every piece is read: raise VerifyError unless the file's sha256 is the split's."""
-        if self._sha256 and self._sha256.hexdigest() != self._rank_file.digest.sha256:
-            raise VerifyError(
-                f"{self._name}: sha256 {self._sha256.hexdigest()} is not the manifest's"
-            )
-
-    def _describe_damage(self, spec: TensorSpec) -> str:
-        """Where damage begins. Digests run on, so they say nothing of what follows."""
-        start, before = self._rank_file.pieces[spec.name].offset, self.specs.index(spec)
-        return (
-            f"{self._name}: {spec.name}: damaged between byte {start} and {start + spec.nbytes};"
-            f" the {before} tensors before it are intact, the {len(self.specs) - before - 1} after"
-            " it were not checked; restore the file, or split again"
-        )
+        if self._digest:
+            self._digest.finish()
 
 
 def split_blocks(view: memoryview) -> Iterator[memoryview]:

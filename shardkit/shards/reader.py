@@ -1,7 +1,8 @@
 """A shard folder read as a checkpoint: the whole tensors again, from every rank's file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint.header import read_open_header
@@ -16,8 +17,25 @@ from shardkit.tensor import TensorSpec, byte_view
 
 IOV_MAX = 1024
 
-Read = tuple[int, memoryview]
-"""Where bytes start in a rank's piece, and where they go."""
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighboring bytes of a rank's file, and where they go.
+
+    Attributes:
+        index: The rank's number.
+        start: The first byte's place in the file.
+        views: What is to be filled, in order.
+        nbytes: The bytes of all views.
+    """
+
+    index: int
+    start: int
+    views: tuple[memoryview, ...]
+    nbytes: int
+
+
+_Read = tuple[int, memoryview]  # where bytes start in a rank's file, and where they go
 
 
 class ShardedCheckpoint:
@@ -56,22 +74,28 @@ class ShardedCheckpoint:
 
     def read_into(self, name: str, offset: int, view: memoryview) -> None:
         """Fill `view` with the whole tensor's bytes from `offset` on. Raises ManifestError."""
-        placement = self.manifest.placements[name]
-        for index, reads in enumerate(self._plan_reads(placement, offset, view)):
-            if reads:
-                self._read(index, self.manifest.ranks[index].pieces[name].offset, reads)
+        for run in self.plan_runs(name, offset, view):
+            self.read_run(run)
 
-    def _plan_reads(self, placement: Placement, offset: int, view: memoryview) -> list[list[Read]]:
-        """For each rank, where in its piece the wanted bytes lie, and where they go.
+    def plan_runs(self, name: str, offset: int, view: memoryview) -> Iterator[Run]:
+        """What is to be read for `read_into`: each rank's runs, in the order of its file."""
+        for index, reads in enumerate(self._plan_reads(name, offset, view)):
+            yield from _join_reads(index, reads)
+
+    def _plan_reads(self, name: str, offset: int, view: memoryview) -> list[list[_Read]]:
+        """For each rank, where in its file the wanted bytes lie, and where they go.
 
         Seen around the divided dimension a tensor is `[outer, axis, inner]`: each outer index is a
         row of bytes, of which each tile of the axis is one stretch, stored by one rank.
         """
+        placement = self.manifest.placements[name]
         ranks = list(self.manifest.mesh.ranks())
         tensor = byte_view(placement.spec, placement.dim)
         tiles = self._tiles_of(placement)
         rank_rows = [num_indices(placement.spans(rank)) * tensor.inner for rank in ranks]
-        reads: list[list[Read]] = [[] for _ in ranks]
+        reads: list[list[_Read]] = [[] for _ in ranks]
+        pieces = [rank_file.pieces.get(name) for rank_file in self.manifest.ranks]
+        bases = [piece.offset if piece else 0 for piece in pieces]
         end = offset + len(view)
         for outer in range(offset // max(tensor.row, 1), -(-end // max(tensor.row, 1))):
             row = outer * tensor.row
@@ -80,9 +104,9 @@ class ShardedCheckpoint:
                 first = max(tile_start, offset)
                 last = min(row + stop * tensor.inner, end)
                 if first < last:
-                    in_piece = outer * rank_rows[index] + local * tensor.inner
+                    tile = bases[index] + outer * rank_rows[index] + local * tensor.inner
                     target = view[first - offset : last - offset]
-                    reads[index].append((in_piece + first - tile_start, target))
+                    reads[index].append((tile + first - tile_start, target))
         return reads
 
     def _tiles_of(self, placement: Placement) -> tuple[Tile, ...]:
@@ -91,26 +115,30 @@ class ShardedCheckpoint:
             self._tiles[name] = placement.tiles(self.manifest.mesh)
         return self._tiles[name]
 
-    def _read(self, index: int, base: int, reads: list[Read]) -> None:
-        """Read parts of a rank's file, neighbors scattered by one system call."""
-        at = 0
-        while at < len(reads):
-            start, views = reads[at][0], [reads[at][1]]
-            stop = start + len(reads[at][1])
-            while at + len(views) < len(reads) and len(views) < IOV_MAX:
-                place, view = reads[at + len(views)]
-                if place != stop:
-                    break
-                views.append(view)
-                stop += len(view)
-            path = self.folder / self.manifest.ranks[index].name
-            try:
-                count = os.preadv(self.fds[index], views, base + start)
-            except OSError as failure:
-                raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
-            if count != stop - start:
-                raise ManifestError(f"{path}: became shorter while it was read")
-            at += len(views)
+    def read_run(self, run: Run) -> None:
+        """Fill a run's views by one system call. Raises ManifestError."""
+        path = self.folder / self.manifest.ranks[run.index].name
+        try:
+            count = os.preadv(self.fds[run.index], run.views, run.start)
+        except OSError as failure:
+            raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
+        if count != run.nbytes:
+            raise ManifestError(f"{path}: became shorter while it was read")
+
+
+def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:
+    """A rank's reads, neighbors joined, of as many views as one system call takes."""
+    at = 0
+    while at < len(reads):
+        start, first = reads[at]
+        views, stop = [first], start + len(first)
+        for place, view in reads[at + 1 : at + IOV_MAX]:
+            if place != stop:
+                break
+            views.append(view)
+            stop += len(view)
+        yield Run(index, start, tuple(views), stop - start)
+        at += len(views)
 
 
 def open_shard(folder: Path, manifest: Manifest, rank: Rank) -> int:

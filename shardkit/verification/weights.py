@@ -11,7 +11,7 @@ from pathlib import Path
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ManifestError
 from shardkit.files import Progress
-from shardkit.output import TensorCopy, copy_tensors
+from shardkit.output import PlainReader, TensorCopy, copy_tensors
 from shardkit.shards import Manifest, find_first_difference, open_shard, read_manifest
 from shardkit.tensor import TensorSpec
 from shardkit.verification.report import Check
@@ -92,7 +92,7 @@ def check_weights(
             for tp_rank in ranks:
                 comparers.append(RankFileComparer(folder, manifest, tp_rank))
                 stack.callback(comparers[-1].close)
-            copy_tensors(source, copies, comparers, progress)
+            copy_tensors(PlainReader(source), copies, comparers, progress)
         faults = [fault for comparer in comparers for fault in comparer.faults.values()]
     if faults:
         more = [f"and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []

@@ -1,0 +1,125 @@
+"""Time of split, merge, reshard and verify, beside a durable copy and beside hashing alone.
+
+    python benchmarks/convert.py [--gib 2.1] [--tp 4] [--to 8] [--rounds 7] [--folder DIR] [--json]
+
+Every round runs each command once, in a process of its own, on warm files and into a new folder,
+which is synced to disk within the time and removed before the next.  Two baselines are of the same
+round: a durable copy (`cp -r`, then `sync -f`), and the sha256 of as many bytes as the command has
+to hash, by `openssl dgst` over the same shards, one process for each core: no program that takes
+these digests is faster than that.  A reshard has to hash twice: what it reads and what it writes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.split import QUIET, make_source, warm
+
+SHARDKIT = [sys.executable, "-m", "shardkit"]
+COPY, HASH = "cp -r; sync -f", "openssl dgst -sha256"
+OUT = "{out}"  # where a command writes, if it writes
+
+
+def list_commands(folder: Path, tp_size: int, other: int) -> dict[str, tuple[list[str], int]]:
+    """By name, a command and how often it has to hash every byte."""
+    source, shards = str(folder / "source"), str(folder / "shards")
+    cores = str(os.cpu_count() or 1)
+    hashing = 'find "$1" -name "*.safetensors" | xargs -n 1 -P "$2" openssl dgst -sha256'
+    return {
+        COPY: (["sh", "-c", 'cp -r "$1" "$2" && sync -f "$2"', "sh", source, OUT], 0),
+        HASH: (["sh", "-c", hashing, "sh", shards, cores], 1),
+        "split": ([*SHARDKIT, "split", source, OUT, "--tp", str(tp_size)], 1),
+        "merge": ([*SHARDKIT, "merge", shards, OUT], 1),
+        "reshard": ([*SHARDKIT, "reshard", shards, OUT, "--tp", str(other)], 2),
+        "verify, files": ([*SHARDKIT, "verify", shards, "--level", "files"], 1),
+        "verify, weights": (
+            [*SHARDKIT, "verify", shards, "--against", source, "--level", "weights"],
+            1,
+        ),
+    }
+
+
+def time_command(command: list[str], out: Path) -> tuple[float, float]:
+    """Run a command once: seconds, and the most memory it held in MB."""
+    arguments = [part.replace(OUT, str(out)) for part in command]
+    started = time.perf_counter()
+    pid = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=QUIET)
+    _, status, usage = os.wait4(pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{' '.join(arguments)}: failed")
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    return seconds, usage.ru_maxrss / 1024
+
+
+def measure(folder: Path, gib: float, tp_size: int, other: int, rounds: int) -> dict[str, Any]:
+    """Every command's median seconds, its ratios to both baselines, and peak memory."""
+    size = make_source(folder / "source", gib)
+    split = [*SHARDKIT, "split", str(folder / "source"), str(folder / "shards")]
+    subprocess.run([*split, "--tp", str(tp_size)], check=True, stdout=subprocess.DEVNULL)
+    for path in (folder / "shards").glob("*.safetensors"):
+        warm(path)
+    commands = list_commands(folder, tp_size, other)
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for turn in range(rounds + 1):
+        for name, (command, _) in commands.items():
+            result = time_command(command, folder / "out")
+            if turn:  # the first round warms the caches
+                results[name].append(result)
+    seconds = {name: [took for took, _ in runs] for name, runs in results.items()}
+    report = {}
+    for name, (_, hashes) in commands.items():
+        report[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "to_copy": describe_ratios(seconds[name], seconds[COPY]),
+            "to_hash": describe_ratios(seconds[name], seconds[HASH], hashes) if hashes else None,
+            "peak_mb": max(peak for _, peak in results[name]),
+        }
+    return {"bytes": size, "tp_size": tp_size, "other": other, "rounds": rounds, "results": report}
+
+
+def describe_ratios(times: list[float], baseline: list[float], count: int = 1) -> dict[str, float]:
+    """Ratios to `count` times the baseline of the same round: the median, and the worst."""
+    ratios = [took / (base * count) for took, base in zip(times, baseline, strict=True)]
+    return {"median": statistics.median(ratios), "worst": max(ratios)}
+
+
+def format_ratio(ratio: dict[str, float] | None) -> str:
+    """`1.05, worst 1.10`."""
+    return f"{ratio['median']:.2f}, worst {ratio['worst']:.2f}" if ratio else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=2.1)
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--to", type=int, default=8, help="What to reshard to.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="Work below this folder.")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        report = measure(Path(folder), options.gib, options.tp, options.to, options.rounds)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{report['bytes'] / 2**30:.2f} GiB, tp {report['tp_size']} to {report['other']},")
+    print(f"{os.cpu_count()} cores, medians of {report['rounds']} rounds after one of warming\n")
+    print("| | seconds | ratio to the copy | ratio to the hashing | peak memory, MB |")
+    print("|-|--------:|------------------:|---------------------:|----------------:|")
+    for name, row in report["results"].items():
+        ratios = f"{format_ratio(row['to_copy'])} | {format_ratio(row['to_hash'])}"
+        print(f"| {name} | {row['seconds']:.2f} | {ratios} | {row['peak_mb']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
