@@ -27,14 +27,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The files that take longest, which two workers start with: the last of them should not be alone.
 LONGEST = (
     "authoring/test_proof.py",
-    "runtime/test_runtime.py",
     "verification/test_verify.py",
+    "runtime/test_runtime.py",
+    "reliability/faults/test_faults.py",
+    "authoring/test_format_proofs.py",
+    "client/test_client.py",
+    "authoring/test_expert_proofs.py",
+    "verification/test_resume_verify.py",
     "authoring/test_draft.py",
     "engine/test_arguments.py",
     "engine/test_failures.py",
     "serve/test_serve_command.py",
     "runtime/test_trained_models.py",
-    "reliability/faults/test_faults.py",
+    "runtime/test_rank_faults.py",
+    "runtime/test_turns.py",
+    "runtime/test_packed.py",
+    "reliability/hostile/test_pickles.py",
     "runtime/test_load_verified.py",
     "runtime/test_rank_supervision.py",
     "reliability/fuzz/test_fuzz.py",
@@ -43,6 +51,11 @@ LONGEST = (
     "cli/test_recipes.py",
     "runtime/test_experts.py",
     "authoring/test_forms.py",
+    "verification/test_blocks.py",
+    "runtime/test_shared_memory.py",
+    "convert/test_properties.py",
+    "planning/test_advice.py",
+    "verification/test_memory.py",
 )
 
 

@@ -22,7 +22,9 @@ RESULTS = find_recipe_folder() / "proofs" / "results.json"
         ("mixtral", 3),  # experts one by one on disk, stacked in memory; 4 over 3 ranks
         ("gpt_oss", 2),  # stacked on disk, with biases
         ("dbrx-6-heads-2-kv", 2),  # stacked in one axis
-        ("nllb-moe", 2),  # a module for each expert, in an encoder and a decoder
+        pytest.param(
+            "nllb-moe", 2, marks=pytest.mark.slow
+        ),  # a module for each expert, in an encoder and a decoder
         ("llama4", 2),  # all tokens pass through every expert
         ("jetmoe", 2),  # rows in the order of experts
         ("longcat_flash", 3),  # experts that pass their input through; a rank without others

@@ -74,6 +74,7 @@ def test_a_bias_that_every_rank_adds_and_an_argument_not_cut_are_among_the_mutan
     assert len(set(faults[:4])) == 4, "the first of each kind come first"
 
 
+@pytest.mark.slow
 def test_ranks_that_a_mutant_has_stopped_do_not_make_the_next_one_fail(
     rank_pool: RankPool, tmp_path: Path
 ) -> None:

@@ -242,7 +242,7 @@ ANY = st.integers(0, 10_000)
 CASES = (models(), ANY, ANY, st.sampled_from([48, 512, 1 << 14]))
 
 
-@settings(max_examples=200, derandomize=True, **COMMON)
+@settings(max_examples=80, derandomize=True, **COMMON)
 @given(*CASES)
 def test_any_split_can_be_undone_and_redone(model: Model, one: int, other: int, block: int) -> None:
     check_everything(model, one, other, block)

@@ -17,7 +17,7 @@ SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bflo
 @pytest.mark.parametrize(
     ("tp_size", "dtype", "told"),
     [
-        (2, "float32", ""),  # 20 wide: 80 bytes
+        pytest.param(2, "float32", "", marks=pytest.mark.slow),  # 20 wide: 80 bytes
         (2, "bfloat16", "20 wide in bfloat16"),
         pytest.param(4, "float32", "10 wide in float32", marks=pytest.mark.slow),
     ],

@@ -51,7 +51,7 @@ pathlib.Path(sys.argv[2], f"said-{group.tp_rank}").write_text(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("made_by", ["own", "ours"])
+@pytest.mark.parametrize("made_by", [pytest.param("own", marks=pytest.mark.slow), "ours"])
 def test_rank_0_controls_the_others_through_the_store_or_without(
     made_by: str, stories_tp2: Path, tmp_path: Path
 ) -> None:
@@ -112,13 +112,13 @@ def test_ranks_with_different_splits_refuse_each_other(
         rank_pool.of(2).request(load_request(shards, None))
 
 
-def test_swapped_shards_are_refused(shards: Path) -> None:
+def test_swapped_shards_are_refused(shards: Path, rank_pool: RankPool) -> None:
     first, second = (shards / f"rank-0000{r}-of-00002.safetensors" for r in (0, 1))
     first.rename(shards / "x")
     second.rename(first)
     (shards / "x").rename(second)
     with pytest.raises(RanksError, match=r"rank-00000.*is the file of rank '1', renamed"):
-        runtime.launch(shards)
+        rank_pool.of(2).request(load_request(shards, None))
 
 
 def test_a_changed_config_is_refused(shards: Path, rank_pool: RankPool) -> None:

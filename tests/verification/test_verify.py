@@ -240,6 +240,7 @@ def test_the_command_exits_with_4_and_names_the_module(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_it_verifies_under_torchrun(models: SampleFolder, tmp_path: Path) -> None:
     source = models("llama")
@@ -247,6 +248,11 @@ def test_it_verifies_under_torchrun(models: SampleFolder, tmp_path: Path) -> Non
     done = command("verify", str(tmp_path / "right"), "--against", str(source), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "numerics  passed" in done.stdout
+
+
+@pytest.mark.torchrun
+def test_it_finds_a_wrong_layout_under_torchrun(models: SampleFolder, tmp_path: Path) -> None:
+    source = models("llama")
     recipe = altered("llama", tmp_path, ('offset}" = "heads"', 'offset}" = "2 heads"'))
     cut(source, tmp_path / "wrong", 2, recipe)
     done = command("verify", str(tmp_path / "wrong"), "--against", str(source), ranks=2)

@@ -19,7 +19,7 @@ from tests.reliability.fuzz import oracles
 from tests.reliability.fuzz.run import Result, fuzz, report, runs
 from tests.reliability.fuzz.targets import SEEDS, TARGETS
 
-SECONDS = 4  # for each reader
+SECONDS = 2  # for each reader
 NO_ATHERIS = "atheris is not installed (pip install 'shardkit[dev]')"
 REFUSED = {
     "config-numbers", "header-duplicate", "header-hole", "header-minus-zero", "header-pointer",

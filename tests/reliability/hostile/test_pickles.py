@@ -125,7 +125,7 @@ def pickled(source: Path, out: Path, files: int = 1) -> Path:
     return out
 
 
-@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("files", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_shards_of_pickled_weights_are_those_of_the_same_safetensors(
     files: int, tmp_path: Path, apart_folder: Path
 ) -> None:
