@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": CommandEntry(
         "shardkit.cli.serve:serve", "Answer HTTP requests as OpenAI's API has them."
     ),
+    "bench": CommandEntry("shardkit.cli.bench:bench", "Measure how fast shards load and run."),
     "recipes": CommandEntry("shardkit.cli.recipes:recipes", "List, show, check and draft recipes."),
     "demo": CommandEntry("shardkit.cli.demo:demo", "Split, verify and run two small models."),
 }

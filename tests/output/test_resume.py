@@ -133,29 +133,6 @@ def test_a_resumed_merge_and_a_resumed_reshard_write_the_same(source: Path, tmp_
     assert names(tmp_path) == ["shards", "source"]
 
 
-@pytest.mark.parametrize("at", [30, 4000, 12000])
-def test_a_resumed_merge_writes_what_is_not_what_the_shards_hold(
-    at: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A merge hashes what it reads and not what it writes: what is left is compared."""
-    shards, out = tmp_path / "shards", tmp_path / "out"
-    split_folder(source, shards, 2)
-    killed(merge_folder, shards, out, notes=8)
-    (stage,) = Destination(out).find_stages()
-    flip(stage / "model.safetensors", at)
-    offsets = []
-    plain = os.pwrite
-
-    def note_and_write(fd: int, view: memoryview, offset: int) -> int:
-        offsets.append(offset)
-        return plain(fd, view, offset)
-
-    monkeypatch.setattr(os, "pwrite", note_and_write)
-    merge_folder(shards, out, resume=True)
-    assert contents(out)["model.safetensors"] == contents(source)["model.safetensors"]
-    assert min(offsets) <= at < min(offsets) + 12800  # nothing is written that is there already
-
-
 def test_a_plain_run_removes_what_is_left_even_of_another_split(
     source: Path, stage: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,6 @@ from shardkit.runtime.distributed.diagnosis import (
 )
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.runtime.distributed.rendezvous import connect_store
-from shardkit.runtime.distributed.shared_memory import SharedMemoryTransport
 from shardkit.runtime.distributed.torch_transport import TorchTransport, Transport
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ class TensorParallelGroup:
     device: torch.device
     process_group: dist.ProcessGroup | None = None
     link: Link | None = None
-    transport: SharedMemoryTransport | None = None
+    transport: Transport | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"all_reduce": 0, "all_gather": 0})
     num_collectives: int = 0
     failure: str = ""
@@ -77,7 +76,7 @@ class TensorParallelGroup:
         """
         self.counts["all_reduce"] += 1
         if self.tp_size > 1:
-            x, carry = x.contiguous(), self._carrier
+            x, carry = x.contiguous(), self.carrier
             return self._run("all_reduce", lambda: carry.sum_ranks(x))
         return x
 
@@ -108,7 +107,7 @@ class TensorParallelGroup:
             RanksError: A rank died, stalled or left; the message names it.
         """
         if self.tp_size > 1:
-            x, carry = x.to(self.device).contiguous(), self._carrier
+            x, carry = x.to(self.device).contiguous(), self.carrier
             return self._run("broadcast", lambda: carry.copy_first(x))
         return x
 
@@ -189,7 +188,8 @@ class TensorParallelGroup:
         self.failure = self.failure or "this rank has left the group"
 
     @property
-    def _carrier(self) -> Transport:
+    def carrier(self) -> Transport:
+        """What carries tensors."""
         return self.transport or TorchTransport(self.process_group)
 
     def _run(self, name: str, collective: Callable[[], T]) -> T:
@@ -233,7 +233,7 @@ class TensorParallelGroup:
         return {rank: bytes(part.cpu().tolist()).decode() for rank, part in enumerate(parts)}
 
     def _gather_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        carry = self._carrier
+        carry = self.carrier
         return self._run("all_gather", lambda: carry.gather_ranks(x, self.tp_size))
 
     def _open(self) -> None:

@@ -22,6 +22,9 @@ class Transport(Protocol):
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous `x`, on every rank; it may be `x`, overwritten."""
 
+    def close(self) -> None:
+        """Give back what it holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class TorchTransport:
@@ -45,3 +48,6 @@ class TorchTransport:
         source = dist.get_global_rank(self.process_group, 0) if self.process_group else 0
         dist.broadcast(x, source, self.process_group)
         return x
+
+    def close(self) -> None:
+        """As `Transport` has it: the process group is its maker's to end."""

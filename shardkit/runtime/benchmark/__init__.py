@@ -1,0 +1,1 @@
+"""How fast a model runs: over ranks, unsharded, and by transformers' own tensor parallelism."""
