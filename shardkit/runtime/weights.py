@@ -13,6 +13,7 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError
 from shardkit.files import ignore_progress
 from shardkit.planning import Rank
+from shardkit.runtime.huge_pages import advise_huge_pages
 from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer, split_blocks
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
@@ -52,4 +53,5 @@ def allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     if dtype is None:
         raise ManifestError(f"{spec.name}: torch has no dtype that holds {spec.dtype}")
     flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
+    advise_huge_pages(flat)
     return flat.view(dtype).reshape(spec.shape), flat.numpy().data

@@ -79,7 +79,7 @@ def _run_batch(
     rest = seconds.pop("all") - seconds["first_token_seconds"]
     seconds["token_seconds"] = rest / workload.new_tokens
     both = _subtract(collectives, first_collectives)
-    seconds["collective_seconds"] = None if both is None else both / workload.new_tokens
+    seconds["collective_seconds"] = None if both is None else max(0.0, both) / workload.new_tokens
     return seconds
 
 
