@@ -37,7 +37,7 @@ def test_the_kernel_notes_it_of_weights_that_are_read() -> None:
     tensor, view = allocate_tensor(TensorSpec("weight", "F32", (4, HUGE_PAGE)))
     assert "hg" in flags_at(tensor.data_ptr() + tensor.nbytes // 2)
     view[:] = bytes([7]) * len(view)
-    assert tensor.view(torch.uint8).unique().tolist() == [7]
+    assert bool((tensor.view(torch.uint8) == 7).all())
     small, _ = allocate_tensor(TensorSpec("bias", "F32", (8,)))
     assert "hg" not in flags_at(small.data_ptr())
 
