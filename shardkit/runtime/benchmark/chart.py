@@ -25,15 +25,16 @@ def render_chart(report: Mapping[str, Any]) -> str:
             parts += [_text(LEFT, top + 18, f"{_TITLES[draw.__name__]}, {title}"), *rows]
             top += HEAD + ROW * len(report["contenders"]) + 10
     machine = report["machine"]
-    about = f"{machine['processor']}, {machine['cores']} cores; shardkit {machine['shardkit']},"
-    about += f" torch {machine['torch']}, transformers {machine['transformers']};"
-    about += f" medians of {report['rounds']} rounds, with the least and the most"
-    parts.append(_text(12, top + 16, about, "dim"))
+    versions = f"shardkit {machine['shardkit']}, torch {machine['torch']}"
+    versions += f", transformers {machine['transformers']}"
+    rounds = f"medians of {report['rounds']} rounds, with the least and the most"
+    parts.append(_text(12, top + 16, f"{machine['processor']}, {machine['cores']} cores", "dim"))
+    parts.append(_text(12, top + 34, f"{versions}; {rounds}", "dim"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 28}" role="img">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 46}" role="img">\n'
         f"<title>Speed of {escape(report['contenders'][0]['name'])} and others</title>\n"
         f"<style>{STYLE}</style>\n"
-        f'<rect class="page" width="{WIDTH}" height="{top + 28}"/>\n'
+        f'<rect class="page" width="{WIDTH}" height="{top + 46}"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
