@@ -39,7 +39,9 @@ campaign: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --seeds 3 --report right.jsonl
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/split.py
+	$(BIN)/python -m benchmarks.split
+	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.decode
 
 $(VENV)/demo: pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

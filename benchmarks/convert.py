@@ -1,6 +1,6 @@
 """Time of split, merge, reshard and verify, beside a durable copy and beside hashing alone.
 
-    python benchmarks/convert.py [--gib 2.1] [--tp 4] [--to 8] [--rounds 7] [--folder DIR] [--json]
+    python -m benchmarks.convert [--gib 2.1] [--tp 4] [--to 8] [--rounds 7] [--folder DIR] [--json]
 
 Every round runs each command once, in a process of its own, on warm files and into a new folder,
 which is synced to disk within the time and removed before the next.  Two baselines are of the same

@@ -1,6 +1,6 @@
 """Time and memory of a split, beside a durable copy and the usual ways to cut a checkpoint.
 
-    python benchmarks/split.py [--gib 2.1] [--tp 4] [--rounds 5] [--folder DIR] [--json]
+    python -m benchmarks.split [--gib 2.1] [--tp 4] [--rounds 5] [--folder DIR] [--json]
 
 Every round runs each contender once, in a process of its own, on the same warm source and into a
 new folder, removed before the next; the output is synced to disk within the time.  What counts is

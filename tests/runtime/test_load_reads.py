@@ -1,0 +1,51 @@
+"""Loading reads a rank's own bytes, each once, and none of another rank's file."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardkit import runtime
+from shardkit.checkpoint.header import read_header
+from shardkit.runtime.distributed.group import TensorParallelGroup
+from tests.helpers.runtime_helpers import cut
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The bytes that are read of each file's data."""
+    counts: Counter[str] = Counter()
+    plain = os.preadv
+
+    def count_and_read(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        counts[os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))] += sum(map(len, views))
+        return plain(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", count_and_read)
+    return counts
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_own_file_once(
+    rank: int, verify: bool, stories260k: Path, tmp_path: Path, reads: Counter[str]
+) -> None:
+    shards = tmp_path / "shards"
+    cut(stories260k, shards, 2)
+    reads.clear()
+    group = AloneOfTwo(rank, 2, torch.device("cpu"))
+    runtime.load(shards, group=group, verify=verify, check_inputs=False)
+    name = f"rank-{rank:05d}-of-00002.safetensors"
+    data = sum(entry.spec.nbytes for entry in read_header(shards / name).entries)
+    weights = {file: count for file, count in reads.items() if file.endswith(".safetensors")}
+    assert weights == {name: data}
+
+
+class AloneOfTwo(TensorParallelGroup):
+    """A rank that agrees with itself: nothing is computed."""
+
+    def all_agree(self, *_arguments: object, **_options: object) -> tuple[str, ...]:
+        return ()
