@@ -30,13 +30,14 @@ sweep: $(VENV)/dev
 	$(BIN)/shardkit recipes check --all --write
 	$(BIN)/shardkit recipes check --formats --write
 	$(BIN)/shardkit recipes check --batching --write
+	$(BIN)/shardkit recipes check --blocks --write
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report
 
 campaign: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign wrong --seeds 20 --report wrong.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --seeds 3 --report right.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --trials 1500 --report right.jsonl
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/split.py
