@@ -202,8 +202,7 @@ def run_models(
 
     Args:
         turns: The turns that they take.
-        models: The models.
-        blocks: The blocks that they have.
+        models, blocks: The models, and the blocks that they have.
         block_pass: How they are called.
         note: Notes what a block output in one of them.
         on_end: Called when a call of a block has ended in all of them.
@@ -231,9 +230,9 @@ def run_models(
         partial(_call_model, model, blocks, partial(visit, index), block_pass)
         for index, model in enumerate(models)
     ]
+    skips = block_pass.skips, block_pass.record.expected
     with ExitStack() as stack:
         for each in models:
-            skips = block_pass.skips, block_pass.record.expected
             stack.enter_context(skip_calls(each.model, *skips))
         return turns.run(tasks)
 
