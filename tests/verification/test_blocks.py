@@ -57,21 +57,8 @@ def split_sample(
     return Split(source, folder / "shards", cut(source, folder / "shards", tp_size, recipe))
 
 
-CLEAN = (
-    "llama",
-    "gpt2",
-    "bert",
-    "t5",
-    "mixtral",
-    "bamba",
-    "clip",
-    "mllama",
-    "albert",
-    "lstm",
-    "deepseek_v2",
-)
-
-
+CLEAN = ("llama", "gpt2", "bert", "t5", "mixtral", "bamba", "clip", "mllama", "albert", "lstm",
+         "deepseek_v2")  # fmt: skip
 # In 16 bits the same shards are run in float32, too: that alone is left to the slow tests.
 BOTH_DTYPES = [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 
