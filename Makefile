@@ -36,7 +36,7 @@ fuzz: $(VENV)/dev
 
 campaign: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign wrong --seeds 20 --report wrong.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --seeds 3 --report right.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.verification.campaign right --trials 1500 --report right.jsonl
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.split

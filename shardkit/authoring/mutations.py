@@ -5,6 +5,7 @@ a rule left out, a norm that is not reduced, a bias that every rank adds, an arg
 cut, an attribute that still counts every rank's heads.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -21,6 +22,7 @@ from shardkit.layout.style import (
     REPLICATE,
     ROW,
 )
+from shardkit.planning import Plan
 from shardkit.recipe.catalog import load_heads
 from shardkit.recipe.recipe import Recipe, Rule, UnitRule
 
@@ -52,6 +54,15 @@ class Mutant:
     pattern: str
     recipe: Recipe
     must_be_detected: bool = True
+
+
+def list_rules(recipe: Recipe, plan: Plan) -> dict[str, frozenset[str]]:
+    """The patterns of the rules that a plan has used, each with the tensors that it names."""
+    by_pattern = defaultdict(set)
+    for placement in plan.placements:
+        name = placement.spec.name
+        by_pattern[recipe.rule_for(name).stated_pattern].add(name)
+    return {pattern: frozenset(names) for pattern, names in by_pattern.items()}
 
 
 def list_mutants(recipe: Recipe, rules: Mapping[str, Collection[str]]) -> Iterator[Mutant]:

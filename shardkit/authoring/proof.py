@@ -1,6 +1,5 @@
 """Proves a recipe on one small model: complete, right by masked sum and over ranks, as planned."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.masked_sum import WEIGHT_FILE, load_reference, masked_sum_errors
+from shardkit.authoring.mutations import list_rules
 from shardkit.authoring.usage_check import compare_usage
 from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.convert import (
@@ -77,7 +77,7 @@ def prove_recipe(
         checks.append(_run_step(name, step))
         if checks[-1].verdict != "passed":
             return Proof(tuple(checks))
-    return Proof(tuple(checks), run.rules, run.share)
+    return Proof(tuple(checks), list_rules(run.recipe, run.plan), run.share)
 
 
 @dataclass
@@ -116,14 +116,6 @@ class _ProofRun:
             return split_checkpoint(
                 checkpoint, self.plan, self.recipe, shard_destination(self.scratch / "shards")
             )
-
-    @property
-    def rules(self) -> dict[str, frozenset[str]]:
-        by_pattern = defaultdict(set)
-        for placement in self.plan.placements:
-            rule = self.recipe.rule_for(placement.spec.name)
-            by_pattern[rule.stated_pattern].add(placement.spec.name)
-        return {pattern: frozenset(names) for pattern, names in by_pattern.items()}
 
     @property
     def share(self) -> float:

@@ -31,7 +31,7 @@ from shardkit.verification.block_record import (
     BlockRecord,
     list_errors_by_block,
 )
-from shardkit.verification.block_runs import Action, TurnRanks, UnshardedModels
+from shardkit.verification.block_runs import Action, BlockPass, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
 from shardkit.verification.divergence import NO_MODULE, find_divergence
 from shardkit.verification.dummy_inputs import count_steps
@@ -149,7 +149,7 @@ class _BlockCheck:
         notes = self.notes.start_run(f"{name} unsharded", record, None, name == CACHED)
         if not notes.is_done:
             skips = notes.list_skips(list_repeated(model, unsharded.blocks, unsharded.plain_blocks))
-            unsharded.run(action, record, (), skips, notes.end_call)
+            unsharded.run(BlockPass(action, record, (), skips, notes.end_call))
             notes.end_run()
         repeated = list_repeated(model, unsharded.blocks, unsharded.plain_blocks)
         record.unsampled = self.unsampled = choose_skips(
@@ -161,7 +161,8 @@ class _BlockCheck:
             notes = self.notes.start_run(run, record, ranks.dtype, name == CACHED)
             if not notes.is_done:
                 skips = notes.list_skips(repeated) | unsampled
-                ranks.run(action, record, unsharded.blocks, (), skips, notes.end_call)
+                block_pass = BlockPass(action, record, (), skips, notes.end_call)
+                ranks.run(block_pass, unsharded.blocks)
                 notes.end_run()
         record.forget_expected()
         return record
@@ -186,9 +187,10 @@ class _BlockCheck:
         names = [n for n, _ in self.unsharded.reference.named_modules() if n]
         traced = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
         record = BlockRecord(self.own, self._padded, {*self._partial})
-        models = self.unsharded.run(action, record, traced)
+        block_pass = BlockPass(action, record, traced)
+        models = self.unsharded.run(block_pass)
         ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
-        parts = ranks.run(action, record, self.unsharded.blocks, traced)
+        parts = ranks.run(block_pass, self.unsharded.blocks)
         rounded = models[self.unsharded.dtypes.index(fault.dtype, 1)]
         cause = find_divergence(self._placements, self.manifest.mesh, models[0], rounded, parts)
         if cause != NO_MODULE:

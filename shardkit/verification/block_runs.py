@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,31 @@ Action = Callable[[ModelRunner], object]
 """Calls a model: the same call for each that is compared."""
 OnCall = Callable[[BlockCall], object]
 """Is called as a call of a block is done by all models that run together."""
+Note = Callable[[int, BlockCall, list[torch.Tensor]], Outputs]
+"""Notes what a call output in the model of an index; returns what replaces it."""
 
 
 def ignore_call(_call: BlockCall) -> None:
     """Note nothing."""
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """One call of models that run together, block by block.
+
+    Attributes:
+        action: What calls a model.
+        record: Where is noted what their blocks output; what it has already is kept.
+        traced: The modules whose outputs are returned.
+        skips: Calls that compute nothing, and output what the record expects.
+        on_call: Called after each call of a block.
+    """
+
+    action: Action
+    record: BlockRecord
+    traced: Sequence[str] = ()
+    skips: Collection[BlockCall] = ()
+    on_call: OnCall = ignore_call
 
 
 class UnshardedModels:
@@ -82,67 +104,34 @@ class UnshardedModels:
         self._source.clear()
         return inputs
 
-    def run(
-        self,
-        action: Action,
-        record: BlockRecord,
-        traced: Sequence[str] = (),
-        skips: Collection[BlockCall] = (),
-        on_call: OnCall = ignore_call,
-    ) -> list[Tensors]:
+    def run(self, block_pass: BlockPass) -> list[Tensors]:
         """Call each model, and note what its blocks output.
 
-        Args:
-            action: What calls a model.
-            record: Where it is noted; what it has already is kept.
-            traced: The modules whose outputs are returned.
-            skips: Calls that compute nothing, and output what the record has.
-            on_call: Called after each call of a block.
-
         Returns:
-            What the modules of these names output in each model.
+            What the traced modules output in each model.
 
         Raises:
             CheckpointError: A model cannot be run.
         """
-        turns = Turns(len(self._models))
+        record = block_pass.record
 
         def note(index: int, call: BlockCall, outputs: list[torch.Tensor]) -> Outputs:
             if index == 0:
-                values = record.keep_expected(call, outputs)
-            else:
-                values = record.measure_rounding(self.dtypes[index], call, outputs)
-            self._models[index].weights.release()
-            turns.exchange(index, f"block {call}", None, partial(self._end_call, call, on_call))
-            return values
+                return record.keep_expected(call, outputs)
+            return record.measure_rounding(self.dtypes[index], call, outputs)
 
-        tasks = [
-            partial(_call_model, model, self.blocks, partial(note, index), traced, action)
-            for index, model in enumerate(self._models)
-        ]
-        with ExitStack() as stack:
-            for each in self._models:
-                stack.enter_context(skip_calls(each.model, skips, record.expected))
-            stack.enter_context(find_plain_blocks(self.reference, self.blocks, self.plain_blocks))
-            return self._run_tasks(turns, tasks)
-
-    def _run_tasks(self, turns: Turns, tasks: Sequence[Callable[[], Tensors]]) -> list[Tensors]:
-        try:
-            return turns.run(tasks)
-        except RanksLost:
-            raise
-        except RanksError as error:
-            if isinstance(error.__cause__, ShardkitError):
-                raise error.__cause__ from None
-            reason = str(error).partition(": ")[2]
-            folder = self._source.checkpoint.folder
-            raise CheckpointError(f"{folder}: transformers cannot run it: {reason}") from None
-
-    def _end_call(self, call: BlockCall, on_call: OnCall, values: list[None]) -> list[None]:
-        self._source.clear()
-        return_free_memory()
-        on_call(call)
-        return values
+        turns, models = Turns(len(self._models)), self._models
+        with find_plain_blocks(self.reference, self.blocks, self.plain_blocks):
+            try:
+                return run_models(turns, models, self.blocks, block_pass, note, self._source.clear)
+            except RanksLost:
+                raise
+            except RanksError as error:
+                if isinstance(error.__cause__, ShardkitError):
+                    raise error.__cause__ from None
+                reason = str(error).partition(": ")[2]
+                folder = self._source.checkpoint.folder
+                raise CheckpointError(f"{folder}: transformers cannot run it: {reason}") from None
 
 
 class TurnRanks:
@@ -177,52 +166,21 @@ class TurnRanks:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(
-        self,
-        action: Action,
-        record: BlockRecord,
-        blocks: Sequence[str],
-        traced: Sequence[str] = (),
-        skips: Collection[BlockCall] = (),
-        on_call: OnCall = ignore_call,
-    ) -> list[Tensors]:
+    def run(self, block_pass: BlockPass, blocks: Sequence[str]) -> list[Tensors]:
         """Call every rank's model, and compare what its blocks output with the record.
 
         Args:
-            action: What calls a model.
-            record: What the reference output, and where comparisons are noted.
+            block_pass: How, and the record.
             blocks: The model's blocks.
-            traced: The modules whose outputs are returned.
-            skips: Calls that compute nothing, and output what the reference does.
-            on_call: Called after each call of a block.
 
         Returns:
-            What the modules of these names output on each rank.
+            What the traced modules output on each rank.
 
         Raises:
             RanksError: A rank cannot be run; the message names it.
         """
-
-        def compare(rank: int, call: BlockCall, outputs: list[torch.Tensor]) -> Outputs:
-            values = record.compare_rank(self.dtype, rank, call, outputs)
-            self._models[rank].weights.release()
-            end = partial(self._end_call, call, on_call)
-            self._turns.exchange(rank, f"block {call}", None, end)
-            return values
-
-        tasks = [
-            partial(_call_model, model, blocks, partial(compare, rank), traced, action)
-            for rank, model in enumerate(self._models)
-        ]
-        with ExitStack() as stack:
-            for each in self._models:
-                stack.enter_context(skip_calls(each.model, skips, record.expected))
-            return self._turns.run(tasks)
-
-    def _end_call(self, call: BlockCall, on_call: OnCall, values: list[None]) -> list[None]:
-        return_free_memory()
-        on_call(call)
-        return values
+        compare = partial(block_pass.record.compare_rank, self.dtype)
+        return run_models(self._turns, self._models, blocks, block_pass, compare)
 
     def _prepare(self, shard: RankShard, counts: ByteCounts) -> StreamedModel:
         rank, size = shard.rank.tp_rank, shard.manifest.tp_size
@@ -232,19 +190,62 @@ class TurnRanks:
         return stream_rank(shard, group, reader, self.whole, counts)
 
 
-def _call_model(
-    streamed: StreamedModel,
+def run_models(
+    turns: Turns,
+    models: Sequence[StreamedModel],
     blocks: Sequence[str],
-    visit: Visitor,
-    traced: Sequence[str],
-    action: Action,
+    block_pass: BlockPass,
+    note: Note,
+    on_end: Callable[[], None] = lambda: None,
+) -> list[Tensors]:
+    """Call models that take turns, each block on all of them before the next.
+
+    Args:
+        turns: The turns that they take.
+        models, blocks: The models, and the blocks that they have.
+        block_pass: How they are called.
+        note: Notes what a block output in one of them.
+        on_end: Called when a call of a block has ended in all of them.
+
+    Returns:
+        What the traced modules output in each model.
+
+    Raises:
+        RanksError: One cannot be run; the message has its number.
+    """
+
+    def visit(index: int, call: BlockCall, outputs: list[torch.Tensor]) -> Outputs:
+        values = note(index, call, outputs)
+        models[index].weights.release()
+        turns.exchange(index, f"block {call}", None, partial(end_call, call))
+        return values
+
+    def end_call(call: BlockCall, values: list[None]) -> list[None]:
+        on_end()
+        return_free_memory()
+        block_pass.on_call(call)
+        return values
+
+    tasks = [
+        partial(_call_model, model, blocks, partial(visit, index), block_pass)
+        for index, model in enumerate(models)
+    ]
+    skips = block_pass.skips, block_pass.record.expected
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(skip_calls(each.model, *skips))
+        return turns.run(tasks)
+
+
+def _call_model(
+    streamed: StreamedModel, blocks: Sequence[str], visit: Visitor, block_pass: BlockPass
 ) -> Tensors:
     """Call a model; what the traced modules output, before any of it is replaced."""
     with (
         streamed.promoting(),
         streamed.running(),
-        ModuleOutputs(streamed.model, traced) as outputs,
+        ModuleOutputs(streamed.model, block_pass.traced) as outputs,
         visit_blocks(streamed.model, blocks, visit),
     ):
-        action(streamed.runner)
+        block_pass.action(streamed.runner)
     return outputs.tensors

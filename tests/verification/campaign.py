@@ -1,10 +1,10 @@
 """Many wrong layouts in 16 bits, and many right ones, each verified with ranks in turns.
 
-    python -m tests.verification.campaign wrong --seeds 20 --report wrong.jsonl
-    python -m tests.verification.campaign right --seeds 2 --report right.jsonl
+    python -m tests.verification.campaign wrong --seeds 20 [--mutants 48] --report wrong.jsonl
+    python -m tests.verification.campaign right --trials 500 --report right.jsonl
 
 Each trial is a line of the report; trials that it has already are not run again, so a campaign that
-was stopped goes on. It ends with 1 if a wrong layout passed, or a right one failed.
+was stopped goes on. It ends with 1 if a wrong layout passed, or a right one did not.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, islice, product, zip_longest
 from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 
 from shardkit.authoring import samples
-from shardkit.authoring.mutations import Mutant, list_mutants
+from shardkit.authoring.mutations import Mutant, list_mutants, list_rules
 from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.errors import ShardkitError
 from shardkit.layout import Span
@@ -44,6 +44,7 @@ HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "falcon_h1", "nemotron_h", "qwe
 COMPUTED = {"norm not reduced", "input not gathered", "output not padded"}
 HALF = (torch.float16, torch.bfloat16)
 EVERY = (torch.float32, *HALF)
+FLOAT32_ONLY = {"reformer", "deberta", "deberta-nine-heads", "deberta-base", "xlstm"}
 TP_SIZE = 2
 Outcome = Literal["passed", "failed", "refused"]
 
@@ -66,11 +67,7 @@ def list_layout_mutants(name: str) -> list[Mutant]:
         with Checkpoint(source) as checkpoint:
             config, specs = checkpoint.config, checkpoint.specs()
         recipe = compose_recipe(find_recipe(config), read_config(source))
-    rules: dict[str, set[str]] = defaultdict(set)
     right = make_plan(specs, recipe, config, TP_SIZE)
-    for placement in right.placements:
-        rule = recipe.rule_for(placement.spec.name)
-        rules[rule.stated_pattern].add(placement.spec.name)
 
     def is_wrong(mutant: Mutant) -> bool:
         if mutant.fault != "layout swapped":
@@ -81,7 +78,9 @@ def list_layout_mutants(name: str) -> list[Mutant]:
             return True
         return _list_parts(wrong) != _list_parts(right)
 
-    return [mutant for mutant in list_mutants(recipe, rules) if is_wrong(mutant)]
+    return [
+        mutant for mutant in list_mutants(recipe, list_rules(recipe, right)) if is_wrong(mutant)
+    ]
 
 
 def _list_parts(plan: Plan) -> list[tuple[Span, ...]]:
@@ -107,19 +106,37 @@ def run_trial(trial: Trial, recipe: Recipe | None) -> Outcome:
         return "passed" if check.verdict == "passed" else "failed"
 
 
-def list_wrong(seeds: int) -> Iterator[tuple[Trial, Recipe | None]]:
-    """Every wrong layout in 16 bits, seed after seed."""
-    mutants = {name: list_layout_mutants(name) for name in (*DENSE, *MIXTURES, *HYBRIDS)}
-    for seed, name, dtype in product(range(seeds), mutants, HALF):
-        for mutant in mutants[name]:
-            kind = str(dtype).removeprefix("torch.")
-            yield Trial(name, kind, seed, mutant.fault, mutant.pattern), mutant.recipe
+def list_wrong(
+    seeds: int, most_mutants: int | None = None
+) -> Iterator[tuple[Trial, Recipe | None]]:
+    """Every wrong layout in 16 bits, or so many spread over the samples, seed after seed."""
+    for seed, (name, mutant), dtype in product(range(seeds), list_spread(most_mutants), HALF):
+        kind = str(dtype).removeprefix("torch.")
+        yield Trial(name, kind, seed, mutant.fault, mutant.pattern), mutant.recipe
 
 
-def list_right(seeds: int) -> Iterator[tuple[Trial, Recipe | None]]:
-    """Every sample of every family, seed after seed, each time in the next of the dtypes."""
-    for seed, (at, name) in product(range(seeds), enumerate(VARIANTS)):
-        dtype = EVERY[(at + seed) % len(EVERY)]
+def list_spread(most: int | None = None) -> list[tuple[str, Mutant]]:
+    """Wrong layouts by sample, the first of each before any second: however few, they are spread.
+
+    A sample's own come in turns of their kinds of fault.
+    """
+    by_sample = [
+        [(name, mutant) for mutant in list_layout_mutants(name)]
+        for name in chain(*zip_longest(DENSE, MIXTURES, HYBRIDS))
+        if name
+    ]
+    return list(islice(filter(None, chain(*zip_longest(*by_sample))), most))
+
+
+def list_right(count: int) -> Iterator[tuple[Trial, Recipe | None]]:
+    """So many: each sample of every family, seed after seed, each time in another of the dtypes.
+
+    A few model classes do not run in 16 bits, whoever runs them: these have float32 alone.
+    """
+    for number in range(count):
+        seed, at = divmod(number, len(VARIANTS))
+        name = [*VARIANTS][at]
+        dtype = torch.float32 if name in FLOAT32_ONLY else EVERY[(at + seed) % len(EVERY)]
         yield Trial(name, str(dtype).removeprefix("torch."), seed), None
 
 
@@ -146,14 +163,17 @@ def main(arguments: Sequence[str]) -> int:
     """Run a campaign; 1 if a verdict was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=["wrong", "right"])
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="of each wrong layout")
+    parser.add_argument("--mutants", type=int, help="so many wrong layouts (default: all)")
+    parser.add_argument("--trials", type=int, default=500, help="so many right splits")
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=600)
     options = parser.parse_args(arguments)
-    trials = list_wrong(options.seeds) if options.which == "wrong" else list_right(options.seeds)
+    is_wrong = options.which == "wrong"
+    trials = list_wrong(options.seeds, options.mutants) if is_wrong else list_right(options.trials)
     counts = run_campaign(trials, options.report, time.monotonic() + 60 * options.minutes)
     print(dict(counts))
-    return int(counts["passed" if options.which == "wrong" else "failed"] > 0)
+    return int(counts["passed"] > 0 if is_wrong else counts["passed"] < counts.total())
 
 
 if __name__ == "__main__":

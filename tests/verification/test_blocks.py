@@ -57,23 +57,14 @@ def split_sample(
     return Split(source, folder / "shards", cut(source, folder / "shards", tp_size, recipe))
 
 
-CLEAN = (
-    "llama",
-    "gpt2",
-    "bert",
-    "t5",
-    "mixtral",
-    "bamba",
-    "clip",
-    "mllama",
-    "albert",
-    "lstm",
-    "deepseek_v2",
-)
+CLEAN = ("llama", "gpt2", "bert", "t5", "mixtral", "bamba", "clip", "mllama", "albert", "lstm",
+         "deepseek_v2")  # fmt: skip
+# In 16 bits the same shards are run in float32, too: that alone is left to the slow tests.
+BOTH_DTYPES = [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 
 
 @pytest.mark.parametrize("name", CLEAN)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", BOTH_DTYPES)
 def test_a_right_split_passes(name: str, dtype: str, tmp_path: Path) -> None:
     found = split_sample(name, tmp_path, 2, dtype).check()
     assert found.verdict == "passed", found.faults
@@ -115,11 +106,11 @@ WIDE = {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 4,
         "intermediate_size": 128}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sixteen_ranks_run_in_one_process(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*BOTH_DTYPES, pytest.param("float16", marks=pytest.mark.slow)])
+def test_sixteen_ranks_run_in_one_process(name: str, tmp_path: Path) -> None:
     llama = VARIANTS["llama"]
     sample = replace(llama, config={**llama.config, **WIDE})
-    source = make_sample(sample, tmp_path / "source", dtype)
+    source = make_sample(sample, tmp_path / "source", getattr(torch, name))
     manifest = cut(source, tmp_path / "shards", 16)
     found = Split(source, tmp_path / "shards", manifest).check()
     assert found.verdict == "passed", found.faults
@@ -127,7 +118,7 @@ def test_sixteen_ranks_run_in_one_process(dtype: torch.dtype, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float16", *BOTH_DTYPES[:1]])
 def test_a_wrong_layout_is_named_by_block_module_and_tensor(
     fault: str, dtype: str, tmp_path: Path
 ) -> None:

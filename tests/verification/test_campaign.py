@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.verification.campaign import (
-    DENSE,
-    HYBRIDS,
-    MIXTURES,
     Trial,
     list_layout_mutants,
     list_right,
+    list_spread,
     list_wrong,
     run_campaign,
     run_trial,
@@ -37,14 +35,12 @@ def test_trials_of_a_report_are_not_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_wrong_layout_in_16_bits_is_caught(tmp_path: Path) -> None:
-    mutants = [m for name in (*DENSE, *MIXTURES, *HYBRIDS) for m in list_layout_mutants(name)]
-    assert len({(mutant.fault, mutant.pattern) for mutant in mutants}) >= 40
+    assert len({(mutant.fault, mutant.pattern) for _, mutant in list_spread()}) >= 40
     counts = run_campaign(list_wrong(1), tmp_path / "report.jsonl", time.monotonic() + 7200)
     assert counts["passed"] == 0
 
 
 @pytest.mark.slow
 def test_no_right_split_is_called_wrong(tmp_path: Path) -> None:
-    counts = run_campaign(list_right(1), tmp_path / "report.jsonl", time.monotonic() + 7200)
-    assert counts["failed"] == 0
-    assert counts["passed"] >= 500
+    counts = run_campaign(list_right(500), tmp_path / "report.jsonl", time.monotonic() + 7200)
+    assert counts == {"passed": 500}

@@ -2,9 +2,11 @@
 and a model of many blocks that is verified in the memory of one."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from transformers import LlamaConfig, LlamaModel
 
 from shardkit.errors import UsageError
 from shardkit.output.available_memory import measure_available_memory, parse_size
+from shardkit.shards.manifest import Manifest
 from shardkit.verification import NumericsOptions, verify
+from shardkit.verification.block_check import check_blocks
 from shardkit.verification.memory import (
     PROCESS_BYTES,
     TOKENS,
@@ -120,6 +124,7 @@ print(peak, estimate_turns(shards, manifest), check.numbers["peak_weight_bytes"]
 DEEP = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 128, "num_hidden_layers": 7,
         "max_position_embeddings": 64}  # fmt: skip
+NARROW = {"hidden_size": 256, "intermediate_size": 512}
 
 
 def test_many_blocks_take_the_memory_of_one(tmp_path: Path) -> None:
@@ -131,7 +136,28 @@ def test_many_blocks_take_the_memory_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     peak, needed, weights = map(int, done.stdout.split()[-3:])
     assert weights <= needed - PROCESS_BYTES
+    assert weights <= 2.5 * measure_largest_block(manifest)
     assert peak <= needed < 8 * sum(p.spec.nbytes // 2 for p in manifest.plan.weights)
+
+
+def measure_largest_block(manifest: Manifest) -> int:
+    """Bytes of the largest block in float64."""
+    sizes: dict[str, int] = defaultdict(int)
+    for placement in manifest.plan.weights:
+        sizes[name_block(placement.spec.name)] += 8 * math.prod(placement.spec.shape)
+    return max(sizes.values())
+
+
+def test_more_blocks_hold_no_more_weights(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (2, 5):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        source = write_llama(folder / "source", {**DEEP, **NARROW, "num_hidden_layers": layers})
+        check = check_blocks(folder / "shards", cut(source, folder / "shards", 2), source)
+        assert check.verdict == "passed"
+        peaks.append(check.numbers["peak_weight_bytes"])
+    assert peaks[0] == peaks[1]
 
 
 def write_llama(folder: Path, changes: dict[str, int]) -> Path:
