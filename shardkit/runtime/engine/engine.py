@@ -65,12 +65,10 @@ class Engine:
     ) -> None:
         """Start ranks, which the engine then owns, and have them `load` a folder."""
         self.folder = folder.resolve()
-        self._start_ranks, self._load = start_ranks, load
-        self._limits = limits or Limits()
         self._pid, self._turn = os.getpid(), threading.RLock()
         self._encoding = threading.Lock()  # a tokenizer is changed as it encodes
         self._is_draining = self._is_closed = False
-        self._model = RunningModel(start_ranks, self._load, self._limits)
+        self._model = RunningModel(start_ranks, load, limits or Limits())
 
     def __enter__(self) -> "Engine":
         return self
@@ -119,8 +117,7 @@ class Engine:
         with self._turn:
             if self._is_closed:
                 raise RanksLost("the engine was closed; launch it again")
-            self._model.stop(RanksLost("the engine was restarted"))
-            self._model = RunningModel(self._start_ranks, self._load, self._limits)
+            self._model = self._model.restart()
             self._is_draining = False
 
     def drain(self, timeout: float | None = None) -> bool:

@@ -53,7 +53,7 @@ class RankProcesses:
         self.size = size
         self.timeouts = timeouts
         self._turn = threading.RLock()  # requests of several threads go one after another
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             "127.0.0.1",
             0,
             is_master=True,
@@ -134,7 +134,9 @@ class RankProcesses:
 
     def describe_silence(self) -> str:
         """Which ranks give no heartbeat for a moment, in words; "" if all do, or none ever has."""
-        silent = find_silent(self._store, range(self.size), 3 * HEARTBEAT)
+        if (store := self._store) is None:
+            return ""
+        silent = find_silent(store, range(self.size), 3 * HEARTBEAT)
         return f"{rank_list(silent)} died or is stopped: no sign of life" if silent else ""
 
     def kill(self) -> None:
@@ -166,6 +168,7 @@ class RankProcesses:
             log.close()
         self._stop_flag.close()
         self._socks, self._processes, self._logs = [], [], []
+        self._store = None  # its server ends with it, whoever still has this object
 
     def _start(self, rank: int, device: str | None) -> None:
         sock, rank_sock = socket.socketpair()
@@ -190,7 +193,7 @@ class RankProcesses:
     def _start_arguments(self, rank: int, fd: int, device: str | None) -> dict[str, object]:
         """What a rank needs to start, as `worker.main` reads it."""
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if self.size > 1:
+        if self.size > 1 and self._store is not None:
             environment |= {
                 "WORLD_SIZE": str(self.size),
                 "MASTER_ADDR": "127.0.0.1",
@@ -268,7 +271,7 @@ class RankProcesses:
 
     def _explain_silence(self, ranks: list[int], limit: float) -> dict[int, Fault]:
         """Faults of ranks that do not respond in time: of those without a heartbeat, if any."""
-        if not ranks:
+        if not ranks or self._store is None:
             return {}
         stopped = find_silent(self._store, ranks, ROLL_CALL)
         state = "died or is stopped: no sign of life, and" if stopped else "is running, but"
