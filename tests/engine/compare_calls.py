@@ -4,6 +4,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,70 +15,93 @@ from transformers.cache_utils import Cache
 
 from shardkit import runtime
 from shardkit.errors import RequestError, ShardkitError, first_line
+from shardkit.runtime.config import read_source_config
+from shardkit.runtime.engine.prompts import has_tokenizer, load_tokenizer
+from shardkit.runtime.loader import resolve_model_class
 from shardkit.verification.dummy_inputs import make_inputs
 from tests.engine.forward_table import CACHES, NO_VALUE, list_forward
 from tests.engine.generate_table import GREEDY, OWN, REFUSED, list_generate
 
 SEED = 11
-IDS = {"input_ids": torch.tensor([[1, 403, 407, 261]])}  # that stories260K knows
+TEXT = "Once upon a"
 Calls = dict[str, dict[str, Any]]
 
 
-def compare_table(
-    engine: runtime.Engine, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, str]:
-    """What each argument does on the engine: "equal", or how it differs.
+@dataclass(frozen=True)
+class Reference:
+    """An unsharded model, and what its generate needs.
 
-    Args:
-        engine: What runs the shards.
-        model: The same model, unsharded.
-        inputs: One row of what its generate needs; None for those of any such model.
+    Attributes:
+        model: The model, to be run.
+        tokenizer: Its tokenizer; None if it has none.
+        row: What one row of a generate needs.
     """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    row: dict[str, torch.Tensor]
+
+    def list_generate_calls(self) -> Calls:
+        """Calls of generate by the argument that each is about."""
+        if not self.model.can_generate():
+            return {}
+        made = self.model.generate(**self.row, **GREEDY)[0].tolist()
+        return list_generate(self.row, made[-GREEDY["max_new_tokens"] :])
+
+    def list_forward_calls(self) -> Calls:
+        """Calls of forward by the argument that each is about."""
+        return list_forward(self.model, inspect.signature(self.model.forward).parameters)
+
+    def list_missing(self) -> set[str]:
+        """The arguments of transformers' own calls that the tables do not have."""
+        names = inspect.signature(self.model.forward).parameters.keys()
+        missing = names - OWN - CACHES - NO_VALUE - self.list_forward_calls().keys()
+        if self.model.can_generate():
+            names = {*vars(GenerationConfig()), *inspect.signature(self.model.generate).parameters}
+            rows = self.list_generate_calls().keys() | REFUSED.keys() | OWN
+            missing |= {name for name in names if not name.startswith("_")} - rows
+        return missing
+
+
+def load_reference(source: Path) -> Reference:
+    """The model of a checkpoint."""
+    kind = resolve_model_class(read_source_config(source))
+    model = kind.from_pretrained(source).eval().requires_grad_(False)
+    if has_tokenizer(source) and model.can_generate():
+        tokenizer = load_tokenizer(source)
+        return Reference(model, tokenizer, dict(tokenizer(TEXT, return_tensors="pt")))
+    made = make_inputs(model)
+    size = len(made["input_ids"])
+    rows = {name: each[: len(each) // size] for name, each in made.items()}
+    row = {name: each for name, each in rows.items() if not name.startswith("decoder_")}
+    return Reference(model, None, row)
+
+
+def compare_generates(engine: runtime.Engine, reference: Reference) -> dict[str, str]:
+    """What each argument of generate does on the engine: "equal", or how it differs."""
     differences = {}
-    if model.can_generate():
-        for name, call in list_generate_calls(model, inputs).items():
-            differences[f"generate {name}"] = compare_generate(engine, model, call)
-        row = first_row(model) if inputs is None else inputs
-        for name, value in REFUSED.items():
-            differences[f"refused {name}"] = describe_refusal(engine, {**row, name: value}, name)
-    for name, call in list_forward_calls(model).items():
-        expected = run_call(lambda call=call: model(**call))
-        actual = run_call(lambda call=call: engine.forward(**call))
+    for name, call in reference.list_generate_calls().items():
+        if name != "stop_strings" or reference.tokenizer is not None:
+            differences[f"generate {name}"] = compare_generate(engine, reference, call)
+    for name, value in REFUSED.items() if reference.model.can_generate() else ():
+        call = {**reference.row, name: value}
+        differences[f"refused {name}"] = describe_refusal(engine, call, name)
+    return differences
+
+
+def compare_forwards(engine: runtime.Engine, reference: Reference) -> dict[str, str]:
+    """What each argument of forward does on the engine: "equal", or how it differs."""
+    differences = {}
+    for name, call in reference.list_forward_calls().items():
+        expected = run_call(partial(reference.model, **call))
+        actual = run_call(partial(engine.forward, **call))
         differences[f"forward {name}"] = compare_outcomes(actual, expected)
     return differences
 
 
-def first_row(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a model of any kind needs, of its first text, without what generate makes itself."""
-    made = make_inputs(model)
-    size = len(made["input_ids"])
-    rows = {name: each[: len(each) // size] for name, each in made.items()}
-    return {name: each for name, each in rows.items() if not name.startswith("decoder_")}
-
-
-def list_generate_calls(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | None = None
-) -> Calls:
-    """Calls of generate by the argument that each is about."""
-    row = first_row(model) if inputs is None else inputs
-    made = model.generate(**row, **GREEDY)[0].tolist()
-    return list_generate(row, made[-GREEDY["max_new_tokens"] :])
-
-
-def list_forward_calls(model: PreTrainedModel) -> Calls:
-    """Calls of forward by the argument that each is about."""
-    return list_forward(model, inspect.signature(model.forward).parameters)
-
-
-def list_missing(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | None) -> set[str]:
-    """The arguments of transformers' own calls that the tables do not have."""
-    missing = inspect.signature(model.forward).parameters.keys() - OWN - CACHES - NO_VALUE
-    missing -= list_forward_calls(model).keys()
-    if model.can_generate():
-        names = {*vars(GenerationConfig()), *inspect.signature(model.generate).parameters}
-        rows = list_generate_calls(model, inputs).keys() | REFUSED.keys() | OWN
-        missing |= {name for name in names if not name.startswith("_")} - rows
-    return missing
+def list_differences(found: Mapping[str, str]) -> dict[str, str]:
+    """Those arguments that are not equal."""
+    return {name: how for name, how in found.items() if how != "equal"}
 
 
 def run_call(call: Callable[[], Any]) -> Any:
@@ -87,14 +113,17 @@ def run_call(call: Callable[[], Any]) -> Any:
             return error
 
 
-def compare_generate(engine: runtime.Engine, model: PreTrainedModel, call: dict[str, Any]) -> str:
+def compare_generate(engine: runtime.Engine, reference: Reference, call: dict[str, Any]) -> str:
     """How one generate on the engine differs from that of the unsharded model."""
+    model, own = reference.model, {}
+    if "stop_strings" in call:  # the engine has the folder's tokenizer, and takes no other
+        own = {"tokenizer": reference.tokenizer}
     before = model.generation_config.to_dict()
     torch.manual_seed(SEED)
-    expected = run_call(lambda: model.generate(**call))
+    expected = run_call(partial(model.generate, **call, **own))
     model.generation_config = GenerationConfig.from_dict(before)
     others = {name: value for name, value in call.items() if name != "input_ids"}
-    actual = run_call(lambda: engine.generate(call.get("input_ids"), seed=SEED, **others))
+    actual = run_call(partial(engine.generate, call.get("input_ids"), seed=SEED, **others))
     return compare_outcomes(actual, expected)
 
 
@@ -104,7 +133,9 @@ def compare_outcomes(actual: Any, expected: Any) -> str:
         return f"{actual!r:.200} instead of {expected!r:.200}"
     if not isinstance(expected, Exception):
         return describe_difference(actual, expected)
-    same = isinstance(actual, ShardkitError) and first_line(expected)[:60] in str(actual)
+    # A model that fails in the middle of a layer says what sizes that layer has.
+    words = type(expected).__name__ + ": ", first_line(expected)[:60]
+    same = isinstance(actual, ShardkitError) and any(each in str(actual) for each in words)
     return "equal" if same else f"{actual!r:.200} instead of {expected!r:.200}"
 
 

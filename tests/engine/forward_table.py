@@ -60,7 +60,21 @@ def list_forward(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, 
     else:  # text and images: embeddings in which the images' places are those of the text
         embeds = model.get_input_embeddings()(plain["input_ids"]).detach()
         rows["inputs_embeds"] = {"inputs_embeds": embeds, "input_ids": None}
+    if "pixel_values_videos" in names:
+        rows |= dict.fromkeys(("pixel_values_videos", "video_grid_thw"), show_video(model, plain))
     rows = {name: row for name, row in rows.items() if name in names}
     calls = {name: {**plain, **row} for name, row in rows.items()}
     calls |= {name: {**plain, name: value} for name, value in OUTPUTS.items()}
     return {n: {k: v for k, v in call.items() if v is not None} for n, call in calls.items()}
+
+
+def show_video(model: PreTrainedModel, plain: Mapping[str, torch.Tensor]) -> Inputs:
+    """The same images, as a video of one frame each."""
+    config: Any = model.config
+    is_image = plain["input_ids"].eq(config.image_token_id)
+    return {
+        "input_ids": plain["input_ids"].masked_fill(is_image, config.video_token_id),
+        "mm_token_type_ids": 2 * is_image.long(),
+        "pixel_values_videos": plain["pixel_values"], "pixel_values": None,
+        "video_grid_thw": plain["image_grid_thw"], "image_grid_thw": None,
+    }  # fmt: skip

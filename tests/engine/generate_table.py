@@ -33,16 +33,16 @@ PLAIN: Options = {
     "exponential_decay_length_penalty": (2, 1.5), "guidance_scale": 1.5, "token_healing": False,
     "use_cache": False, "cache_implementation": "static", "cache_config": {},
     "max_cache_len": 64, "prefill_chunk_size": 2, "disable_compile": True,
-    "compile_config": CompileConfig(), "prompt_lookup_num_tokens": 2, "bos_token_id": 1,
+    "prompt_lookup_num_tokens": 2, "bos_token_id": 1,
     "max_matching_ngram_size": 1, "num_assistant_tokens": 3, "is_assistant": False,
     "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.3,
     "assistant_early_exit": 1, "assistant_lookbehind": 4, "target_lookbehind": 4,
     "assistant_ensemble_weight": 0.5, "speculation_type": "dflash", "use_mtp": False,
-    "dola_layers": "low", "penalty_alpha": 0.6, "continuous_batching_config": None,
-    "num_beams": 3,
+    "dola_layers": "low", "penalty_alpha": 0.6,     "num_beams": 3,
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
     "logits_processor": [abs], "stopping_criteria": [abs], "prefix_allowed_tokens_fn": abs,
+    "compile_config": CompileConfig(), "continuous_batching_config": object(),
     "custom_generate": abs, "trust_remote_code": True, "assistant_model": object(),
     "assistant_tokenizer": object(), "streamer": object(), "tokenizer": object(), "max_time": 1.0,
     "past_key_values": object(), "encoder_outputs": object(), "synced_gpus": True,
@@ -72,7 +72,7 @@ def list_generate(inputs: Mapping[str, torch.Tensor], first: list[int]) -> dict[
         "do_sample": SAMPLED,
         "generation_config": {"generation_config": GenerationConfig(**GREEDY)},
         "output_scores of beams": {**BEAMS, **RETURNED, "output_scores": True},
-        "stop_strings": {**GREEDY, "stop_strings": ["upon"]},
+        "stop_strings": {**GREEDY, "stop_strings": [" time"]},
         "negative_prompt_ids": {
             **GREEDY, "guidance_scale": 1.5, "negative_prompt_ids": inputs["input_ids"],
             "negative_prompt_attention_mask": torch.ones_like(inputs["input_ids"]),
