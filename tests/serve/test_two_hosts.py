@@ -68,6 +68,7 @@ def start_host(at: int, folder: Path, mark: Path) -> subprocess.Popen[bytes]:
         "ip", "netns", "exec", HOSTS[at], sys.executable, "-m", "torch.distributed.run",
         "--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(at),
         "--master-addr", ADDRESS.format(1), "--master-port", str(RENDEZVOUS_PORT),
+        "--local-addr", ADDRESS.format(at + 1),  # since both have the name of this machine
         "-m", "shardkit", "serve", str(folder), "--host", ADDRESS.format(1), "--port", str(PORT),
         "--api-key", KEY, "--device", "cpu",
     ]  # fmt: skip
