@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.command_line import SHARDKIT, environment
@@ -43,7 +43,7 @@ Answer = tuple[list[int], list[int]]  # a prompt, and what greedy decoding adds 
 class Load:
     """The clients' server, what answers must be, and how many were what."""
 
-    client: httpx.AsyncClient
+    client: httpx2.AsyncClient
     port: int
     answers: list[Answer]
     choose: random.Random
@@ -151,7 +151,7 @@ async def act_until(load: Load, end: float) -> None:
         (action,) = load.choose.choices(actions, weights)
         try:
             await action(load)
-        except (httpx.HTTPError, OSError, KeyError, ValueError) as error:
+        except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
             load.count(action.__name__, False, error)
 
 
@@ -199,8 +199,8 @@ async def run_load(
 ) -> dict[str, Any]:
     """Load for a while; the outcomes, and what the server had early and late."""
     counted = []
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=None)
+    async with httpx2.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx2.Limits(max_connections=None)
     ) as client:
         load = Load(client, port, answers, random.Random(options.seed))
         warm = min(WARM, options.seconds / 4)
