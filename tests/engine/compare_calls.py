@@ -54,8 +54,8 @@ class Reference:
 
     def list_missing(self) -> set[str]:
         """The arguments of transformers' own calls that the tables do not have."""
-        names = inspect.signature(self.model.forward).parameters.keys()
-        missing = names - OWN - CACHES - NO_VALUE - self.list_forward_calls().keys()
+        missing = set(inspect.signature(self.model.forward).parameters)
+        missing -= OWN | CACHES | NO_VALUE | self.list_forward_calls().keys()
         if self.model.can_generate():
             names = {*vars(GenerationConfig()), *inspect.signature(self.model.generate).parameters}
             rows = self.list_generate_calls().keys() | REFUSED.keys() | OWN

@@ -19,6 +19,8 @@ from tests.helpers.stories_engine import STORY, run_stories, wait_until_idle
 EXPECTED = [432, 383, 286, 261]  # that greedy decoding gives
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 IDS = torch.tensor([STORY])
+NUMBERS: Any = np.array(STORY)
+TEXTS: Any = ["a", "b"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ TAKEN: dict[str, Callable[[runtime.Engine], Any]] = {
     "a tensor twice": lambda e: e.forward(input_ids=IDS, labels=IDS)["loss"] and EXPECTED,
     "a numpy scalar": lambda e: e.generate(STORY, **GREEDY, num_beams=np.int64(1))[0, 5:],
     "a set": lambda e: e.generate(STORY, **GREEDY, suppress_tokens={5, 6})[0, 5:],
-    "a numpy prompt": lambda e: e.generate(np.array(STORY), **GREEDY)[0, 5:],
+    "a numpy prompt": lambda e: e.generate(NUMBERS, **GREEDY)[0, 5:],
     "what a tokenizer gives": lambda e: e.generate(
         e.tokenizer("Once upon a time", return_tensors="pt"), **GREEDY
     )[0, 5:],
@@ -53,7 +55,7 @@ REFUSED: dict[str, tuple[Callable[[runtime.Engine], Any], str]] = {
         "return_dict_in_generate: a stream returns tokens",
     ),
     "a stream of a ragged list": (lambda e: list(e.stream([[1, 2], [3]])), "prompt: rows of 1"),
-    "a stream of texts": (lambda e: list(e.stream(["a", "b"])), "prompt: a list of texts"),
+    "a stream of texts": (lambda e: list(e.stream(TEXTS)), "prompt: a list of texts"),
     "a stream of two rows": (lambda e: list(e.stream([[1], [2]])), "prompt: 2 rows; a stream is"),
     "no tokens": (lambda e: e.generate([]), "prompt: it has no tokens"),
     "half a token": (lambda e: e.generate(STORY, max_new_tokens=2.5), "max_new_tokens=2.5: it"),

@@ -51,7 +51,8 @@ def reach(rank: int, phase: str) -> None:
 
 def watch_phases() -> None:
     """Call `reach` before a shard is loaded, and between the layers of each forward pass."""
-    load = worker.load_with_warnings
+    names = vars(worker)  # whose functions look this one up as they run
+    load = names["load_with_warnings"]
 
     def load_and_watch(folder: Path, group: Any, *others: Any, **options: Any) -> Any:
         reach(group.tp_rank, "load")
@@ -65,7 +66,7 @@ def watch_phases() -> None:
         model.model.layers[0].register_forward_hook(watch_pass)
         return model, warning
 
-    worker.load_with_warnings = load_and_watch
+    names["load_with_warnings"] = load_and_watch
 
 
 if __name__ == "__main__":

@@ -182,11 +182,12 @@ class Engine:
         self._model.loop.add_sequences(planner.plan_request(handle, settings, tokenizer))
         return handle
 
-    def generate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+    def generate(self, prompt: Prompt | None, seed: int | None = None, **options: Any) -> Any:
         """Generate tokens, as transformers' `generate` does.
 
         Args:
-            prompt: Text, chat messages, token ids, token ids `[B, T]`, or a tokenizer's output.
+            prompt: Text, chat messages, token ids, token ids `[B, T]`, or a tokenizer's output;
+                None if the options have all that the model reads.
             seed: Makes sampling repeatable.
             **options: Arguments of transformers' `generate`, such as `max_new_tokens`.
 
@@ -203,7 +204,9 @@ class Engine:
             return read_tokens(started, started.result().ids)
         return read_output(started.future.result())
 
-    async def agenerate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+    async def agenerate(
+        self, prompt: Prompt | None, seed: int | None = None, **options: Any
+    ) -> Any:
         """As `generate`, without blocking the event loop."""
         started = begin_generate(self._model, self._make_arguments(prompt, options), seed)
         if isinstance(started, Handle):
