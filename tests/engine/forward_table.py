@@ -23,9 +23,7 @@ def list_forward(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, 
     """
     plain: Inputs = dict(make_inputs(model))
     ids = plain["decoder_input_ids" if "decoder_input_ids" in plain else "input_ids"]
-    width = model.get_input_embeddings().weight.shape[1]
     size, length = ids.shape
-    vectors = torch.linspace(-1, 1, size * length * width).view(size, length, width)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     rows: dict[str, Inputs] = {name: plain for name in plain}
@@ -42,24 +40,7 @@ def list_forward(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, 
         "image_sizes": {"image_sizes": torch.tensor([[32, 32]] * size)},
         "mm_token_type_ids": {"mm_token_type_ids": plain["input_ids"].eq(205).long()},
     }
-    if not plain.keys() - {"input_ids", "attention_mask"}:
-        rows["attention_mask"] = {"attention_mask": mask}
-        rows["inputs_embeds"] = {"inputs_embeds": vectors, "input_ids": None}
-        rows["encoder_hidden_states"] = {"encoder_hidden_states": vectors}
-        rows["encoder_attention_mask"] = {
-            "encoder_hidden_states": vectors, "encoder_attention_mask": mask,
-        }  # fmt: skip
-    elif "decoder_input_ids" in plain:
-        sources = plain["input_ids"].shape[1]
-        encoded = torch.linspace(-1, 1, size * sources * width).view(size, sources, width)
-        rows["inputs_embeds"] = {"inputs_embeds": encoded, "input_ids": None}
-        rows["decoder_inputs_embeds"] = {
-            "decoder_inputs_embeds": vectors,
-            "decoder_input_ids": None,
-        }
-    else:  # text and images: embeddings in which the images' places are those of the text
-        embeds = model.get_input_embeddings()(plain["input_ids"]).detach()
-        rows["inputs_embeds"] = {"inputs_embeds": embeds, "input_ids": None}
+    rows |= list_vectors(model, plain, ids, mask)
     if "pixel_values_videos" in names:
         rows |= dict.fromkeys(("pixel_values_videos", "video_grid_thw"), show_video(model, plain))
     rows = {name: row for name, row in rows.items() if name in names}
@@ -78,3 +59,31 @@ def show_video(model: PreTrainedModel, plain: Mapping[str, torch.Tensor]) -> Inp
         "pixel_values_videos": plain["pixel_values"], "pixel_values": None,
         "video_grid_thw": plain["image_grid_thw"], "image_grid_thw": None,
     }  # fmt: skip
+
+
+def list_vectors(
+    model: PreTrainedModel, plain: Inputs, ids: torch.Tensor, mask: torch.Tensor
+) -> dict[str, Inputs]:
+    """Vectors instead of tokens, as far as a model of this kind takes any, and masks for them."""
+    width = model.get_input_embeddings().weight.shape[1]
+
+    def spread(like: torch.Tensor) -> torch.Tensor:
+        size, length = like.shape
+        return torch.linspace(-1, 1, size * length * width).view(size, length, width)
+
+    vectors = spread(ids)
+    if not plain.keys() - {"input_ids", "attention_mask"}:
+        other = {"encoder_hidden_states": vectors, "encoder_attention_mask": mask}
+        return {
+            "attention_mask": {"attention_mask": mask},
+            "inputs_embeds": {"inputs_embeds": vectors, "input_ids": None},
+            "encoder_hidden_states": {"encoder_hidden_states": vectors},
+            "encoder_attention_mask": other,
+        }
+    if "decoder_input_ids" in plain:
+        own = {"inputs_embeds": spread(plain["input_ids"]), "input_ids": None}
+        other = {"decoder_inputs_embeds": vectors, "decoder_input_ids": None}
+        return {"inputs_embeds": own, "decoder_inputs_embeds": other}
+    # Of text and images: embeddings in which the images' places are those of the text.
+    embeds = model.get_input_embeddings()(plain["input_ids"]).detach()
+    return {"inputs_embeds": {"inputs_embeds": embeds, "input_ids": None}}
