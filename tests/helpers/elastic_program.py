@@ -49,7 +49,14 @@ def run_rank(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> N
             runtime.drain_on_sigterm(engine),
         ):
             first = attempt == "0" and phase != "load"
-            leave(Path(out), f"said-{attempt}-0", ask(engine, Path(out), phase if first else ""))
+            try:
+                said = ask(engine, Path(out), phase if first else "")
+            except SystemExit:  # by torchrun's SIGTERM, once what ran has failed
+                if failure := engine.status().failure:
+                    words = {"error": failure, "at": time.monotonic()}
+                    leave(Path(out), f"said-{attempt}-0", words)
+                raise
+            leave(Path(out), f"said-{attempt}-0", said)
     except ShardkitError as error:
         leave(Path(out), f"said-{attempt}-{rank}", {"error": str(error), "at": time.monotonic()})
         sys.exit(error.exit_code)
