@@ -14,6 +14,7 @@ from tests.helpers.real_inputs import shared
 
 if TYPE_CHECKING:
     from shardkit.authoring.rank_pool import RankPool
+    from tests.helpers.rank_launcher import Zygote
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -73,6 +74,16 @@ def rank_pool() -> Iterator["RankPool"]:
 
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator["Zygote"]:
+    """What forks ranks that have imported torch and transformers."""
+    from tests.helpers.rank_launcher import Zygote
+
+    started = Zygote()
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`shardkit serve`: an HTTP server of a shard folder."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,6 +95,8 @@ def serve(
         hosts=LOOPBACK if host in LOOPBACK else frozenset(),
         request_timeout=settings["max_seconds"],
     )  # fmt: skip
+    if is_follower():
+        runtime.launch(shards, **loading)  # until rank 0 closes, which ends the program
     sock = bind_socket(host, port)
     with sock, runtime.launch(shards, **loading) as engine:
         sock.listen()  # who reads the next line may connect
@@ -101,6 +104,11 @@ def serve(
         print_line(f"{options.model} answers at http://{address}:{sock.getsockname()[1]}")
         code = run_server(engine, options, sock)
     sys.exit(code)
+
+
+def is_follower() -> bool:
+    """Whether torchrun started this as another rank than 0, which alone has the address."""
+    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def check_server(host: str, api_key: str | None) -> None:

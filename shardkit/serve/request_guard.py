@@ -70,7 +70,7 @@ class RequestGuard:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             record.status = CLIENT_CLOSED
-        except Exception as error:
+        except Exception as error:  # a fault of ours is an answer, too, and a line in the log
             await self._answer_error(error, record, scope, receive, send_with_id)
         finally:
             self._metrics.in_flight -= 1

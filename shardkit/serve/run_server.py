@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from shardkit.errors import RanksError, UsageError
+from shardkit.errors import RanksError, UsageError, first_line
 from shardkit.runtime import Engine
 from shardkit.serve.app import make_app
 from shardkit.serve.serve_options import ServeOptions
@@ -100,7 +100,7 @@ async def _revive_ranks(server: SignalServer, engine: Engine) -> None:
         try:
             await asyncio.to_thread(engine.restart)
             failures = 0
-        except RanksError as error:
-            log.error("the ranks do not start: %s", error)
+        except (RanksError, OSError, RuntimeError) as error:  # ports or processes can run out
+            log.error("the ranks do not start: %s", first_line(error))
             failures += 1
     server.should_exit = True

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import shardkit
+from shardkit import errors, runtime, serve
 from shardkit.cli.demo import make_decoder
 from tests.helpers.command_line import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT = Path(__file__).with_name("stream_shards.py")
+WHOLE = Path(__file__).with_name("whole_interface.py")
+RECORDS = (
+    runtime.Chunk, runtime.Completion, runtime.EngineStatus, runtime.Limits, runtime.RequestResult,
+    runtime.SamplingParams, runtime.TokenLogprob, serve.ServeOptions,
+)  # fmt: skip
+OF_THE_ENGINE = {"add", "fail"}  # what the engine calls of a handle
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -97,9 +105,19 @@ def test_examples_use_functions_that_exist(page: str) -> None:
     assert names <= {*shardkit.__all__, "runtime"}
 
 
-def test_a_client_that_is_checked_strictly_passes(interpreter: Path) -> None:
-    done = check_types(interpreter, CLIENT)
+def test_clients_that_are_checked_strictly_pass(interpreter: Path) -> None:
+    done = check_types(interpreter, CLIENT, WHOLE)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_client_uses_every_public_name() -> None:
+    """Of each module what it exports, of each class its public members, each error by name."""
+    names = {*shardkit.__all__, *runtime.__all__, *serve.__all__}
+    names |= {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    names |= {name for kind in (runtime.Engine, runtime.Handle) for name in vars(kind)}
+    names |= {field.name for kind in RECORDS for field in fields(kind)}
+    public = {name for name in names if not name.startswith("_") or name == "__version__"}
+    assert public - used_names(WHOLE.read_text()) == OF_THE_ENGINE
 
 
 def test_a_client_that_is_checked_sees_the_types(interpreter: Path, tmp_path: Path) -> None:
@@ -118,11 +136,25 @@ def used_functions(text: str) -> set[str]:
     return set(re.findall(r"\bshardkit\.(\w+)\(", text))
 
 
-def check_types(python: Path, program: Path) -> subprocess.CompletedProcess[str]:
-    """What `mypy --strict` says of a program, with no configuration but its own defaults."""
+def used_names(text: str) -> set[str]:
+    """The names that a program imports, the attributes and the keyword arguments that it uses."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("shardkit."):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg:
+            names.add(node.arg)
+    return names
+
+
+def check_types(python: Path, *programs: Path) -> subprocess.CompletedProcess[str]:
+    """What `mypy --strict` says of programs, with no configuration but its own defaults."""
     options = ["--strict", "--config-file", "", "--python-executable", str(python)]
     cache = python.parent / "mypy-cache"
-    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", str(cache), str(program)]
+    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", str(cache)]
+    command += map(str, programs)
     return subprocess.run(
-        command, cwd=program.parent, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=programs[0].parent, capture_output=True, text=True, timeout=280, check=False
     )

@@ -6,7 +6,6 @@ Every greedy answer is compared with the unsharded model's own, made one at a ti
 import asyncio
 import itertools
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardkit import runtime
-from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import (
     EngineBusy,
@@ -26,10 +24,10 @@ from shardkit.errors import (
     RequestTimeout,
     ShardkitError,
 )
-from tests.helpers.runtime_helpers import cut
+from tests.client import whole_interface
+from tests.helpers.stories_engine import STORY, continue_alone, run_stories, wait_until_idle
 
 SECONDS = 60.0  # that a test waits for a request
-STORY = [1, 403, 407, 261, 378]  # Once upon a time
 SAMPLED: list[dict[str, Any]] = [
     {"temperature": 0.8, "seed": 5},
     {"top_k": 5, "seed": 3},
@@ -43,9 +41,7 @@ def engine(
     tmp_path_factory: pytest.TempPathFactory, stories260k: Path, rank_pool: RankPool
 ) -> Iterator[runtime.Engine]:
     folder = tmp_path_factory.mktemp("engine") / "tp2"
-    cut(stories260k, folder, 2)
-    limits = runtime.Limits(max_batch_size=16, max_queue=64)
-    with run_engine(rank_pool.of(2), folder, limits) as started:
+    with run_stories(stories260k, folder, rank_pool, max_queue=64) as started:
         yield started
 
 
@@ -54,24 +50,9 @@ def reference(stories260k: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(stories260k).eval().requires_grad_(False)
 
 
-def continue_alone(reference: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
-    """What the unsharded model generates after a prompt, by itself."""
-    given = {"do_sample": False, **options}
-    made = reference.generate(torch.tensor([ids]), max_new_tokens=tokens, **given)
-    new: list[int] = made[0, len(ids) :].tolist()
-    return new
-
-
 def make_prompts(count: int) -> list[list[int]]:
     """Prompts of 1 to 9 tokens."""
     return [[1, *((7 * i + 13 * j) % 500 + 3 for j in range(i % 9))] for i in range(count)]
-
-
-def wait_until_idle(engine: runtime.Engine) -> None:
-    end = time.monotonic() + SECONDS
-    while engine.status().running and time.monotonic() < end:
-        time.sleep(0.01)
-    assert engine.status().running == 0
 
 
 def test_sequences_that_join_and_leave_are_those_of_generate(
@@ -204,6 +185,25 @@ def test_asyncio(engine: runtime.Engine, reference: Any) -> None:
     assert "".join(pieces).startswith(" a time")
     assert list(itertools.chain(*(chunk.ids for chunk in chunks))) == expected
     wait_until_idle(engine)  # the one that was given up has left
+
+
+def test_every_way_of_asking_gives_the_same(
+    engine: runtime.Engine, reference: Any, tmp_path: Path, stories260k: Path, rank_pool: RankPool
+) -> None:
+    expected, text = continue_alone(reference, STORY, 5), "Once upon a time"
+    found = whole_interface.ask_engine(engine, text)
+    for answer in (found, asyncio.run(whole_interface.ask_engine_async(engine, text))):
+        assert (answer["ids"], answer["generate"]) == (expected, [*STORY, *expected])
+        assert text + answer["stream"] == engine.tokenizer.decode([*STORY, *expected][1:])
+    assert [token for token, *_ in found["logprobs"]] == expected
+    assert {index for index, *_ in found["sampled"]} == {0, 1}
+    assert found["cancelled"]
+    assert whole_interface.find_status(engine, top_k=2.5) == 400
+    assert whole_interface.find_status(engine, max_tokens=400, timeout=0.01) == 504
+    assert any("2 of 2 ranks" in line for line in whole_interface.describe_engine(engine))
+    with run_stories(stories260k, tmp_path / "tp2", rank_pool, max_queue=1) as other:
+        assert whole_interface.end_engine(other)
+        assert whole_interface.find_status(other) == 503
 
 
 def test_a_deadline_fails_one_request(engine: runtime.Engine) -> None:

@@ -20,7 +20,9 @@ from shardkit.errors import ShardkitError
 from shardkit.runtime.distributed import group as group_module
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.timeouts import Timeouts
+from tests.helpers.elastic_program import run_agent
 
+__all__ = ["program", "run_agent"]  # what the fork server may be asked for
 torch.set_num_threads(1)
 
 

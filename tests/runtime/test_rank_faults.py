@@ -119,13 +119,6 @@ SCENARIOS["with a flipped bit"] = Scenario(
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return divisible(tmp_path_factory.mktemp("source") / "llama")
 

@@ -16,11 +16,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from shardkit import runtime
-from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.serve import ServeOptions
 from tests.helpers.http_server import serve_engine
-from tests.helpers.runtime_helpers import cut
+from tests.helpers.stories_engine import run_stories, wait_until_idle
 
 KEY = "key-of-this-test"
 MODEL = "stories"
@@ -33,11 +32,7 @@ def engine(
     tmp_path_factory: pytest.TempPathFactory, stories260k: Path, rank_pool: RankPool
 ) -> Iterator[runtime.Engine]:
     folder = tmp_path_factory.mktemp("serve") / "tp2"
-    cut(stories260k, folder, 2)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    limits = runtime.Limits(max_batch_size=16, max_queue=80)
-    with run_engine(rank_pool.of(2), folder, limits) as started:
+    with run_stories(stories260k, folder, rank_pool, 80, TEMPLATE) as started:
         yield started
 
 
@@ -87,13 +82,6 @@ def send(
             status, found, text = error.code, error.headers, error.read()
     is_json = found.get("content-type", "").startswith("application/json")
     return status, found, json.loads(text) if is_json else text.decode()
-
-
-def wait_until_idle(engine: runtime.Engine) -> None:
-    end = time.monotonic() + SECONDS
-    while engine.status().running and time.monotonic() < end:
-        time.sleep(0.01)
-    assert engine.status().running == engine.status().waiting == 0
 
 
 def test_sixty_four_requests_at_once_get_what_the_unsharded_model_says(

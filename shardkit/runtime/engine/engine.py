@@ -65,12 +65,10 @@ class Engine:
     ) -> None:
         """Start ranks, which the engine then owns, and have them `load` a folder."""
         self.folder = folder.resolve()
-        self._start_ranks, self._load = start_ranks, load
-        self._limits = limits or Limits()
         self._pid, self._turn = os.getpid(), threading.RLock()
         self._encoding = threading.Lock()  # a tokenizer is changed as it encodes
         self._is_draining = self._is_closed = False
-        self._model = RunningModel(start_ranks, self._load, self._limits)
+        self._model = RunningModel(start_ranks, load, limits or Limits())
 
     def __enter__(self) -> "Engine":
         return self
@@ -119,8 +117,7 @@ class Engine:
         with self._turn:
             if self._is_closed:
                 raise RanksLost("the engine was closed; launch it again")
-            self._model.stop(RanksLost("the engine was restarted"))
-            self._model = RunningModel(self._start_ranks, self._load, self._limits)
+            self._model = self._model.restart()
             self._is_draining = False
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -185,11 +182,12 @@ class Engine:
         self._model.loop.add_sequences(planner.plan_request(handle, settings, tokenizer))
         return handle
 
-    def generate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+    def generate(self, prompt: Prompt | None, seed: int | None = None, **options: Any) -> Any:
         """Generate tokens, as transformers' `generate` does.
 
         Args:
-            prompt: Text, chat messages, token ids, token ids `[B, T]`, or a tokenizer's output.
+            prompt: Text, chat messages, token ids, token ids `[B, T]`, or a tokenizer's output;
+                None if the options have all that the model reads.
             seed: Makes sampling repeatable.
             **options: Arguments of transformers' `generate`, such as `max_new_tokens`.
 
@@ -206,7 +204,9 @@ class Engine:
             return read_tokens(started, started.result().ids)
         return read_output(started.future.result())
 
-    async def agenerate(self, prompt: Prompt, seed: int | None = None, **options: Any) -> Any:
+    async def agenerate(
+        self, prompt: Prompt | None, seed: int | None = None, **options: Any
+    ) -> Any:
         """As `generate`, without blocking the event loop."""
         started = begin_generate(self._model, self._make_arguments(prompt, options), seed)
         if isinstance(started, Handle):

@@ -7,14 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 
@@ -24,11 +22,11 @@ from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL
 from shardkit.runtime.engine.channel import OnTokens
 from shardkit.runtime.engine.heartbeats import find_silent
 from shardkit.runtime.engine.messages import Message, encode_message, receive_message
+from shardkit.runtime.engine.rank_output import RankOutput
 from shardkit.runtime.engine.stop_flag import StopFlag
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 GRACE = 2.0  # seconds that the other ranks have to respond once one has failed
-LOG_BYTES = 4096  # of a rank's output that are searched for its last line
 
 Responses = dict[int, Message | Fault]
 
@@ -53,7 +51,7 @@ class RankProcesses:
         self.size = size
         self.timeouts = timeouts
         self._turn = threading.RLock()  # requests of several threads go one after another
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             "127.0.0.1",
             0,
             is_master=True,
@@ -61,7 +59,7 @@ class RankProcesses:
             timeout=timedelta(seconds=timeouts.join),
         )
         self._stop_flag = StopFlag.create()
-        self._logs: list[IO[bytes]] = []
+        self._outputs: list[RankOutput] = []
         self._socks: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -134,7 +132,9 @@ class RankProcesses:
 
     def describe_silence(self) -> str:
         """Which ranks give no heartbeat for a moment, in words; "" if all do, or none ever has."""
-        silent = find_silent(self._store, range(self.size), 3 * HEARTBEAT)
+        if (store := self._store) is None:
+            return ""
+        silent = find_silent(store, range(self.size), 3 * HEARTBEAT)
         return f"{rank_list(silent)} died or is stopped: no sign of life" if silent else ""
 
     def kill(self) -> None:
@@ -162,26 +162,27 @@ class RankProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for log in self._logs:
-            log.close()
+        for output in self._outputs:
+            output.close(GRACE)
         self._stop_flag.close()
-        self._socks, self._processes, self._logs = [], [], []
+        self._socks, self._processes, self._outputs = [], [], []
+        self._store = None  # its server ends with it, whoever still has this object
 
     def _start(self, rank: int, device: str | None) -> None:
         sock, rank_sock = socket.socketpair()
         sock.settimeout(self.timeouts.collective)  # a rank may stop in the middle of a message
-        log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the ranks)
-        self._logs.append(log)
+        output = RankOutput(rank)
+        self._outputs.append(output)
         self._socks.append(sock)
-        with rank_sock:
+        with rank_sock, output as fd:
             start = self._start_arguments(rank, rank_sock.fileno(), device)
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", self.worker, json.dumps(start)],
                     pass_fds=[rank_sock.fileno(), self._stop_flag.fd],
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=fd,
+                    stderr=fd,
                     env=self._environment(),
                     process_group=0,  # Ctrl-C goes to the controlling process alone
                 )
@@ -190,7 +191,7 @@ class RankProcesses:
     def _start_arguments(self, rank: int, fd: int, device: str | None) -> dict[str, object]:
         """What a rank needs to start, as `worker.main` reads it."""
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if self.size > 1:
+        if self.size > 1 and self._store is not None:
             environment |= {
                 "WORLD_SIZE": str(self.size),
                 "MASTER_ADDR": "127.0.0.1",
@@ -268,7 +269,7 @@ class RankProcesses:
 
     def _explain_silence(self, ranks: list[int], limit: float) -> dict[int, Fault]:
         """Faults of ranks that do not respond in time: of those without a heartbeat, if any."""
-        if not ranks:
+        if not ranks or self._store is None:
             return {}
         stopped = find_silent(self._store, ranks, ROLL_CALL)
         state = "died or is stopped: no sign of life, and" if stopped else "is running, but"
@@ -284,9 +285,8 @@ class RankProcesses:
         except subprocess.TimeoutExpired:
             return Fault(f"rank {rank} does not answer any more")
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        self._logs[rank].seek(0)
-        lines = self._logs[rank].read()[-LOG_BYTES:].decode(errors="replace").strip().splitlines()
-        return Fault(f"rank {rank} {end}" + (f": {lines[-1]}" if lines else ""), ended=True)
+        line = self._outputs[rank].read_last_line(GRACE)
+        return Fault(f"rank {rank} {end}" + (f": {line}" if line else ""), ended=True)
 
 
 def select_faults(responses: Responses) -> dict[int, Fault]:

@@ -149,7 +149,7 @@ class RequestLoop:
             return
         try:
             response = self._ranks.request(call.request, call.on_tokens)[0]
-        except Exception as error:
+        except Exception as error:  # also of the caller's own values, as they are encoded
             if not call.future.done():
                 call.future.set_exception(error)
             if isinstance(error, RanksLost):

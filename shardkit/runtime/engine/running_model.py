@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardkit.errors import RanksError
+from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.batching.abilities import Abilities
 from shardkit.runtime.engine.controller import EngineRanks
 from shardkit.runtime.engine.messages import Message, prepare_request
@@ -38,6 +38,7 @@ class RunningModel:
     def __init__(
         self, start_ranks: Callable[[], EngineRanks], load: Message, limits: Limits
     ) -> None:
+        self._start = start_ranks, load, limits
         self.ranks = start_ranks()
         try:
             loaded = self.ranks.request(load)[0].header
@@ -66,6 +67,18 @@ class RunningModel:
             self.ranks.kill()
         self.ranks.close()
         self.loop.join(JOIN)
+
+    def restart(self) -> "RunningModel":
+        """Stop this one, and start another like it.
+
+        Raises RanksError if that fails, which is then why this one can no longer be used.
+        """
+        self.stop(RanksLost("the engine was restarted"))
+        try:
+            return RunningModel(*self._start)
+        except RanksError as error:
+            self.loop.failure = error
+            raise
 
     def read_status(self, draining: bool) -> EngineStatus:
         """What it is doing, and what it can do."""

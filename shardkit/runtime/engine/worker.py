@@ -77,7 +77,7 @@ class Worker:
         self.group.counts.update(all_reduce=0, all_gather=0)
         try:
             return self._actions[request.header["action"]](request)
-        except Exception as error:
+        except Exception as error:  # whatever a model raises, the controller waits for a response
             return error_response(error)
 
     def _load(self, request: Message) -> Message:

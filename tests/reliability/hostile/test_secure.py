@@ -36,6 +36,7 @@ OPENED = {
     "shardkit/output/publish.py": "the output: exclusive, no links, its own folders",
     "shardkit/runtime/distributed/choose_transport.py": "the kernel's quota of processors",
     "shardkit/runtime/distributed/shared_memory.py": "memory of another rank, by the kernel",
+    "shardkit/runtime/engine/rank_output.py": "a pipe that a rank writes to",
     "shardkit/checkpoint/pickled/convert.py": "the converted file: exclusive, in its own folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
     "shardkit/recipe/catalog.py": "the bundled recipes",
