@@ -73,7 +73,7 @@ def list_vectors(
 
     vectors = spread(ids)
     if not plain.keys() - {"input_ids", "attention_mask"}:
-        other = {"encoder_hidden_states": vectors, "encoder_attention_mask": mask}
+        other: Inputs = {"encoder_hidden_states": vectors, "encoder_attention_mask": mask}
         return {
             "attention_mask": {"attention_mask": mask},
             "inputs_embeds": {"inputs_embeds": vectors, "input_ids": None},

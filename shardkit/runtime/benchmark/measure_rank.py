@@ -49,8 +49,10 @@ def _load_model(
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if contender.kind == "transformers":
         options["tp_plan"] = "auto"
-    model_class = resolve_model_class(read_source_config(contender.folder))
-    model: PreTrainedModel = model_class.from_pretrained(contender.folder, **options)
+    config = read_source_config(contender.folder)
+    model: PreTrainedModel = resolve_model_class(config).from_pretrained(
+        contender.folder, config=config, use_safetensors=True, **options
+    )
     if contender.kind == "unsharded":
         model.to(pick_device(workload.device or None))
     return model.eval()

@@ -34,6 +34,9 @@ OPENED = {
     "shardkit/files.py": "the safe opener itself",
     "shardkit/output/atomic.py": "folders of the output, to sync and to lock",
     "shardkit/output/publish.py": "the output: exclusive, no links, its own folders",
+    "shardkit/runtime/benchmark/measure_rank.py": "the unsharded model, by transformers, headers"
+    " checked, and the kernel's own files about this process",
+    "shardkit/runtime/benchmark/run_contenders.py": "what the benchmark's ranks have measured",
     "shardkit/runtime/distributed/choose_transport.py": "the kernel's quota of processors",
     "shardkit/runtime/distributed/shared_memory.py": "memory of another rank, by the kernel",
     "shardkit/runtime/engine/rank_output.py": "a pipe that a rank writes to",
