@@ -44,6 +44,7 @@ def test_a_recipe_is_checked_and_faults_injected_into_it_are_detected() -> None:
     assert len(found["mutants"]) == 8
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_fails_its_check_and_says_where(tmp_path: Path) -> None:
     altered("gpt2", tmp_path, ('"3 heads"', '"heads 3"'))
     result = run("recipes", "check", str(tmp_path / "gpt2.toml"))

@@ -160,6 +160,7 @@ def test_the_command_compares_ranks_with_the_unsharded_model(
     assert "batch 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_too_long_a_prompt_is_an_error_of_one_line(shards: dict[int, Path]) -> None:
     done = run("bench", shards[1], "--rounds", "1", "--prompt-tokens", "9000")
     assert done.exit_code != 0

@@ -18,7 +18,7 @@ SAMPLE = "qwen3_moe-unsuited-width"  # 40 wide: 160 bytes in float32, 80 in bflo
     ("tp_size", "dtype", "told"),
     [
         pytest.param(2, "float32", "", marks=pytest.mark.slow),  # 20 wide: 80 bytes
-        (2, "bfloat16", "20 wide in bfloat16"),
+        pytest.param(2, "bfloat16", "20 wide in bfloat16", marks=pytest.mark.slow),
         pytest.param(4, "float32", "10 wide in float32", marks=pytest.mark.slow),
     ],
 )

@@ -73,6 +73,7 @@ def told(
     return [json.loads((tmp_path / f"said-{rank}").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_damage_that_a_plain_load_takes_is_every_ranks_error(split: Split, tmp_path: Path) -> None:
     middle = (split.headers[0] + len(split.sound[0])) // 2

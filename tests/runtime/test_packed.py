@@ -253,6 +253,7 @@ def test_no_other_word_is_taken_for_when_to_dequantize(tmp_path: Path) -> None:
     assert "'lod' is not one of 'forward', 'load'" in result.output
 
 
+@pytest.mark.slow
 def test_generate_computes_weights_when_it_is_said(tmp_path: Path) -> None:
     shards, _ = split("gptq", "heads-of-64", tmp_path)
     outputs = [

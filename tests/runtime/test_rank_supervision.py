@@ -123,7 +123,8 @@ def generating(
         command.process.communicate()
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_command_names_a_rank_that_was_killed(rank: int, shards: Path, tmp_path: Path) -> None:
     with generating(shards, tmp_path) as (command, ranks):
         os.kill(ranks[rank], signal.SIGKILL)

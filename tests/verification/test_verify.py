@@ -208,6 +208,7 @@ def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_level_as_json(models: SampleFolder, tmp_path: Path) -> None:
     cut(models("gpt2"), tmp_path / "shards", 2)
     done = command("verify", str(tmp_path / "shards"), "--against", str(models("gpt2")), "--json")
