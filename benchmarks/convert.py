@@ -12,16 +12,14 @@ these digests is faster than that.  A reshard has to hash twice: what it reads a
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.split import QUIET, make_source, warm
+from benchmarks.split import make_source, time_command, warm
 
 SHARDKIT = [sys.executable, "-m", "shardkit"]
 COPY, HASH = "cp -r; sync -f", "openssl dgst -sha256"
@@ -47,20 +45,6 @@ def list_commands(folder: Path, tp_size: int, other: int) -> dict[str, tuple[lis
     }
 
 
-def time_command(command: list[str], out: Path) -> tuple[float, float]:
-    """Run a command once: seconds, and the most memory it held in MB."""
-    arguments = [part.replace(OUT, str(out)) for part in command]
-    started = time.perf_counter()
-    pid = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=QUIET)
-    _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(arguments)}: failed")
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    return seconds, usage.ru_maxrss / 1024
-
-
 def measure(folder: Path, gib: float, tp_size: int, other: int, rounds: int) -> dict[str, Any]:
     """Every command's median seconds, its ratios to both baselines, and peak memory."""
     size = make_source(folder / "source", gib)
@@ -72,7 +56,8 @@ def measure(folder: Path, gib: float, tp_size: int, other: int, rounds: int) -> 
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for turn in range(rounds + 1):
         for name, (command, _) in commands.items():
-            result = time_command(command, folder / "out")
+            arguments = [part.replace(OUT, str(folder / "out")) for part in command]
+            result = time_command(arguments, folder / "out")
             if turn:  # the first round warms the caches
                 results[name].append(result)
     seconds = {name: [took for took, _ in runs] for name, runs in results.items()}

@@ -65,9 +65,10 @@ def answer_alone(model: Any, tokenizer: Any, request: Request) -> str:
     """What the unsharded model adds to a prompt by itself."""
     prompt, tokens = request
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    made = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0]
+    output = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0]
     before, whole = (
-        tokenizer.decode(each, skip_special_tokens=True) for each in (made[: ids.shape[1]], made)
+        tokenizer.decode(each, skip_special_tokens=True)
+        for each in (output[: ids.shape[1]], output)
     )
     return str(whole[len(before) :])
 

@@ -83,13 +83,18 @@ def run(command: list[str], source: Path, out: Path, tp_size: int) -> tuple[floa
     arguments = [*command, str(source), str(out)]
     if command[0] != "sh":
         arguments += ["--tp", str(tp_size)]
+    return time_command(arguments, out)
+
+
+def time_command(arguments: list[str], out: Path) -> tuple[float, float]:
+    """Run a command and remove what it wrote: seconds, and the most memory it held in MB."""
     started = time.perf_counter()
     pid = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=QUIET)
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"{' '.join(arguments)}: failed")
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)  # a command that only reads leaves nothing
     os.sync()
     return seconds, usage.ru_maxrss / 1024
 
@@ -100,26 +105,24 @@ QUIET = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, Any]:
     """Every contender's median seconds, ratio to the copy, and peak memory."""
     size = make_source(folder / "source", gib)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds + 1):
         for name, command in CONTENDERS.items():
             result = run(command, folder / "source", folder / "out", tp_size)
             if turn:  # the first round warms the caches
-                found[name].append(result)
-    copies = [seconds for seconds, _ in found[COPY]]
+                results[name].append(result)
+    copies = [seconds for seconds, _ in results[COPY]]
     return {
         "bytes": size,
         "tp_size": tp_size,
         "rounds": rounds,
         "contenders": {
             name: {
-                "seconds": statistics.median(s for s, _ in results),
-                "ratio": statistics.median(
-                    s / c for (s, _), c in zip(results, copies, strict=True)
-                ),
-                "peak_mb": max(m for _, m in results),
+                "seconds": statistics.median(s for s, _ in runs),
+                "ratio": statistics.median(s / c for (s, _), c in zip(runs, copies, strict=True)),
+                "peak_mb": max(m for _, m in runs),
             }
-            for name, results in found.items()
+            for name, runs in results.items()
         },
     }
 
@@ -133,15 +136,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(Path(folder), options.gib, options.tp, options.rounds)
+        report = measure(Path(folder), options.gib, options.tp, options.rounds)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
         return
-    print(f"{found['bytes'] / 2**30:.2f} GiB, tp_size {found['tp_size']}, {os.cpu_count()} cores,")
-    print(f"medians of {found['rounds']} rounds after one that warms the caches\n")
+    print(
+        f"{report['bytes'] / 2**30:.2f} GiB, tp_size {report['tp_size']}, {os.cpu_count()} cores,"
+    )
+    print(f"medians of {report['rounds']} rounds after one that warms the caches\n")
     print(f"| {'':27} | seconds | ratio to the copy | peak memory, MB |")
     print(f"|-{'-' * 27}-|--------:|------------------:|----------------:|")
-    for name, c in found["contenders"].items():
+    for name, c in report["contenders"].items():
         print(f"| {name:27} | {c['seconds']:7.2f} | {c['ratio']:17.2f} | {c['peak_mb']:15.0f} |")
 
 

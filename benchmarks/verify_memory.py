@@ -243,15 +243,15 @@ def measure_sizes(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"imports": measure_imports(), "baseline": tiny["peak"], "rows": rows}
 
 
-def print_sizes(found: dict[str, Any], limit: int) -> None:
-    size, data, resident = (found["imports"][name] / 1e6 for name in ("VmSize", "VmData", "VmRSS"))
-    baseline, largest = found["baseline"] / 1e6, measure_largest_block(LARGE) / 1e6
+def print_sizes(report: dict[str, Any], limit: int) -> None:
+    size, data, resident = (report["imports"][name] / 1e6 for name in ("VmSize", "VmData", "VmRSS"))
+    baseline, largest = report["baseline"] / 1e6, measure_largest_block(LARGE) / 1e6
     print(f"after the imports: {size:.0f} MB of address space, {data:.0f} MB writable and private,")
     print(f"{resident:.0f} MB resident; limit {limit / 1e6:.0f} MB writable and private; baseline")
     print(f"{baseline:.0f} MB; largest block {largest:.0f} MB\n")
     print("| GiB | tp | blocks | seconds | peak, MB | over the largest block | read, GB |")
     print("|----:|---:|-------:|--------:|---------:|-----------------------:|---------:|")
-    for row in found["rows"]:
+    for row in report["rows"]:
         print(
             f"| {row['bytes'] / 2**30:.2f} | {row['tp_size']} | {row['block_count']} |"
             f" {row['seconds']:.0f} | {row['peak'] / 1e6:.0f} | {row['ratio']:.2f} |"
@@ -282,16 +282,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         if options.compare:
             rows = compare(Path(name), options.gib[0], options.tp[0], options.rounds)
-            found: dict[str, Any] = {"rows": rows}
+            report: dict[str, Any] = {"rows": rows}
         else:
-            found = measure_sizes(Path(name), options)
+            report = measure_sizes(Path(name), options)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     elif options.compare:
-        print_ways(found["rows"])
+        print_ways(report["rows"])
     else:
-        print_sizes(found, options.limit)
-    return int(any(row.get("ratio", 0) > ALLOWED for row in found["rows"]))
+        print_sizes(report, options.limit)
+    return int(any(row.get("ratio", 0) > ALLOWED for row in report["rows"]))
 
 
 if __name__ == "__main__":

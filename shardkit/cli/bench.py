@@ -1,6 +1,5 @@
 """`shardkit bench`."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ import click
 
 from shardkit.cli.options import DEVICE, DTYPE, FOLDER, JSON, end_on_sigterm, quiet_transformers
 from shardkit.cli.output import print_json, print_line
-from shardkit.errors import OutputError
+from shardkit.cli.report_file import check_report_file, write_report_file
+
+RUN_COLUMNS = ("first token ms", "tokens/s", "spread", "ratio", "in collectives")
 
 
 @click.command()
@@ -51,7 +52,7 @@ from shardkit.errors import OutputError
     help="How often each contender runs, in turns and in processes of its own.",
 )  # fmt: skip
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg",
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.svg", callback=check_report_file,
     help="Also write the results as a chart.",
 )  # fmt: skip
 @DTYPE
@@ -77,10 +78,9 @@ def bench(
     Example:
       shardkit bench llama-tp2 llama-tp4 --against models/llama --batch 1 --batch 8
     """
-    if plot is not None and plot.exists():
-        raise click.BadParameter(f"{plot} exists: remove it, or give another name")
     quiet_transformers()
     end_on_sigterm()
+    from shardkit.runtime.benchmark.chart import render_chart
     from shardkit.runtime.benchmark.contenders import Workload, list_contenders
     from shardkit.runtime.benchmark.run_contenders import run_contenders
 
@@ -90,7 +90,7 @@ def bench(
         contenders, Workload(**chosen), rounds, lambda line: click.echo(line, err=True)
     )
     if plot is not None:
-        _write_chart(plot, report)
+        write_report_file(render_chart(report), plot)
     if as_json:
         print_json(report)
     else:
@@ -107,19 +107,10 @@ def show_report(report: Mapping[str, Any]) -> None:
     for each in contenders:
         load, numbers = each["load_seconds"], (each["read_bytes"], each["memory_bytes"])
         mb = [f"{number['median'] / 1e6:.0f}" if number else "-" for number in numbers]
-        rows.append((each["name"], f"{load['median']:.2f}", _format_spread(load, 1), *mb))
+        rows.append((each["name"], f"{load['median']:.2f}", _format_spread(load), *mb))
     _print_rows(rows)
     for at, first in enumerate(contenders[0]["runs"]):
-        rows = [
-            (
-                f"batch {first['batch']}",
-                "first token ms",
-                "tokens/s",
-                "spread",
-                "ratio",
-                "in collectives",
-            )
-        ]
+        rows = [(f"batch {first['batch']}", *RUN_COLUMNS)]
         base = contenders[0]["runs"][at]["token_seconds"]
         rows += [_format_run(each["name"], each["runs"][at], base) for each in contenders]
         _print_rows(rows)
@@ -137,7 +128,7 @@ def _format_run(
     if token is None or base is None:
         return (*cells, "-", "-", "-", "-")
     rates = {key: run["batch"] / token[key] for key in ("least", "median", "most")}
-    spread = _format_spread({"least": rates["most"], "most": rates["least"]}, 1)
+    spread = _format_spread({"least": rates["most"], "most": rates["least"]})
     share = f"{min(1.0, wait['median'] / token['median']):.0%}" if wait else "-"
     return (
         *cells,
@@ -148,8 +139,8 @@ def _format_run(
     )
 
 
-def _format_spread(spread: Mapping[str, float], digits: int) -> str:
-    return f"{spread['least']:.{digits}f} to {spread['most']:.{digits}f}"
+def _format_spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['least']:.1f} to {spread['most']:.1f}"
 
 
 def _print_rows(rows: Sequence[Sequence[str]]) -> None:
@@ -158,16 +149,3 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
     for first, *cells in rows:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print_line("  ".join([first.ljust(widths[0]), *padded]))
-
-
-def _write_chart(path: Path, report: Mapping[str, Any]) -> None:
-    from shardkit.runtime.benchmark.chart import render_chart
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(render_chart(report), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: the chart cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The page of a report: checked before the work, complete or absent after it."""
+"""The file of a report: checked before the work, complete or absent after it."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,6 @@ import click
 
 from shardkit.errors import OutputError
 from shardkit.output.atomic import rename_no_replace
-from shardkit.verification.report import Report
-from shardkit.verification.report_page import render_report_page
 
 
 def check_report_file(
@@ -32,12 +30,12 @@ REPORT = click.option(
 )
 
 
-def write_report_file(report: Report, path: Path) -> None:
-    """Write the page, in one step. Raises OutputError."""
+def write_report_file(text: str, path: Path) -> None:
+    """Write a page or a chart, in one step, over nothing. Raises OutputError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("x", encoding="utf-8") as file:
-            file.write(render_report_page(report))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         rename_no_replace(partial, path)

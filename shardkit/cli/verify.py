@@ -31,6 +31,7 @@ from shardkit.verification.numerics_options import (
     RankChoice,
     ignore_blocks,
 )
+from shardkit.verification.report_page import render_report_page
 
 
 def read_subset(
@@ -128,7 +129,7 @@ def verify(
     if report is not None:
         report = replace(report, command=shlex.join(["shardkit", *sys.argv[1:]]))
         if report_file is not None:
-            write_report_file(report, report_file)
+            write_report_file(render_report_page(report), report_file)
         show_report(report, as_json)
 
 

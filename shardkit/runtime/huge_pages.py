@@ -14,7 +14,9 @@ def advise_huge_pages(tensor: torch.Tensor) -> int:
     """Have the kernel back the whole huge pages of a contiguous tensor's memory with such.
 
     Only a hint, to be given before the memory is touched: it is ignored where the kernel has none
-    to give. No page outside of the tensor is asked for, so that no more memory is taken.
+    to give. No page outside of the tensor is asked for, so that no more memory is taken. torch can
+    do it for all that it allocates (THP_MEM_ALLOC_ENABLE), but reads that variable once, before a
+    server that imports this may have a say.
 
     Returns:
         The bytes that were asked for.

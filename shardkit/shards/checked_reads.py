@@ -13,12 +13,11 @@ from itertools import groupby
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
 from shardkit.files import Progress, ignore_progress, read_exactly
 from shardkit.planning import Rank
-from shardkit.shards.integrity import check_ranks
+from shardkit.shards.integrity import THREADS, check_ranks
 from shardkit.shards.rank_digest import RankDigest
 from shardkit.shards.reader import Run, ShardedCheckpoint
 
 SKIP_BYTES = 256 << 10  # read at once for the digest alone
-THREADS = 8
 
 
 class CheckedShards:

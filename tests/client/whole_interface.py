@@ -119,14 +119,14 @@ def ask_engine(engine: runtime.Engine, text: str) -> dict[str, Any]:
 
 async def ask_engine_async(engine: runtime.Engine, text: str) -> dict[str, Any]:
     """Every way of asking an engine, from an event loop."""
-    made = await engine.agenerate(text, max_new_tokens=5, do_sample=False)
+    generated = await engine.agenerate(text, max_new_tokens=5, do_sample=False)
     output = await engine.aforward(input_ids=engine.input_ids(text))
     pieces = [piece async for piece in engine.astream(text, max_new_tokens=5, do_sample=False)]
     chunks = [chunk async for chunk in engine.submit(text, max_tokens=5, temperature=0)]
     result = await engine.submit(text, max_tokens=5, temperature=0)
-    assert output["logits"].shape[0] == len(made)
+    assert output["logits"].shape[0] == len(generated)
     assert [token for chunk in chunks for token in chunk.ids] == list(result.ids)
-    return {"ids": list(result.ids), "generate": made[0].tolist(), "stream": "".join(pieces)}
+    return {"ids": list(result.ids), "generate": generated[0].tolist(), "stream": "".join(pieces)}
 
 
 def find_status(engine: runtime.Engine, **sampling: Any) -> int:

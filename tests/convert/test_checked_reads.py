@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from shardkit.convert import merge, reshard
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.output import stream
 from shardkit.shards import checked_reads
+from tests.helpers.read_counts import count_reads
 from tests.helpers.split_helpers import reshard_folder, shard_name, split_folder
 from tests.helpers.synthetic_checkpoints import (
     contents,
@@ -47,15 +48,7 @@ def split_llama(tmp_path: Path, kv_heads: int) -> Path:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The bytes that are read of each file."""
-    counts: Counter[str] = Counter()
-    plain = os.preadv
-
-    def count_and_read(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        counts[os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))] += sum(map(len, views))
-        return plain(fd, views, offset)
-
-    monkeypatch.setattr(os, "preadv", count_and_read)
-    return counts
+    return count_reads(monkeypatch)
 
 
 @COMMANDS

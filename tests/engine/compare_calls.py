@@ -45,8 +45,8 @@ class Reference:
         """Calls of generate by the argument that each is about."""
         if not self.model.can_generate():
             return {}
-        made = self.model.generate(**self.row, **GREEDY)[0].tolist()
-        return list_generate(self.row, made[-GREEDY["max_new_tokens"] :])
+        ids = self.model.generate(**self.row, **GREEDY)[0].tolist()
+        return list_generate(self.row, ids[-GREEDY["max_new_tokens"] :])
 
     def list_forward_calls(self) -> Calls:
         """Calls of forward by the argument that each is about."""
@@ -70,9 +70,9 @@ def load_reference(source: Path) -> Reference:
     if has_tokenizer(source) and model.can_generate():
         tokenizer = load_tokenizer(source)
         return Reference(model, tokenizer, dict(tokenizer(TEXT, return_tensors="pt")))
-    made = make_inputs(model)
-    size = len(made["input_ids"])
-    rows = {name: each[: len(each) // size] for name, each in made.items()}
+    inputs = make_inputs(model)
+    size = len(inputs["input_ids"])
+    rows = {name: each[: len(each) // size] for name, each in inputs.items()}
     row = {name: each for name, each in rows.items() if not name.startswith("decoder_")}
     return Reference(model, None, row)
 
@@ -99,9 +99,9 @@ def compare_forwards(engine: runtime.Engine, reference: Reference) -> dict[str, 
     return differences
 
 
-def list_differences(found: Mapping[str, str]) -> dict[str, str]:
+def list_differences(outcomes: Mapping[str, str]) -> dict[str, str]:
     """Those arguments that are not equal."""
-    return {name: how for name, how in found.items() if how != "equal"}
+    return {name: how for name, how in outcomes.items() if how != "equal"}
 
 
 def run_call(call: Callable[[], Any]) -> Any:

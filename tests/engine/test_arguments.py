@@ -39,8 +39,8 @@ from tests.engine.compare_calls import compare_forwards, compare_generates, load
 torch.set_num_threads(1)
 with runtime.launch(sys.argv[1], device="cpu") as engine:
     reference = load_reference(pathlib.Path(sys.argv[3]))
-    found = compare_generates(engine, reference) | compare_forwards(engine, reference)
-pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(found))
+    outcomes = compare_generates(engine, reference) | compare_forwards(engine, reference)
+pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(outcomes))
 """
 BATCH = """
 import json, os, pathlib, sys, time
@@ -53,19 +53,19 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 timeouts = Timeouts(collective=3)
 own = pathlib.Path(sys.argv[2], f"host{os.environ['RANK']}")
 with runtime.launch(own, device="cpu", timeouts=timeouts) as engine:
-    found = {"generate": engine.generate([1], max_new_tokens=4, do_sample=False).tolist()}
+    outcomes = {"generate": engine.generate([1], max_new_tokens=4, do_sample=False).tolist()}
     time.sleep(5)  # longer than a collective may take
     handles = [engine.submit([1, 400 + n], max_tokens=9, temperature=0) for n in range(5)]
-    found["batch"] = [list(handle.result(60).ids) for handle in handles]
+    outcomes["batch"] = [list(handle.result(60).ids) for handle in handles]
     chunks = iter(engine.stream([1], max_new_tokens=10**6, do_sample=False))
     next(chunks)
     chunks.close()
-    found["after a stream"] = engine.generate([1], max_new_tokens=4, do_sample=False).tolist()
+    outcomes["after a stream"] = engine.generate([1], max_new_tokens=4, do_sample=False).tolist()
     try:
         engine.restart()
     except Exception as error:
-        found["restart"] = str(error)
-pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(found))
+        outcomes["restart"] = str(error)
+pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(outcomes))
 """
 
 
@@ -74,12 +74,12 @@ def find_source(
     tmp_path_factory: pytest.TempPathFactory, stories260k: Path
 ) -> Callable[[str], Path]:
     """The checkpoint of a kind of model."""
-    made = {"stories260k": stories260k}
+    folders = {"stories260k": stories260k}
 
     def find(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make(kind, tmp_path_factory.mktemp(kind) / "source")
-        return made[kind]
+        if kind not in folders:
+            folders[kind] = make(kind, tmp_path_factory.mktemp(kind) / "source")
+        return folders[kind]
 
     return find
 
@@ -97,8 +97,8 @@ def test_every_argument_of_forward(
 ) -> None:
     cut(find_source(kind), tmp_path / "tp2", 2)
     with run_engine(rank_pool.of(2), tmp_path / "tp2") as engine:
-        found = compare_forwards(engine, load_reference(find_source(kind)))
-        assert list_differences(found) == {}
+        outcomes = compare_forwards(engine, load_reference(find_source(kind)))
+        assert list_differences(outcomes) == {}
         with pytest.raises(RanksError):
             engine.forward(inputids=torch.tensor([[1]]))
         assert engine.alive
@@ -110,8 +110,8 @@ def test_every_argument_of_generate(
 ) -> None:
     cut(find_source(kind), tmp_path / "tp2", 2)
     with run_engine(rank_pool.of(2), tmp_path / "tp2") as engine:
-        found = compare_generates(engine, load_reference(find_source(kind)))
-        assert list_differences(found) == {}
+        outcomes = compare_generates(engine, load_reference(find_source(kind)))
+        assert list_differences(outcomes) == {}
         with pytest.raises(RanksError):
             engine.generate([1], max_new_tokens=3, max_new_tokenz=3)
         assert engine.alive
@@ -125,10 +125,10 @@ def test_every_argument_under_torchrun(
 ) -> None:
     source = find_source(kind)
     cut(source, tmp_path / "tp2", 2)
-    code, said = torchrun(2, tmp_path / "tp2", tmp_path, TABLE, str(source))
+    code, outputs = torchrun(2, tmp_path / "tp2", tmp_path, TABLE, str(source))
     assert code == 0
-    (found,) = said  # the other rank follows, and ends
-    assert list_differences(found) == {}
+    (outcomes,) = outputs  # the other rank follows, and ends
+    assert list_differences(outcomes) == {}
 
 
 @pytest.mark.slow
@@ -140,17 +140,17 @@ def test_a_batch_under_torchrun_where_each_rank_has_its_own_file(
     for rank in range(2):
         own = shutil.copytree(tmp_path / "tp2", tmp_path / f"host{rank}")
         next(own.glob(f"rank-0000{1 - rank}-*")).unlink()
-    code, said = torchrun(2, tmp_path / "tp2", tmp_path, BATCH)
+    code, outputs = torchrun(2, tmp_path / "tp2", tmp_path, BATCH)
     assert code == 0
-    (found,) = said
+    (outcomes,) = outputs
     model = AutoModelForCausalLM.from_pretrained(stories260k).eval()
     expected = [
         model.generate(torch.tensor([[1, 400 + n]]), max_new_tokens=9, do_sample=False)[0, 2:]
         for n in range(5)
     ]
-    assert found["batch"] == [ids.tolist() for ids in expected]
-    assert found["generate"] == found["after a stream"] == [[1, 403, 407, 261, 378]]
-    assert found["restart"].startswith("torchrun started these ranks")
+    assert outcomes["batch"] == [ids.tolist() for ids in expected]
+    assert outcomes["generate"] == outcomes["after a stream"] == [[1, 403, 407, 261, 378]]
+    assert outcomes["restart"].startswith("torchrun started these ranks")
 
 
 def test_requests_to_a_model_with_an_encoder(

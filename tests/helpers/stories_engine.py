@@ -35,8 +35,8 @@ def run_stories(
 def continue_alone(reference: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
     """What the unsharded model generates after a prompt, by itself."""
     given = {"do_sample": False, **options}
-    made = reference.generate(torch.tensor([ids]), max_new_tokens=tokens, **given)
-    new: list[int] = made[0, len(ids) :].tolist()
+    output = reference.generate(torch.tensor([ids]), max_new_tokens=tokens, **given)
+    new: list[int] = output[0, len(ids) :].tolist()
     return new
 
 

@@ -24,10 +24,10 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of which a merge was killed at its fifth note."""
     monkeypatch.setattr(writer, "JOURNAL_INTERVAL", 2000)
     specs = specs_of(llama(vocab=400, ffn=96))
-    made = write_source(tmp_path / "source", llama_config(ffn=96), specs)
-    split_folder(made, tmp_path / "shards", 2)
+    source = write_source(tmp_path / "source", llama_config(ffn=96), specs)
+    split_folder(source, tmp_path / "shards", 2)
     killed(merge_folder, tmp_path / "shards", tmp_path / "out", notes=5)
-    return made
+    return source
 
 
 @pytest.fixture

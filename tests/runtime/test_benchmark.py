@@ -56,9 +56,9 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(runs, "_run_round", measure)
     contenders = [Contender("unsharded", FOLDER, 1), Contender("shards", FOLDER, 2)]
-    found = runs.run_contenders(contenders, Workload(batches=(4,)), 3)
+    report = runs.run_contenders(contenders, Workload(batches=(4,)), 3)
     assert order == ["unsharded", "shardkit tp 2"] * 3
-    return found
+    return report
 
 
 def test_a_report_has_the_median_of_the_slowest_rank(report: dict[str, Any]) -> None:
@@ -140,10 +140,14 @@ def test_the_command_measures_a_model(shards: dict[int, Path], tmp_path: Path) -
     options = ("--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "2", "--plot", chart)
     done = run("bench", shards[1], "--json", *options)
     assert done.exit_code == 0, done.stderr
-    (found,) = json.loads(done.stdout)["contenders"]
+    (contender,) = json.loads(done.stdout)["contenders"]
     weights = sum(path.stat().st_size for path in shards[1].glob("*.safetensors"))
-    assert weights <= found["read_bytes"]["median"] < 4 * weights
-    assert 0 < found["runs"][0]["token_seconds"]["median"] < found["load_seconds"]["median"] * 100
+    assert weights <= contender["read_bytes"]["median"] < 4 * weights
+    assert (
+        0
+        < contender["runs"][0]["token_seconds"]["median"]
+        < contender["load_seconds"]["median"] * 100
+    )
     assert ElementTree.fromstring(chart.read_text()).tag.endswith("svg")
     assert "exists" in run("bench", shards[1], *options).stderr
 

@@ -15,14 +15,14 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def flags_at(address: int) -> set[str]:
     """What the kernel notes of the memory at an address: "hg" if huge pages are asked for."""
-    found: set[str] = set()
+    flags: set[str] = set()
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if limits := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(limits[1], 16) <= address < int(limits[2], 16)
         elif inside and line.startswith("VmFlags:"):
-            found = set(line.split()[1:])
-    return found
+            flags = set(line.split()[1:])
+    return flags
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, HUGE_PAGE - 1, 2 * HUGE_PAGE, 9 * HUGE_PAGE + 5])

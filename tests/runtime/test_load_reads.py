@@ -1,8 +1,6 @@
 """Loading reads a rank's own bytes, each once, and none of another rank's file."""
 
-import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,21 +9,14 @@ import torch
 from shardkit import runtime
 from shardkit.checkpoint.header import read_header
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from tests.helpers.read_counts import count_reads
 from tests.helpers.runtime_helpers import cut
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The bytes that are read of each file's data."""
-    counts: Counter[str] = Counter()
-    plain = os.preadv
-
-    def count_and_read(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        counts[os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))] += sum(map(len, views))
-        return plain(fd, views, offset)
-
-    monkeypatch.setattr(os, "preadv", count_and_read)
-    return counts
+    return count_reads(monkeypatch)
 
 
 @pytest.mark.parametrize("verify", [False, True])

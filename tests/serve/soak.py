@@ -66,31 +66,31 @@ class Load:
 async def ask_whole(load: Load) -> None:
     body, expected = load.make_body()
     answer = await load.client.post("/v1/completions", json=body)
-    found = answer.json()["choices"][0]["token_ids"] if answer.status_code == 200 else answer.text
-    load.count("whole", found == expected, found)
+    ids = answer.json()["choices"][0]["token_ids"] if answer.status_code == 200 else answer.text
+    load.count("whole", ids == expected, ids)
 
 
 async def ask_streamed(load: Load) -> None:
     body, expected = load.make_body(stream=True)
-    found: list[int] = []
+    ids: list[int] = []
     async with load.client.stream("POST", "/v1/completions", json=body) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 for choice in json.loads(line[6:])["choices"]:
-                    found += choice["token_ids"]
-    load.count("streamed", found == expected, found)
+                    ids += choice["token_ids"]
+    load.count("streamed", ids == expected, ids)
 
 
 async def leave_stream(load: Load) -> None:
     body, expected = load.make_body(stream=True, max_tokens=400)
-    stop, found = load.choose.randint(0, 20), list[int]()
+    stop, ids = load.choose.randint(0, 20), list[int]()
     async with load.client.stream("POST", "/v1/completions", json=body) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
-                found += json.loads(line[6:])["choices"][0]["token_ids"]
-            if len(found) >= stop:
+                ids += json.loads(line[6:])["choices"][0]["token_ids"]
+            if len(ids) >= stop:
                 break
-    load.count("left", found[:LONGEST] == expected[: len(found)] or len(found) > len(expected))
+    load.count("left", ids[: len(expected)] == expected[: len(ids)], ids)
 
 
 async def cancel_whole(load: Load) -> None:

@@ -51,8 +51,8 @@ def hosts() -> Iterator[None]:
                 stack.callback(configure, "netns", "del", host)
             configure("link", "add", CABLES[0], "type", "veth", "peer", "name", CABLES[1])
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", b"") or str(error).encode()
-            pytest.skip(f"no network namespaces here: {said.decode().strip()}")
+            reason = getattr(error, "stderr", b"") or str(error).encode()
+            pytest.skip(f"no network namespaces here: {reason.decode().strip()}")
         for at, (host, cable) in enumerate(zip(HOSTS, CABLES, strict=True), start=1):
             configure("link", "set", cable, "netns", host)
             inside = ("-n", host)

@@ -5,12 +5,12 @@ from html import escape
 from typing import Any
 
 STYLE = """
-svg { --fg: #1d2430; --dim: #667085; --bg: #fff; --bar: #3a6fd8; --wait: #d99a2b; --line: #d5dae2; }
+svg { --fg: #1d2430; --dim: #667085; --bg: #fff; --bar: #3a6fd8; --wait: #d99a2b; }
 @media (prefers-color-scheme: dark) { svg { --fg: #e6e9ef; --dim: #98a2b3; --bg: #14181f;
-  --bar: #7aa5ff; --wait: #e2b84d; --line: #333b48; } }
+  --bar: #7aa5ff; --wait: #e2b84d; } }
 text { font: 12px system-ui, sans-serif; fill: var(--fg); } .dim { fill: var(--dim); }
 .page { fill: var(--bg); } .bar { fill: var(--bar); } .wait { fill: var(--wait); }
-.spread { stroke: var(--fg); stroke-width: 1.5; } .grid { stroke: var(--line); }
+.spread { stroke: var(--fg); stroke-width: 1.5; }
 """
 WIDTH, LEFT, BARS, ROW, HEAD = 760, 170, 420, 26, 34
 
@@ -20,9 +20,9 @@ def render_chart(report: Mapping[str, Any]) -> str:
     parts, top = [], 12
     for at, run in enumerate(report["contenders"][0]["runs"]):
         title = f"batch {run['batch']}, {report['workload']['prompt_tokens']} prompt tokens"
-        for draw in (_draw_speed, _draw_time):
+        for name, draw in (("Speed-up", _draw_speed), ("Time for a token", _draw_time)):
             rows = list(draw(report["contenders"], at, top + HEAD))
-            parts += [_text(LEFT, top + 18, f"{_TITLES[draw.__name__]}, {title}"), *rows]
+            parts += [_text(LEFT, top + 18, f"{name}, {title}"), *rows]
             top += HEAD + ROW * len(report["contenders"]) + 10
     machine = report["machine"]
     versions = f"shardkit {machine['shardkit']}, torch {machine['torch']}"
@@ -73,9 +73,6 @@ def _draw_time(contenders: Sequence[Mapping[str, Any]], at: int, top: int) -> It
         yield _bar("wait", LEFT + (time - wait) * scale, y, wait * scale)
         share = f", {wait / time:.0%} in collectives" if spread else ""
         yield _text(LEFT + time * scale + 8, y + 15, f"{1000 * time:.1f} ms{share}", "dim")
-
-
-_TITLES = {_draw_speed.__name__: "Speed-up", _draw_time.__name__: "Time for a token"}
 
 
 def _text(x: float, y: float, text: str, name: str = "") -> str:

@@ -83,12 +83,12 @@ def _run_round(contender: Contender, workload: Workload) -> Round:
         threads = max(1, count_cores() // contender.ranks)
         output = _run_command(command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
         paths = [Path(scratch, f"rank-{rank}.json") for rank in range(contender.ranks)]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
-    errors = [rank["error"] for rank in found if "error" in rank]
-    if errors or len(found) < contender.ranks:
+        ranks = [json.loads(path.read_text()) for path in paths if path.exists()]
+    errors = [rank["error"] for rank in ranks if "error" in rank]
+    if errors or len(ranks) < contender.ranks:
         last = output.strip().splitlines()[-1:] or ["its processes ended without a word"]
         raise RanksError(f"{contender.name}: {(errors or last)[0]}")
-    return found
+    return ranks
 
 
 def _run_command(command: Sequence[str], environment: dict[str, str]) -> str:
