@@ -18,7 +18,9 @@ MODELS = {model.name: model for model in list_format_models()}
         pytest.param(  # 576 rows in blocks of 128
             "fp8-block", "grouped-heads", ["proven"] * 2, marks=pytest.mark.slow
         ),
-        ("fp8-block", "latent-attention", ["proven"] * 4),  # over 3, ranks share blocks of heads
+        pytest.param(  # over 3, ranks share blocks of heads
+            "fp8-block", "latent-attention", ["proven"] * 4, marks=pytest.mark.slow
+        ),
         ("gptq-desc-act", "fused", ["proven"] * 2),
         ("mxfp4", "stacked-experts", ["proven"] * 4),  # 5 groups of 32
     ],

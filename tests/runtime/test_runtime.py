@@ -206,6 +206,7 @@ def test_a_killed_rank_is_noticed_unasked_and_nothing_is_left_running(stories_tp
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_reported_within_the_timeout(stories_tp2: Path) -> None:
     engine = runtime.launch(stories_tp2, timeouts=Timeouts(request=3))
     os.kill(engine.ranks.pids[1], signal.SIGSTOP)

@@ -44,6 +44,7 @@ def run_ranks(size: int, work: Callable[[TurnGroup], Any]) -> list[Any]:
     return turns.run([lambda group=group: work(group) for group in ranks])  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 @pytest.mark.parametrize("ranks", [3])
 def test_a_sum_has_the_bits_of_real_ranks(ranks: int, tmp_path: Path) -> None:

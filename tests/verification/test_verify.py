@@ -86,6 +86,7 @@ linear.RowParallelLinear.forward = forward
 """
 
 
+@pytest.mark.slow
 def test_a_row_bias_added_on_every_rank_is_named(
     models: SampleFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
