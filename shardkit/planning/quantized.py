@@ -56,7 +56,8 @@ def find_blocks(
         recipe: Which units share which.
         units: The units by name.
     """
-    blocks: dict[tuple[str, int], int] = {}
+    own = ((name, unit) for name, unit in units.items() if not unit.shared_by)
+    blocks = {(name, count): size for name, unit in own for count, size in unit.blocks.items()}
     for weight, placement, rule in weights:
         if not (axis := find_axis(weight, placement.dim)):
             continue

@@ -159,7 +159,7 @@ class _Nesting:
             " ".join(word if word.isdigit() or word == "/" else table + word for word in f.split())
             for f in rule.fields
         )
-        return UnitRule(fields, self._nest_name(rule.shared_by))
+        return UnitRule(fields, self._nest_name(rule.shared_by), rule.block)
 
     def _nest_rule(self, rule: Rule, prefix: str) -> Rule:
         terms = tuple(self._nest_term(term) for term in rule.terms)

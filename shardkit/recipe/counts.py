@@ -49,7 +49,8 @@ def resolve_units(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Unit]:
         count, sharers = counts[name], counts.get(rule.shared_by) or 0
         if sharers and count and sharers % count:
             raise RecipeError(f"{sharers} {rule.shared_by} cannot share {count} {name}")
-        units[name] = Unit(count, sharers)
+        block = recipe.units.get(rule.shared_by, rule).block
+        units[name] = Unit(count, sharers, {count: block} if count and block > 1 else {})
     return units
 
 

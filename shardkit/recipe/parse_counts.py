@@ -18,6 +18,7 @@ KEYS = {
 }  # fmt: skip
 FIELD = r"[A-Za-z_]\w*(?:\.(?:\w+|\*\[\w+\]))*"  # a list's entry may be that of a kind of layers
 FIELD_NAME = re.compile(FIELD, re.ASCII)
+MAX_BLOCK = 9999
 NUMBER = "[1-9][0-9]{0,3}"
 COUNT = re.compile(rf"(?:{NUMBER} )?{FIELD}(?: / (?:{FIELD}|{NUMBER}))?", re.ASCII)
 
@@ -28,14 +29,17 @@ def parse_units(table: dict[str, Any]) -> Iterator[tuple[str, UnitRule]]:
     for name, value in table.items():
         _check_name("units", name)
         entry = value if isinstance(value, dict) else {"count": value}
-        if unknown := sorted(entry.keys() - {"count", "shared_by"}):
+        if unknown := sorted(entry.keys() - {"count", "shared_by", "block"}):
             raise RecipeError(f"units.{name}: unknown keys: {', '.join(unknown)}")
         shared_by = expect_string(entry.get("shared_by", ""), f"units.{name}.shared_by")
         if shared_by and shared_by not in table:
             raise RecipeError(f"units.{name}.shared_by: {shared_by!r} is not a unit")
         count = entry.get("count")
         fields = () if count == "*" else _read_count_fields(f"units.{name}", count, " or be '*',")
-        yield name, UnitRule(fields, shared_by)
+        block = _read_block(entry, name)
+        if block > 1 and (shared_by or not fields):
+            raise RecipeError(f"units.{name}.block: only of a unit with a count that is not shared")
+        yield name, UnitRule(fields, shared_by, block)
 
 
 def parse_counts(
@@ -47,6 +51,13 @@ def parse_counts(
         if name in units:
             raise RecipeError(f"counts.{name}: a unit has that name")
         yield name, UnitRule(_read_count_fields(f"counts.{name}", value))
+
+
+def _read_block(entry: dict[str, Any], name: str) -> int:
+    block = entry.get("block", 1)
+    if type(block) is not int or not 1 <= block <= MAX_BLOCK:
+        raise RecipeError(f"units.{name}.block: {block!r} is not a number of 1 to {MAX_BLOCK}")
+    return block
 
 
 def _check_name(key: str, name: str) -> None:

@@ -78,10 +78,12 @@ class UnitRule:
         fields: The config fields of which the first that is there counts; a field may be a ratio,
             `n_head / 4`. Empty for as many units as the axis is long.
         shared_by: The unit that shares this one (query heads sharing kv heads).
+        block: How many stay together, if there are as many such blocks as ranks.
     """
 
     fields: tuple[str, ...]
     shared_by: str = ""
+    block: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ FAULTS = {
     "unit-unknown-key": "units.kv_heads: unknown keys: shares_with",
     "unit-vocab": "units.vocab: a key of the recipe",
     "unit-name": "units.Heads: not a name",
+    "block-of-none": "units.kv_heads.block: only of a unit with a count that is not shared",
+    "block-size": "units.heads.block: 0 is not a number of 1 to 9999",
     "shared-by-nothing": "units.kv_heads.shared_by: 'heads' is not a unit",
     "shared-by-itself": "units.kv_heads: only a unit with a count",
     "shared-by-countless": "units.kv_heads: only a unit with a count",
