@@ -14,7 +14,8 @@ from typing import overload
 from shardkit.dtypes import DTYPES
 from shardkit.errors import LayoutError
 
-NUMBER = re.compile(r"\.\d{1,9}(?![^.])")
+NUMBER = re.compile(r"\.\d{1,9}(?![^.\n])")
+DtypeAndShape = tuple[str, tuple[int, ...]]  # what a tensor is but for its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,13 @@ def generalize_name(name: str) -> str:
     return NUMBER.sub(".*", f".{name}")[1:]  # to look for dots is twice as fast as to look behind
 
 
+def generalize_names(names: Sequence[str]) -> list[str]:
+    """As `generalize_name`, of names without line breaks, all at once."""
+    if not names:
+        return []
+    return [name[1:] for name in NUMBER.sub(".*", "." + "\n.".join(names)).split("\n")]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class AlikeTensors:
     """Tensors of one dtype and shape whose names differ by numbers only.
@@ -128,6 +136,13 @@ class TensorTable(Sequence[TensorSpec]):
         return specs if isinstance(specs, cls) else cls(specs)
 
     @classmethod
+    def of_columns(cls, names: Sequence[str], kinds: Iterable[DtypeAndShape]) -> "TensorTable":
+        """The table of tensors of these names, dtypes and shapes."""
+        table = cls(())
+        table._specs, table.names, table._kinds = None, tuple(names), tuple(kinds)
+        return table
+
+    @classmethod
     def of_alike(cls, groups: Iterable[AlikeTensors]) -> "TensorTable":
         """The table of tensors that are grouped already, group by group."""
         table = cls(())
@@ -149,10 +164,9 @@ class TensorTable(Sequence[TensorSpec]):
 
     def _list_specs(self) -> tuple[TensorSpec, ...]:
         if self._specs is None:
+            kinds = self._kinds
             self._specs = tuple(
-                TensorSpec(name, each.dtype, each.shape)
-                for each in self.alike
-                for name in each.names
+                TensorSpec(n, *kind) for n, kind in zip(self.names, kinds, strict=True)
             )
         return self._specs
 
@@ -164,15 +178,22 @@ class TensorTable(Sequence[TensorSpec]):
         return tuple(spec.name for spec in self._specs)
 
     @cached_property
+    def _kinds(self) -> tuple[DtypeAndShape, ...]:
+        if self._specs is None:
+            return tuple((each.dtype, each.shape) for each in self.alike for _ in each.names)
+        return tuple((spec.dtype, spec.shape) for spec in self._specs)
+
+    @cached_property
     def alike(self) -> tuple[AlikeTensors, ...]:
         """The tensors in groups of those that are alike, in the order of their first."""
-        groups: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-        for spec in self._list_specs():
-            key = (generalize_name(spec.name), spec.dtype, spec.shape)
+        groups: dict[tuple[str, DtypeAndShape], list[str]] = {}
+        for key, name in zip(
+            zip(generalize_names(self.names), self._kinds, strict=True), self.names, strict=True
+        ):
             if (names := groups.get(key)) is None:
                 groups[key] = names = []
-            names.append(spec.name)
-        return tuple(AlikeTensors(*key, names) for key, names in groups.items())
+            names.append(name)
+        return tuple(AlikeTensors(p, *kind, names) for (p, kind), names in groups.items())
 
     @cached_property
     def names_by_pattern(self) -> dict[str, list[str]]:

@@ -4,8 +4,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from shardkit import strict_json
@@ -60,7 +61,8 @@ class Checkpoint:
         self.name = name or name_of_folder(folder)
         self.config = read_config(folder)
         self.index, names = find_weight_files(folder, list_names(folder))
-        self._places: dict[str, tuple[int, header.Entry]] = {}  # the number of its file, and where
+        self._numbers: dict[str, int] = {}  # of the file that a tensor is in
+        self._headers: list[header.Header] = []
         self._fds: list[int] = []
         self._names: list[str] = []
         self._stats: list[os.stat_result] = []
@@ -114,9 +116,9 @@ class Checkpoint:
     @property
     def wrapper_prefix(self) -> str:
         """What training wrappers put before every tensor's name; empty if nothing."""
-        return find_wrapper_prefix(list(self._places))
+        return find_wrapper_prefix(list(self._numbers))
 
-    @property
+    @cached_property
     def has_true_index(self) -> bool:
         """Whether the index names each tensor in the file that has it, or none is needed."""
         return self.index is None or self.index.weight_map == self._files_by_tensor
@@ -150,14 +152,16 @@ class Checkpoint:
 
     @cached_property
     def _table(self) -> TensorTable:
-        return TensorTable(entry.spec for _, entry in self._places.values())
+        kinds = chain.from_iterable(head.kinds for head in self._headers)
+        return TensorTable.of_columns(list(self._numbers), kinds)
 
     def read_into(self, name: str, offset: int, view: memoryview) -> None:
         """Fill `view` with the tensor's bytes from `offset` on. Raises SourceChanged."""
-        number, entry = self._places[name]
+        number = self._numbers[name]
+        start = self._headers[number].places[name]
         path = self.folder / self.files[number].name
         try:
-            read_exactly(self._fds[number], view, entry.start + offset)
+            read_exactly(self._fds[number], view, start + offset)
         except ShortRead:
             raise SourceChanged(f"{path}: became shorter while it was read") from None
         except OSError as failure:
@@ -223,23 +227,23 @@ class Checkpoint:
         path = self.folder / name  # which the user knows, whatever it is a link to
         head = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
-        number = len(self._fds) - 1
-        places = {entry.spec.name: (number, entry) for entry in head.entries}
-        if (tensor := next(filter(self._places.__contains__, places), None)) is not None:
-            other = self._names[self._places[tensor][0]]
+        if (tensor := next(filter(self._numbers.__contains__, head.names), None)) is not None:
             raise CheckpointError(
-                f"{path}: {quote(tensor)} is in {other} as well; the checkpoint is ambiguous"
+                f"{path}: {quote(tensor)} is in {self._names[self._numbers[tensor]]} as well; the"
+                " checkpoint is ambiguous"
             )
-        self._places |= places
+        self._numbers |= dict.fromkeys(head.names, len(self._names))
+        self._headers.append(replace(head, raw=b""))
         self._names.append(name)
-        return SourceFile(name, self._stats[-1].st_size, head.metadata, tuple(places))
+        return SourceFile(name, self._stats[-1].st_size, head.metadata, head.names)
 
     @cached_property
     def _files_by_tensor(self) -> dict[str, str]:
-        return {tensor: file.name for file in self.files for tensor in file.tensors}
+        names = map(self._names.__getitem__, self._numbers.values())
+        return dict(zip(self._numbers, names, strict=True))
 
     def _check_index(self) -> None:
-        if self.index is not None:
+        if self.index is not None and not self.has_true_index:
             is_whole = self._names == [SINGLE] or is_whole_set(self._names)
             check_index(self.index, self._files_by_tensor, is_whole, self.folder)
 

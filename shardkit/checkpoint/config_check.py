@@ -29,7 +29,9 @@ POSITIVE = frozenset(
 )  # fmt: skip
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
 # A name up to the number of the first list of modules that it is in.
-FIRST_NUMBER = re.compile(r"[^.]+(?:\.(?!\d{1,9}(?![^.]))[^.]+)*\.\d{1,9}(?![^.])")
+FIRST_NUMBER = re.compile(  # of a name, one on each line
+    r"^[^.\n]+(?:\.(?!\d{1,9}(?![^.\n]))[^.\n]+)*\.\d{1,9}(?![^.\n])", re.MULTILINE
+)
 REPEATED = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?)$")
 INTEGER_KINDS = ("int", "bool")
 LISTED = re.compile(r"experts$|num_labels")
@@ -171,7 +173,7 @@ def group_layers(names: Iterable[str]) -> dict[str, dict[int, int]]:
 
     Of each list, how many tensors each number has.
     """
-    places = Counter(match[0] for name in names if (match := FIRST_NUMBER.match(name)))
+    places = Counter(FIRST_NUMBER.findall("\n".join(names)))  # in one call for all names
     lists: dict[str, dict[int, int]] = {}
     for place, count in places.items():
         name, _, number = place.rpartition(".")

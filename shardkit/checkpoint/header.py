@@ -5,33 +5,27 @@ The format: 8 bytes of little-endian length, that many bytes of JSON, then the d
 safetensors library refuses, and duplicate names, which it accepts.
 """
 
-import math
 import os
 import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardkit import strict_json
-from shardkit.dtypes import DTYPES
+from shardkit.checkpoint.header_columns import STRINGS, read_columns
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular_file
 from shardkit.strict_json import JsonError, put_off_collection, quote
-from shardkit.tensor import TensorSpec
+from shardkit.tensor import DtypeAndShape, TensorSpec
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_TENSORS = 250_000  # in one file: what can be checked in 256 MB; models have up to 210 000
 MAX_VALUES = 12 * MAX_TENSORS  # an entry is 8 commas and brackets, and one more for each dimension
 MAX_NAME = 65_536
-MAX_RANK = 64
-MAX_DIM = 1 << 48
 METADATA = "__metadata__"  # the one key of a header that is not a tensor
 LFS_POINTER = b"version https://git-lfs"
-DtypeAndShape = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
-_FIELDS = ("dtype", "shape", "data_offsets")
-_KEYS, _read_fields = frozenset(_FIELDS), itemgetter(*_FIELDS)
 
 
 class Entry(NamedTuple):
@@ -42,13 +36,34 @@ class Entry(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
-    """What a file says it holds: tensors in the order of their bytes, and free-form metadata."""
+    """What a file says it holds: tensors in the order of their bytes, and free-form metadata.
 
-    entries: tuple[Entry, ...]
+    Attributes:
+        names: The tensors' names.
+        kinds: Their dtypes and shapes; equal ones are one object.
+        starts: Where each one's bytes start in the file; they end where the next one's start.
+        metadata: Text by name.
+        raw: The bytes that say all this.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[DtypeAndShape, ...]
+    starts: tuple[int, ...]
     metadata: dict[str, str]
     raw: bytes
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every tensor and its place; a plan of a hundred thousand tensors does without."""
+        specs = map(TensorSpec, self.names, *zip(*self.kinds, strict=True)) if self.kinds else ()
+        return tuple(Entry(s, at, at + s.nbytes) for s, at in zip(specs, self.starts, strict=True))
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each tensor's bytes start in the file."""
+        return dict(zip(self.names, self.starts, strict=True))
 
 
 def read_header(path: Path, error: type[ShardkitError] = CheckpointError) -> Header:
@@ -96,7 +111,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise JsonError("header does not start with '{'")
     _check_count(raw.count(b'"data_offsets"'))  # before anything is made of them
-    table = strict_json.parse_json(raw, MAX_VALUES)
+    table = strict_json.parse_json(raw, MAX_VALUES, _count_strings)
     if not isinstance(table, dict):
         raise JsonError("header is not an object")
     metadata = table.pop(METADATA, {})
@@ -104,21 +119,8 @@ def parse_header(raw: bytes, file_size: int) -> Header:
         raise JsonError("__metadata__ is not a table of strings")
     _check_count(len(table))
     _check_names(table)
-    base, sizes = 8 + len(raw), dict[DtypeAndShape, int]()
-    entries = [_parse_entry(name, value, base, sizes) for name, value in table.items()]
-    entries.sort(key=attrgetter("start", "stop", "spec.name"))
-    covered = base
-    for entry in entries:
-        if entry.start != covered:
-            fault = (
-                "overlaps the one before" if entry.start < covered else "leaves a hole before it"
-            )
-            raise JsonError(f"tensor {quote(entry.spec.name)} {fault}")
-        covered = entry.stop
-    if covered != file_size:
-        word = "truncated" if file_size < covered else "extended"
-        raise JsonError(f"{word}: tensors end at byte {covered}, the file at {file_size}")
-    return Header(tuple(entries), metadata, raw)
+    names, kinds, starts, _ = read_columns(table, 8 + len(raw), file_size)
+    return Header(tuple(names), tuple(kinds), tuple(starts), metadata, raw)
 
 
 def encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
@@ -159,39 +161,9 @@ def _check_count(tensors: int) -> None:
         raise JsonError(f"{tensors} tensors, more than the {MAX_TENSORS} allowed")
 
 
-def _parse_entry(name: str, value: Any, base: int, sizes: dict[DtypeAndShape, int]) -> Entry:
-    """A tensor's entry; `sizes` has the bytes of what dtypes and shapes came before it."""
-    if not isinstance(value, dict) or value.keys() != _KEYS:
-        raise JsonError(f"tensor {quote(name)}: entry is not dtype, shape and data_offsets")
-    dtype, shape, offsets = _read_fields(value)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise JsonError(f"tensor {quote(name)}: unknown dtype {quote(dtype)}")
-    if not _are_sizes(shape, MAX_DIM) or len(shape) > MAX_RANK:
-        raise JsonError(f"tensor {quote(name)}: shape is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
-    start, stop = offsets
-    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop < 1 << 63:
-        raise JsonError(f"tensor {quote(name)}: data_offsets are not a range")
-    spec = TensorSpec(name, dtype, tuple(shape))
-    if (needed := sizes.get((dtype, spec.shape))) is None:
-        needed = sizes[dtype, spec.shape] = _count_bytes(spec)
-    if needed != stop - start:
-        raise JsonError(f"tensor {quote(name)}: {stop - start} bytes, but its shape needs {needed}")
-    return Entry(spec, base + start, base + stop)
-
-
-def _count_bytes(spec: TensorSpec) -> int:
-    """The bytes that a shape needs, too large a one refused, even if it is of no elements."""
-    if math.prod(filter(None, spec.shape)) * DTYPES[spec.dtype].bits >= 1 << 64:
-        raise JsonError(f"tensor {quote(spec.name)}: shape is too large, zeros left aside")
-    return spec.nbytes
-
-
-def _are_sizes(value: Any, limit: int) -> bool:
-    if not isinstance(value, list):
-        return False
-    for size in value:  # noqa: SIM110 - a loop is three times as fast, and there are 100,000 lists
-        if type(size) is not int or not 0 <= size < limit:
-            return False
-    return True
+def _count_strings(table: Any) -> int:
+    """How many strings a header has, keys included, if all in it is as it must be."""
+    metadata = table.get(METADATA) if isinstance(table, dict) else None
+    if metadata is None:
+        return STRINGS * len(table) if isinstance(table, dict) else 0
+    return STRINGS * (len(table) - 1) + 1 + 2 * len(metadata) if isinstance(metadata, dict) else 0

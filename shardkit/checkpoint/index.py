@@ -9,7 +9,7 @@ from typing import Any
 from shardkit import strict_json
 from shardkit.errors import CheckpointError
 from shardkit.files import is_plain_name, read_small_file, resolve_file
-from shardkit.strict_json import JsonError, quote
+from shardkit.strict_json import JsonError, count_strings, quote
 
 WEIGHTS = ".safetensors"
 SUFFIX = f"{WEIGHTS}.index.json"
@@ -46,7 +46,7 @@ def read_index(folder: Path, name: str, suffix: str = WEIGHTS) -> Index:
 def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     """An index from its bytes. Raises JsonError."""
     try:
-        table = strict_json.parse_json(data, MAX_VALUES)
+        table = strict_json.parse_json(data, MAX_VALUES, _count_strings)
     except JsonError as fault:
         raise JsonError(f"damaged index: {fault}; fetch it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -70,6 +70,13 @@ def parse_index(data: bytes, name: str, suffix: str = WEIGHTS) -> Index:
     stated = table.get("metadata")
     metadata = stated if isinstance(stated, dict) else {}
     return Index(name, weight_map, _keep_metadata(metadata), metadata.get("total_size"))
+
+
+def _count_strings(table: Any) -> int:
+    """How many strings an index has, keys included, if all in it is as it must be."""
+    if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
+        return 0
+    return 2 * len(table["weight_map"]) + count_strings({**table, "weight_map": 0})
 
 
 def check_index(index: Index, files: Mapping[str, str], is_whole: bool, folder: Path) -> None:

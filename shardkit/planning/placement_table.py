@@ -66,7 +66,7 @@ class PlacementTable(Sequence[Placement]):
     @cached_property
     def groups(self) -> tuple[PlacementGroup, ...]:
         """All that are alike and of one layout in one group, in the order of their first."""
-        places = {name: at for at, name in enumerate(self.names)}
+        places = dict(zip(self.names, range(len(self.names)), strict=True))
         merged: dict[GroupKey, list[str]] = {}
         for group in self._given:
             tensors = group.tensors

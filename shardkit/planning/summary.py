@@ -149,11 +149,14 @@ def list_unloaded(plan: Plan) -> tuple[str, ...]:
 
 def collapse_names(names: Sequence[str]) -> str:
     """Names that differ by numbers only, as one: `layers.{0..79}.mlp.up_proj.weight`."""
-    parts = [name.split(".") for name in names]
-    return ".".join(
-        _join_words({part[at] for part in parts}) if NUMBER.fullmatch(word) else word
-        for at, word in enumerate(parts[0])
-    )
+    words = names[0].split(".")
+    is_number = [NUMBER.fullmatch(word) is not None for word in words]
+    pairs = list(zip(words, is_number, strict=True))
+    form = r"\.".join(r"([^.\n]*)" if number else re.escape(word) for word, number in pairs)
+    # One call for all names: to split them one by one takes three times as long.
+    rows = re.findall(f"^{form}()$", "\n".join(names), re.MULTILINE)
+    columns = iter(map(set, zip(*rows, strict=True)))
+    return ".".join(_join_words(next(columns)) if number else word for word, number in pairs)
 
 
 def describe_treatment(placement: Placement, mesh: Mesh) -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from shardkit.checkpoint import is_wrapper_prefix
-from shardkit.checkpoint.header import MAX_DIM
+from shardkit.checkpoint.header_columns import MAX_DIM
 from shardkit.layout import Section
 from shardkit.layout.style import EXPERT
 from shardkit.planning import Placement, PlacementTable, Plan, Rank, check_parts

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from shardkit.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK
+from shardkit.checkpoint.header import MAX_NAME
+from shardkit.checkpoint.header_columns import MAX_DIM, MAX_RANK
 from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
 from shardkit.layout import STYLES, Section, Unit

@@ -2,11 +2,8 @@
 
 import struct
 
-from shardkit.checkpoint.header import (
-    MAX_DIM,
-    MAX_HEADER,
-    MAX_NAME,
-)
+from shardkit.checkpoint.header import MAX_HEADER, MAX_NAME
+from shardkit.checkpoint.header_columns import MAX_DIM
 from shardkit.dtypes import DTYPES
 from tests.helpers.raw_safetensors import entry, file_bytes, small_file
 

@@ -12,7 +12,11 @@ from tests.write_published import PAGE, render_published
 # The formats, the largest rank over the mean, and what is dealt out in blocks.
 PLANS = {
     "deepseek-r1": ({"fp8-block"}, 1.0, {"heads": {128: 2}, "ffn": {2048: 128, 18432: 128}}),
-    "deepseek-v4-flash-0731": ({"fp8-block-scale", "fp4-pairs"}, 1.0, {"ffn": {2048: 128}}),
+    "deepseek-v4-flash-0731": (
+        {"fp8-block-scale", "fp4-pairs"},
+        1.0,
+        {"ffn": {2048: 128}, "half_groups": {16: 2}, "groups": {8: 2}},
+    ),
     "kimi-k2.5": ({"pack-quantized"}, 1.0, {"ffn": {2048: 32}}),
     "minimax-m2.7": ({"fp8-block"}, 1.32, {"ffn": {1536: 128}}),
 }

@@ -33,7 +33,9 @@ def group_quantized(specs: Sequence[TensorSpec], schemes: Iterable[Scheme]) -> G
     schemes, table = tuple(schemes), TensorTable.of(specs)
     if not schemes:
         return Grouping()
-    groups = {name: each for each in table.alike for name in each.names}
+    groups: dict[str, AlikeTensors] = {}
+    for each in table.alike:
+        groups |= dict.fromkeys(each.names, each)
     used = [scheme for scheme in schemes if _is_stored(scheme, table)]
     alike = [
         weights
@@ -42,7 +44,7 @@ def group_quantized(specs: Sequence[TensorSpec], schemes: Iterable[Scheme]) -> G
         for weights in _find_weights(each, groups, used)
     ]
     tails = tuple(f".{suffix}" for scheme in schemes for suffix in scheme.format.constants)
-    parts = {name for each in alike for part in each.parts for name in part.names}
+    parts = set[str]().union(*(part.names for each in alike for part in each.parts))
     named = (each.leave_out(parts) for each in table.alike if each.pattern.endswith(tails))
     grouping = Grouping(tuple(alike), tuple(each for each in named if each is not None))
     _check_unmatched(table, grouping, schemes)

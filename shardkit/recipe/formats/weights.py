@@ -191,7 +191,13 @@ class Grouping:
 
     def leave_plain(self, tensors: AlikeTensors) -> AlikeTensors | None:
         """Those tensors that are neither of a quantized weight nor constants; None for none."""
-        return tensors.leave_out(self._known_names)
+        if tensors not in self._plain:
+            self._plain[tensors] = tensors.leave_out(self._known_names)
+        return self._plain[tensors]
+
+    @cached_property
+    def _plain(self) -> dict[AlikeTensors, AlikeTensors | None]:
+        return {}
 
     @cached_property
     def _known_names(self) -> frozenset[str]:
