@@ -18,7 +18,6 @@ from shardkit.planning import Plan
 from shardkit.shards.integrity import READ_BYTES, THREADS
 
 SMALLEST_BUFFER = 64 << 10
-HASHED = 1.0  # of a block of shards: its parts of a rank's file, joined to be hashed
 PIECE_BYTES = 1100  # of a tensor in a file: its place, digest and line; measured 800
 SPARE_BYTES = 24 << 20  # threads, modules that are imported late (NumPy: 12 MB), companion files
 
@@ -51,10 +50,16 @@ def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None
 
 
 def find_growth(plan: Plan) -> float:
-    """The bytes that all ranks get of a block, as a multiple of it: over 1 if some have copies.
+    """The bytes that are packed of a block for all ranks, as a multiple of it."""
+    growth = measure_copies(plan)
+    # A packed buffer that is short is replaced, and the old one kept until it is written.
+    return growth if growth == 1 else 2 * growth
 
-    Only of blocks that are packed: of a tensor that is divided along another dimension than its
-    first.
+
+def measure_copies(plan: Plan) -> float:
+    """The bytes that all ranks have of a block, as a multiple of it: over 1 if some have copies.
+
+    Only of blocks of rows: of a tensor that is divided along another dimension than its first.
     """
     growths = [1.0]
     for group in plan.groups:
@@ -62,6 +67,4 @@ def find_growth(plan: Plan) -> float:
         if dim and placement.spec.shape[dim]:
             spans = (placement.spans(rank) for rank in plan.mesh.ranks())
             growths.append(sum(map(num_indices, spans)) / placement.spec.shape[dim])
-    # A packed buffer that is short is replaced, and the old one kept until it is written.
-    growth = max(growths)
-    return growth if growth == 1 else 2 * growth
+    return max(growths)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, encode_header, open_source, read_config
-from shardkit.convert.copy_memory import HASHED, choose_buffer_bytes, find_growth
+from shardkit.convert.copy_memory import choose_buffer_bytes, find_growth, measure_copies
 from shardkit.convert.replaceable import shard_destination
 from shardkit.convert.steps import (
     copy_into,
@@ -154,7 +154,9 @@ def reshard(
         total += sum(summarize_plan(new_plan).stored_bytes)
         destination = shard_destination(Path(out), force, resume)
         advance = track_progress(total, progress)
-        buffer_bytes = _choose_buffer_bytes("reshard", new_plan, max_memory, HASHED)
+        buffer_bytes = _choose_buffer_bytes(
+            "reshard", new_plan, max_memory, measure_copies(old_plan)
+        )
         manifest = reshard_shards(opened, tp_size, destination, advance, buffer_bytes)
     return SplitResult(Path(out), manifest.plan, manifest, (), makes_text)
 

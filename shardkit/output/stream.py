@@ -7,8 +7,8 @@ zlib and the system calls all release the interpreter lock.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, zip_longest
@@ -17,13 +17,11 @@ from typing import Protocol
 from shardkit.checkpoint.source import Source
 from shardkit.files import Progress
 from shardkit.layout import Span, num_indices
+from shardkit.output.serial_pool import SerialPool, Task
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
 BUFFER_BYTES = 2 << 20  # per buffer: what is hashed is still in a core's cache when written
 NUM_BUFFERS = 8  # read ahead while others are hashed and written
-
-
-Task = Callable[[], None]
 
 
 class BlockReader(Protocol):
@@ -105,7 +103,7 @@ def copy_tensors(
     buffer_bytes: int | None = None,
 ) -> None:
     """Run the copies in order. Raises what the reader, its tasks or a writer raises."""
-    with ThreadPoolExecutor(2 + min(8, os.cpu_count() or 2), "shardkit") as pool:
+    with SerialPool(2 + min(8, os.cpu_count() or 2)) as pool:
         _Copier(reader, writers, pool, progress, buffer_bytes or BUFFER_BYTES).run(copies)
 
 
@@ -116,7 +114,7 @@ class _Copier:
         self,
         reader: BlockReader,
         writers: Sequence[TensorWriter],
-        pool: ThreadPoolExecutor,
+        pool: SerialPool,
         progress: Progress,
         buffer_bytes: int,
     ) -> None:
@@ -207,17 +205,8 @@ class _Copier:
 
     def _submit(self, kind: str, number: int, task: Task) -> Future[None]:
         """Run a task in a thread, after the one before it of the same kind and number."""
-        before = self._last.get((kind, number))
-        future = self._pool.submit(_run_in_turn, before, task)
-        self._last[kind, number] = future
+        self._last[kind, number] = future = self._pool.submit((kind, number), task)
         return future
-
-
-def _run_in_turn(before: Future[None] | None, task: Task) -> None:
-    """Run a task after the one before it; a failure stops the chain."""
-    if before is not None:
-        before.result()
-    task()
 
 
 def iter_chunks(

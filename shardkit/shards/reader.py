@@ -9,7 +9,7 @@ from shardkit.checkpoint.header import read_open_header
 from shardkit.errors import ManifestError
 from shardkit.files import open_regular_file
 from shardkit.layout import Tile, num_indices
-from shardkit.planning import Placement, Rank
+from shardkit.planning import Rank
 from shardkit.shards.manifest import Manifest, RankFile
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.strict_json import quote
@@ -38,6 +38,33 @@ class Run:
 _Read = tuple[int, memoryview]  # where bytes start in a rank's file, and where they go
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """How a whole tensor lies in the files of all ranks.
+
+    Seen around the divided dimension a tensor is `[outer, axis, inner]`: each outer index is a row
+    of bytes, of which each tile of the axis is one stretch, stored by one rank.
+
+    Attributes:
+        outer: The number of rows.
+        row: The bytes of one.
+        tiles: The stretches of a row, in bytes: `[start, stop)`, the number of the rank that stores
+            it, and where in that rank's own row.
+        rank_rows: The bytes that each rank stores of a row.
+        starts: Where the tensor starts in each rank's file.
+    """
+
+    outer: int
+    row: int
+    tiles: tuple[Tile, ...]
+    rank_rows: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    def has_rows(self, offset: int, nbytes: int) -> bool:
+        """Whether bytes of it are whole rows, of more than one."""
+        return self.outer > 1 and self.row > 0 and offset % self.row == nbytes % self.row == 0
+
+
 class ShardedCheckpoint:
     """An open shard folder, every rank's file checked against the manifest but for its data.
 
@@ -49,7 +76,7 @@ class ShardedCheckpoint:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.fds: list[int] = []
-        self._tiles: dict[str, tuple[Tile, ...]] = {}
+        self._located = "", StoredRows(0, 0, (), (), ())  # the tensor that was asked for last
         try:
             for rank in self.manifest.mesh.ranks():
                 self.fds.append(open_shard(folder, self.manifest, rank))
@@ -82,38 +109,70 @@ class ShardedCheckpoint:
         for index, reads in enumerate(self._plan_reads(name, offset, view)):
             yield from _join_reads(index, reads)
 
-    def _plan_reads(self, name: str, offset: int, view: memoryview) -> list[list[_Read]]:
-        """For each rank, where in its file the wanted bytes lie, and where they go.
+    def read_rows(
+        self, name: str, offset: int, view: memoryview, packed: memoryview
+    ) -> Iterator[Run]:
+        """As `read_into`, of whole rows: what each rank stores of them is one run of its file.
 
-        Seen around the divided dimension a tensor is `[outer, axis, inner]`: each outer index is a
-        row of bytes, of which each tile of the axis is one stretch, stored by one rank.
+        Args:
+            name: The tensor.
+            offset: Where the rows start in it.
+            view: What is to be filled.
+            packed: Room for what all ranks store of these rows.
+
+        Returns:
+            What was read into `packed`.
+
+        Raises:
+            ManifestError: If a file cannot be read.
         """
-        placement = self.manifest.placements[name]
-        ranks = list(self.manifest.mesh.ranks())
-        tensor = byte_view(placement.spec, placement.dim)
-        tiles = self._tiles_of(placement)
-        rank_rows = [num_indices(placement.spans(rank)) * tensor.inner for rank in ranks]
-        reads: list[list[_Read]] = [[] for _ in ranks]
-        pieces = [rank_file.pieces.get(name) for rank_file in self.manifest.ranks]
-        bases = [piece.offset if piece else 0 for piece in pieces]
-        end = offset + len(view)
-        for outer in range(offset // max(tensor.row, 1), -(-end // max(tensor.row, 1))):
-            row = outer * tensor.row
-            for start, stop, index, local in tiles:
-                tile_start = row + start * tensor.inner
-                first = max(tile_start, offset)
-                last = min(row + stop * tensor.inner, end)
+        stored, at = self.find_rows(name), 0
+        first, count = offset // stored.row, len(view) // stored.row
+        for index, width in enumerate(stored.rank_rows):
+            part = packed[at : at + count * width]
+            at += len(part)
+            if part:
+                run = Run(index, stored.starts[index] + first * width, (part,), len(part))
+                self.read_run(run)
+                _spread_rows(stored, index, part, view)
+                yield run
+
+    def _plan_reads(self, name: str, offset: int, view: memoryview) -> list[list[_Read]]:
+        """For each rank, where in its file the wanted bytes lie, and where they go."""
+        stored = self.find_rows(name)
+        reads: list[list[_Read]] = [[] for _ in stored.starts]
+        end, length = offset + len(view), max(stored.row, 1)
+        for outer in range(offset // length, -(-end // length)):
+            row = outer * stored.row
+            for start, stop, index, local in stored.tiles:
+                first, last = max(row + start, offset), min(row + stop, end)
                 if first < last:
-                    tile = bases[index] + outer * rank_rows[index] + local * tensor.inner
+                    tile = stored.starts[index] + outer * stored.rank_rows[index] + local
                     target = view[first - offset : last - offset]
-                    reads[index].append((tile + first - tile_start, target))
+                    reads[index].append((tile + first - row - start, target))
         return reads
 
-    def _tiles_of(self, placement: Placement) -> tuple[Tile, ...]:
-        name = placement.spec.name
-        if name not in self._tiles:
-            self._tiles[name] = placement.tiles(self.manifest.mesh)
-        return self._tiles[name]
+    def find_rows(self, name: str) -> StoredRows:
+        """How a tensor lies in the files."""
+        if self._located[0] != name:
+            placement, mesh = self.manifest.placements[name], self.manifest.mesh
+            tensor = byte_view(placement.spec, placement.dim)
+            pieces = [rank_file.pieces.get(name) for rank_file in self.manifest.ranks]
+            held = [num_indices(placement.spans(rank)) for rank in mesh.ranks()]
+            self._located = (
+                name,
+                StoredRows(
+                    tensor.outer,
+                    tensor.row,
+                    tuple(
+                        Tile(start * tensor.inner, stop * tensor.inner, index, local * tensor.inner)
+                        for start, stop, index, local in placement.tiles(mesh)
+                    ),
+                    tuple(count * tensor.inner for count in held),
+                    tuple(piece.offset if piece else 0 for piece in pieces),
+                ),
+            )
+        return self._located[1]
 
     def read_run(self, run: Run) -> None:
         """Fill a run's views by one system call. Raises ManifestError."""
@@ -124,6 +183,16 @@ class ShardedCheckpoint:
             raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
         if count != run.nbytes:
             raise ManifestError(f"{path}: became shorter while it was read")
+
+
+def _spread_rows(stored: StoredRows, index: int, part: memoryview, view: memoryview) -> None:
+    """Copy a rank's rows to where they lie in whole rows."""
+    width = stored.rank_rows[index]
+    for start, stop, owner, local in stored.tiles:
+        if owner == index:
+            length, places = stop - start, range(start, len(view), stored.row)
+            for to, at in zip(places, range(local, len(part), width), strict=True):
+                view[to : to + length] = part[at : at + length]
 
 
 def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:
