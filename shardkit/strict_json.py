@@ -70,6 +70,20 @@ def parse_json(
     return value
 
 
+def parse_object_at(text: str, start: int) -> tuple[dict[str, Any], int]:
+    """The object that begins at a place of a text without escapes, and where it ends.
+
+    Raises JsonError if there is none.
+    """
+    try:
+        value, stop = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise JsonError(str(error)) from None
+    if not isinstance(value, dict) or "\\" in text[start:stop]:
+        raise JsonError("not an object without escapes")
+    return value, stop
+
+
 def count_strings(value: Any) -> int:
     """How many strings a value has, keys included.
 

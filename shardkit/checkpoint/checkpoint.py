@@ -227,7 +227,7 @@ class Checkpoint:
         path = self.folder / name  # which the user knows, whatever it is a link to
         head = header.read_open_header(self._fds[-1], path)
         self._stats.append(os.fstat(self._fds[-1]))
-        if (tensor := next(filter(self._numbers.__contains__, head.names), None)) is not None:
+        if tensor := next(iter(self._numbers.keys() & head.names), ""):
             raise CheckpointError(
                 f"{path}: {quote(tensor)} is in {self._names[self._numbers[tensor]]} as well; the"
                 " checkpoint is ambiguous"

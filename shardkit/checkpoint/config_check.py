@@ -29,9 +29,7 @@ POSITIVE = frozenset(
 )  # fmt: skip
 TOWER_MODULES = fields.VISION_MODULES | fields.AUDIO_MODULES
 # A name up to the number of the first list of modules that it is in.
-FIRST_NUMBER = re.compile(  # of a name, one on each line
-    r"^[^.\n]+(?:\.(?!\d{1,9}(?![^.\n]))[^.\n]+)*\.\d{1,9}(?![^.\n])", re.MULTILINE
-)
+FIRST_NUMBER = re.compile(r"[^.]+(?:\.(?!\d{1,9}(?![^.]))[^.]+)*\.\d{1,9}(?![^.])")
 REPEATED = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?)$")
 INTEGER_KINDS = ("int", "bool")
 LISTED = re.compile(r"experts$|num_labels")
@@ -49,7 +47,7 @@ def check_config(config: Config, specs: Sequence[TensorSpec], where: object) -> 
     check_numbers(config, table, where)
     try:
         if table:
-            lists = group_layers(table.names)
+            lists = _group_layers(table)
             _check_hidden(config, table, lists)
             _check_layers(config, lists)
             _check_dtypes(config, table)
@@ -173,12 +171,29 @@ def group_layers(names: Iterable[str]) -> dict[str, dict[int, int]]:
 
     Of each list, how many tensors each number has.
     """
-    places = Counter(FIRST_NUMBER.findall("\n".join(names)))  # in one call for all names
+    places = Counter(match[0] for name in names if (match := FIRST_NUMBER.match(name)))
     lists: dict[str, dict[int, int]] = {}
     for place, count in places.items():
         name, _, number = place.rpartition(".")
         lists.setdefault(name, {})[int(number)] = count
     return lists
+
+
+def _group_layers(table: TensorTable) -> dict[str, dict[int, int]]:
+    """As `group_layers`: alike names have the number at one place, so that none is searched."""
+    lists: dict[str, Counter[int]] = {}
+    for each in table.alike:
+        words = each.pattern.split(".")
+        at = next((at for at, word in enumerate(words) if at and word == "*"), 0)
+        cut = len(".".join(words[:at])) + 1
+        numbers = Counter(name[cut:].partition(".")[0] for name in each.names) if at else {}
+        if words[0] == "*" or not all(map(str.isdecimal, numbers)):
+            for name, layers in group_layers(each.names).items():
+                lists.setdefault(name, Counter()).update(layers)
+        elif at:
+            counts = {int(number): count for number, count in numbers.items()}
+            lists.setdefault(".".join(words[:at]), Counter()).update(counts)
+    return {name: dict(layers) for name, layers in lists.items()}
 
 
 def _check_dtypes(config: Config, specs: TensorTable) -> None:

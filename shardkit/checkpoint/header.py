@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardkit import strict_json
-from shardkit.checkpoint.header_columns import STRINGS, read_columns
+from shardkit.checkpoint.header_columns import place_columns, read_entries
+from shardkit.checkpoint.header_text import METADATA, HeaderText, scan_header
 from shardkit.errors import CheckpointError, LayoutError, ShardkitError
 from shardkit.files import open_regular_file
 from shardkit.strict_json import JsonError, put_off_collection, quote
@@ -24,7 +25,6 @@ MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_TENSORS = 250_000  # in one file: what can be checked in 256 MB; models have up to 210 000
 MAX_VALUES = 12 * MAX_TENSORS  # an entry is 8 commas and brackets, and one more for each dimension
 MAX_NAME = 65_536
-METADATA = "__metadata__"  # the one key of a header that is not a tensor
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -111,16 +111,23 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise JsonError("header does not start with '{'")
     _check_count(raw.count(b'"data_offsets"'))  # before anything is made of them
-    table = strict_json.parse_json(raw, MAX_VALUES, _count_strings)
+    metadata, columns = scan_header(raw) or _parse_json(raw)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise JsonError("__metadata__ is not a table of strings")
+    _check_names(columns.names)
+    names, kinds, starts, _ = place_columns(columns, 8 + len(raw), file_size)
+    return Header(tuple(names), tuple(kinds), tuple(starts), metadata, raw)
+
+
+@put_off_collection()
+def _parse_json(raw: bytes) -> HeaderText:
+    """What a header says that is not as the library writes it. Raises JsonError."""
+    table = strict_json.parse_json(raw, MAX_VALUES)
     if not isinstance(table, dict):
         raise JsonError("header is not an object")
     metadata = table.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise JsonError("__metadata__ is not a table of strings")
     _check_count(len(table))
-    _check_names(table)
-    names, kinds, starts, _ = read_columns(table, 8 + len(raw), file_size)
-    return Header(tuple(names), tuple(kinds), tuple(starts), metadata, raw)
+    return HeaderText(metadata, read_entries(table))
 
 
 def encode_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
@@ -149,7 +156,7 @@ def _check_names(names: Collection[str]) -> None:
     """Check all names at once; which one is wrong is asked only if one is."""
     if (
         "" in names
-        or not all(map(str.isprintable, names))
+        or not "".join(names).isprintable()
         or max(map(len, names), default=0) > MAX_NAME
     ):
         for name in names:
@@ -159,11 +166,3 @@ def _check_names(names: Collection[str]) -> None:
 def _check_count(tensors: int) -> None:
     if tensors > MAX_TENSORS:
         raise JsonError(f"{tensors} tensors, more than the {MAX_TENSORS} allowed")
-
-
-def _count_strings(table: Any) -> int:
-    """How many strings a header has, keys included, if all in it is as it must be."""
-    metadata = table.get(METADATA) if isinstance(table, dict) else None
-    if metadata is None:
-        return STRINGS * len(table) if isinstance(table, dict) else 0
-    return STRINGS * (len(table) - 1) + 1 + 2 * len(metadata) if isinstance(metadata, dict) else 0

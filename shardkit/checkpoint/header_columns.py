@@ -5,7 +5,6 @@ Whether a column is sound is asked of all entries at once; which one is wrong, o
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from operator import itemgetter, sub
 from typing import Any, NamedTuple
 
@@ -17,13 +16,12 @@ MAX_RANK = 64
 MAX_DIM = 1 << 48
 MAX_OFFSET = 1 << 63
 FIELDS = ("dtype", "shape", "data_offsets")
-STRINGS = 5  # of an entry: a name, three keys and a dtype
 
 _get_fields = itemgetter(*FIELDS)
 
 
 class Columns(NamedTuple):
-    """Tensors in the order of their bytes, which are `[start, stop)` of the file."""
+    """Names, dtypes and shapes of tensors, and where their bytes are: `[start, stop)`."""
 
     names: Sequence[str]
     kinds: Sequence[DtypeAndShape]
@@ -31,42 +29,27 @@ class Columns(NamedTuple):
     stops: Sequence[int]
 
 
-def read_columns(table: Mapping[str, Any], base: int, file_size: int) -> Columns:
-    """The entries of a header, whose tensors cover a file from its byte `base` on exactly.
+def read_entries(table: Mapping[str, Any]) -> Columns:
+    """The entries of a header, their ranges as they are stated. Raises JsonError."""
+    for name, value in table.items():
+        _check_entry(name, value)
+    entries = list(map(_get_fields, table.values()))
+    kinds = [(dtype, tuple(shape)) for dtype, shape, _ in entries]
+    starts, stops = ([offsets[end] for _, _, offsets in entries] for end in range(2))
+    return Columns(list(table), kinds, starts, stops)
+
+
+def place_columns(columns: Columns, base: int, file_size: int) -> Columns:
+    """The tensors in the order of their bytes, which cover a file from byte `base` on exactly.
 
     Raises JsonError.
     """
-    if not _are_sound(table):
-        for name, value in table.items():
-            _check_entry(name, value)
-    entries = list(map(_get_fields, table.values()))
-    kinds = [(dtype, tuple(shape)) for dtype, shape, _ in entries]
-    starts = [base + start for _, _, (start, _) in entries]
-    stops = [base + stop for _, _, (_, stop) in entries]
-    columns = _sort_columns(Columns(list(table), kinds, starts, stops))
+    names, kinds, starts, stops = columns
+    starts, stops = [base + start for start in starts], [base + stop for stop in stops]
+    columns = _sort_columns(Columns(names, kinds, starts, stops))
     _check_sizes(columns)
     _check_cover(columns, base, file_size)
     return columns
-
-
-def _are_sound(table: Mapping[str, Any]) -> bool:
-    """Whether every entry has the fields, and these the types and ranges, that it must have."""
-    values = table.values()
-    try:
-        dtypes, shapes, offsets = zip(*map(_get_fields, values), strict=True)
-        sizes, ends = list(chain.from_iterable(shapes)), list(chain.from_iterable(offsets))
-        return (
-            set(map(len, values)) == {len(FIELDS)}
-            and DTYPES.keys() >= set(dtypes)
-            and set(map(type, shapes)) == set(map(type, offsets)) == {list}
-            and set(map(len, offsets)) == {2}
-            and set(map(type, chain(sizes, ends))) == {int}
-            and max(map(len, shapes)) <= MAX_RANK
-            and 0 <= min(sizes, default=0) <= max(sizes, default=0) < MAX_DIM
-            and 0 <= min(ends) <= max(ends) < MAX_OFFSET
-        )
-    except (TypeError, KeyError, ValueError):
-        return False
 
 
 def _check_entry(name: str, value: Any) -> None:

@@ -101,7 +101,7 @@ FAULTS: dict[str, tuple[object, str, object, str, bytes]] = {
         oracles, "parse_header", no_tensors, "header", (SEEDS / "header/three").read_bytes(),
     ),
     "an error is not the reader's own": (
-        header, "read_columns", no_entry, "header", (SEEDS / "header/three").read_bytes(),
+        header, "place_columns", no_entry, "header", (SEEDS / "header/three").read_bytes(),
     ),
     "an index may leave the folder": (
         index, "is_plain_name", bool, "index", (SEEDS / "index/outside").read_bytes(),
