@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch looks up the name of each address that reaches its store, and serves nobody meanwhile: a
+# name server that loses a question would hold ranks up for longer than tests let them wait.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # A shell that runs the suite in the background has it, and so its children, ignore interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

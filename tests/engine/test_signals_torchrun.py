@@ -25,6 +25,7 @@ from tests.helpers.struck_worker import STRIKE, ask_for_strike, read_strike
 
 SECONDS = {"join": 60.0, "load": 30.0, "collective": TIMEOUTS.collective, "request": 30.0}
 CAUSE = r"rank {} (died|is stopped|exited|was killed|stopped)"
+BOTH = r"|ranks 0, {} died"  # at load torchrun's SIGTERM ends rank 0, so that it is missing, too
 FAST = "SIGSTOP-decode-rank 1 of 2"
 MARKED = [
     pytest.param(*case.values, id=case.id, marks=[] if case.id == FAST else pytest.mark.slow)
@@ -98,7 +99,7 @@ def test_a_signal_ends_the_ranks_and_torchrun_starts_them_again(
     cut(source, tmp_path / "tp", world)
     out, memory = tmp_path / "out", set(os.listdir("/dev/shm"))
     if phase != "idle":
-        ask_for_strike(tmp_path / "strike", number, rank, phase)
+        ask_for_strike(tmp_path / "strike", number, rank, phase, running=phase == "load")
     with torchrun_agent(zygote, tmp_path, world=world, phase=phase) as agent:
         wait_for(lambda: len(read_all(out, "pid-0-*")) == world, 60, tmp_path)
         pids = read_all(out, "pid-0-*")
@@ -110,6 +111,8 @@ def test_a_signal_ends_the_ranks_and_torchrun_starts_them_again(
             os.kill(pids[rank], signal.SIGKILL)  # else the agent waits 30 s for it
         wait_for(lambda: not is_running(agent), 60, tmp_path)
         assert read_all(out, "said-1-*") == {0: expected}, said(tmp_path)
+        log = (tmp_path / "log-agent").read_text()
+        assert number == signal.SIGSTOP or f"(exitcode: -9) local_rank: {rank} " in log
         assert set(os.listdir("/dev/shm")) - memory == set()
         left = [path.name for path in (tmp_path / "scratch").iterdir()]
         assert not [name for name in left if "torchelastic" not in name]
@@ -121,11 +124,13 @@ def check_said(
 ) -> None:
     """Those that spoke named the rank, in time.
 
-    torchrun itself notices a death, and ends the ranks by SIGTERM: at load before they can speak,
-    and a server that is idle by draining it. What runs fails with the rank and the cause.
+    torchrun itself notices a death, names the rank, and ends the others by SIGTERM: at load before
+    they can speak, and a server that is idle by draining it. What runs fails with the rank and the
+    cause first.
     """
+    cause = CAUSE + BOTH * (phase == "load" and number == signal.SIGKILL)
     for other, words in heard.items():
-        assert re.search(CAUSE.format(rank), words["error"]), (other, words)
+        assert re.search(cause.format(rank, rank), words["error"]), (other, words)
         assert words["at"] - since < TIMEOUTS.collective + SLACK, (other, words)
     if number == signal.SIGSTOP:
         assert heard

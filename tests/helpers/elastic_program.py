@@ -4,6 +4,7 @@ The agent is what `torchrun` runs, and restarts the ranks once. A rank is struck
 has it; each leaves what it heard, and when, in a folder.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardkit import runtime
 from shardkit.errors import RanksLost, ShardkitError
 from shardkit.timeouts import Timeouts
-from tests.helpers.struck_worker import watch_phases
+from tests.helpers.struck_worker import release_strike, watch_phases
 
 PROMPTS = [[1, 2], [3, 4, 5]]
 IDLE = 4.0  # seconds, longer than the ranks wait for each other in a collective while in use
@@ -38,7 +39,19 @@ def run_agent(world: int, folder: str, out: str, phase: str, timeouts: dict[str,
 
 
 def run_rank(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> None:
-    """One rank of the program: what it heard goes to a file; an error ends it with a code."""
+    """One rank of the program, which ends as a process does that torchrun starts.
+
+    multiprocessing's own would not leave the group as it exits.
+    """
+    atexit._clear()  # what the agent would do at its end
+    try:
+        run_program(folder, out, phase, timeouts)
+    finally:
+        atexit._run_exitfuncs()
+
+
+def run_program(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> None:
+    """What a server program does; what it heard goes to a file; an error ends it with a code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a program has it that torchrun starts
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     leave(Path(out), f"pid-{attempt}-{rank}", os.getpid())
@@ -64,6 +77,7 @@ def run_rank(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> N
 
 def ask(engine: runtime.Engine, out: Path, phase: str) -> object:
     """Tokens; or, if a rank is struck, its error."""
+    release_strike()
     if phase == "idle":
         time.sleep(IDLE)
         leave(out, "idle", time.monotonic())

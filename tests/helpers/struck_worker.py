@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardkit.runtime.engine import worker
 from shardkit.runtime.engine.rank_processes import RankProcesses
 
 STRIKE = "SHARDKIT_STRIKE"  # in the environment: the file
+WAITING = ".later"  # the suffix of a file that is for an engine once it runs
 LONG = 8  # more tokens than the forward pass has that every engine begins with
 
 
@@ -24,11 +26,22 @@ class StruckRanks(RankProcesses):
     worker = "tests.helpers.struck_worker"
 
 
-def ask_for_strike(path: Path, signal: int, rank: int, phase: str) -> None:
-    """Have a rank send itself a signal when it next reaches a phase."""
+def ask_for_strike(path: Path, signal: int, rank: int, phase: str, running: bool = True) -> None:
+    """Have a rank send itself a signal when it next reaches a phase.
+
+    If the engine is not `running`, it tries its model as it starts: `release_strike` then comes
+    first, lest a rank is struck in such a try.
+    """
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"signal": signal, "rank": rank, "phase": phase}))
-    part.rename(path)
+    part.rename(path if running else path.with_suffix(WAITING))
+
+
+def release_strike() -> None:
+    """Let ranks obey a file that has waited for this; if there is one."""
+    path = Path(os.environ[STRIKE])
+    with suppress(FileNotFoundError):
+        path.with_suffix(WAITING).rename(path)
 
 
 def read_strike(path: Path) -> float:

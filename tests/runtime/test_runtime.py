@@ -21,10 +21,11 @@ from tests.helpers.runtime_helpers import cut
 from tests.helpers.torchrun import STORY, golden, torchrun
 
 OWN_GROUP = """
-import json, os, pathlib, sys, torch
+import json, os, pathlib, sys, threading, torch
 import torch.distributed as dist
 from shardkit import runtime
 from shardkit.errors import RanksError
+from shardkit.runtime.engine import controller
 from shardkit.runtime.engine.controller import TorchrunRanks
 from shardkit.runtime.engine.messages import generate_request, load_request, trace_request
 
@@ -46,7 +47,20 @@ else:
         "ids": made.tensors["ids"][0].tolist(), "logits": list(made.tensors["logits"].shape),
         "traced": sorted(traced.tensors),
     }
+    controller.GRACE = float(sys.argv[4])
+    begun, options["max_new_tokens"] = threading.Event(), 200
+    asked = generate_request(inputs, options, stream=True)
+    def ask():
+        try:
+            (late,) = ranks.request(asked, lambda tokens: begun.set() or True)
+            said["late"] = late.tensors["ids"][0].tolist()
+        except RanksError as error:
+            said["late"] = str(error)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    begun.wait(60)
     ranks.close()
+    thread.join(60)
 pathlib.Path(sys.argv[2], f"said-{group.tp_rank}").write_text(json.dumps(said))
 """
 
@@ -55,11 +69,21 @@ pathlib.Path(sys.argv[2], f"said-{group.tp_rank}").write_text(json.dumps(said))
 def test_rank_0_controls_the_others_through_the_store_or_without(
     made_by: str, stories_tp2: Path, tmp_path: Path
 ) -> None:
-    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, made_by)
+    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, made_by, "60")
     assert code == 0
     assert said[0]["ids"] == golden()[:21]
     assert said[0]["logits"] == [1, 20, 512]
     assert said[0]["traced"] == ["lm_head", "model.norm"]
+    assert said[0]["late"] == golden()[:201]  # which was closed in the middle
+
+
+@pytest.mark.slow
+def test_closing_ends_a_call_of_another_thread_that_takes_too_long(
+    stories_tp2: Path, tmp_path: Path
+) -> None:
+    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, "ours", "0")
+    assert code != 0
+    assert [each["late"] for each in said] == ["the engine was closed during a call"]
 
 
 @pytest.fixture(scope="module")

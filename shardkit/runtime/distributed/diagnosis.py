@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from shardkit.errors import RanksError, RanksLost
@@ -112,8 +112,7 @@ def explain_failure(
     causes = [f"rank {r} {s.departure}" for r, s in absent.items() if s.departure is not None]
     if silent:
         closed = any(word in error for word in CLOSED)
-        fate = "died" if closed else "died or is stopped: no sign of life"
-        causes.append(f"{rank_list(silent)} {fate}")
+        causes.append(f"{rank_list(silent)} died" if closed else name_silent(silent))
     if causes:
         return f"{'; '.join(causes)} (this rank was in {collective})"
     if late := [f"{rank_list([rank])} ({state.status})" for rank, state in present.items()]:
@@ -153,6 +152,12 @@ def rank_list(ranks: Iterable[int]) -> str:
     """Ranks in words: `rank 1`, `ranks 0, 2`."""
     numbers = sorted(ranks)
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def name_silent(ranks: Collection[int]) -> str:
+    """What is known of ranks that give no heartbeat: `rank 1 died or is stopped: ...`."""
+    be = "is" if len(ranks) == 1 else "are"
+    return f"{rank_list(ranks)} died or {be} stopped: no sign of life"
 
 
 def _shorten(value: str) -> str:

@@ -11,7 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from shardkit.errors import RanksError, RanksLost
-from shardkit.runtime.distributed.diagnosis import RankState, explain_failure, rank_list
+from shardkit.runtime.distributed.diagnosis import (
+    RankState,
+    explain_failure,
+    name_silent,
+    rank_list,
+)
 from shardkit.runtime.distributed.rendezvous import RankStore, connect_store
 from shardkit.timeouts import Timeouts
 
@@ -169,9 +174,7 @@ class Link:
             for rank in departures.keys() - texts.keys():
                 raise RanksLost(f"rank {rank} {departures[rank]}")
         if overdue := monitor.overdue(self.store.read(self._keys("heartbeat", missing))):
-            raise RanksLost(
-                f"{rank_list(overdue)} died or is stopped: no sign of life for {monitor.limit:g} s"
-            )
+            raise RanksLost(f"{name_silent(overdue)} for {monitor.limit:g} s")
 
     def _describe_missing(
         self, missing: list[int], texts: Texts, monitor: "LivenessMonitor", limit: float

@@ -1,5 +1,6 @@
 """What drives the ranks of one model: the process that started them, or rank 0 under torchrun."""
 
+import threading
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +9,8 @@ from shardkit.runtime.distributed.diagnosis import Fault, combine_faults
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.channel import OnTokens, StoreChannel
 from shardkit.runtime.engine.messages import Message
+
+GRACE = 5.0  # seconds in which a call may finish while the ranks are closed
 
 
 class RankController(Protocol):
@@ -69,6 +72,7 @@ class TorchrunRanks:
         self._channel = StoreChannel(group)
         self._worker = Worker(self._channel, group, own_folder)
         self._group = group
+        self._turn = threading.RLock()  # collectives of two threads would be out of step
         self._is_closed = self._is_used = False
 
     @property
@@ -89,11 +93,14 @@ class TorchrunRanks:
         Raises:
             RanksError: It failed on rank 0, or another rank was lost.
         """
-        self._channel.on_tokens = on_tokens
-        self._channel.publish(request)
-        response = self._worker.respond(request)
-        if not response.header.get("lost"):
-            self._settle(response)
+        with self._turn:
+            if self._is_closed:
+                raise RanksLost("the ranks have been closed")
+            self._channel.on_tokens = on_tokens
+            self._channel.publish(request)
+            response = self._worker.respond(request)
+            if not response.header.get("lost"):
+                self._settle(response)
         if "error" in response.header:
             fault = Fault(response.header["error"], response.header["lost"])
             raise combine_faults({0: fault}, self.size)
@@ -112,7 +119,9 @@ class TorchrunRanks:
 
     def pause(self) -> None:
         """Let the other ranks wait for the next request without a collective."""
-        self._channel.pause()
+        with self._turn:
+            if not self._is_closed:
+                self._channel.pause()
 
     def check(self) -> None:
         """Raise RanksLost if another rank has left, or gives no heartbeat."""
@@ -137,7 +146,20 @@ class TorchrunRanks:
         """Nothing: torchrun ends its ranks."""
 
     def close(self) -> None:
-        """End every other rank's `follow`, unless they have ended."""
-        if not self._is_closed and not self._group.failure:
-            self._is_closed = True
-            self._channel.close()
+        """End every other rank's `follow`, unless they have ended.
+
+        What another thread still runs has a moment to finish; then its next collective fails, and
+        the other ranks end with this one's reason.
+        """
+        if not self._turn.acquire(timeout=GRACE):
+            self._group.failure = self._group.failure or "the engine was closed during a call"
+            with self._turn:
+                self._is_closed = True
+                self._group.leave()
+            return
+        try:
+            if not self._is_closed and not self._group.failure:
+                self._is_closed = True
+                self._channel.close()
+        finally:
+            self._turn.release()

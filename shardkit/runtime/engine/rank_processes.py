@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from shardkit.errors import RanksLost
-from shardkit.runtime.distributed.diagnosis import Fault, combine_faults, rank_list
+from shardkit.runtime.distributed.diagnosis import Fault, combine_faults, name_silent
 from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL
 from shardkit.runtime.engine.channel import OnTokens
 from shardkit.runtime.engine.heartbeats import find_silent
@@ -135,7 +135,7 @@ class RankProcesses:
         if (store := self._store) is None:
             return ""
         silent = find_silent(store, range(self.size), 3 * HEARTBEAT)
-        return f"{rank_list(silent)} died or is stopped: no sign of life" if silent else ""
+        return name_silent(silent) if silent else ""
 
     def kill(self) -> None:
         """End every rank at once, even while another thread waits for a response."""
@@ -272,11 +272,10 @@ class RankProcesses:
         if not ranks or self._store is None:
             return {}
         stopped = find_silent(self._store, ranks, ROLL_CALL)
-        state = "died or is stopped: no sign of life, and" if stopped else "is running, but"
-        return {
-            rank: Fault(f"rank {rank} {state} did not answer within {limit:g} s")
-            for rank in stopped or ranks
-        }
+        states = {r: f"rank {r} is running, but" for r in ranks}
+        if stopped:
+            states = {r: f"{name_silent([r])}, and" for r in stopped}
+        return {r: Fault(f"{text} did not answer within {limit:g} s") for r, text in states.items()}
 
     def _explain_death(self, rank: int) -> Fault:
         """Why a rank closed its connection."""
