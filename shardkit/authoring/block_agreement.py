@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from shardkit.authoring.expert_faults import group_stacks, plan_whole_experts, rotate_experts
 from shardkit.authoring.masked_sum import WEIGHT_FILE
 from shardkit.authoring.mutations import list_mutants, list_rules
+from shardkit.authoring.rank_pool import RankPool
 from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.convert import shard_destination, split_checkpoint
 from shardkit.errors import CheckpointError, RecipeError, ShardkitError
 from shardkit.layout.style import REPLICATE
 from shardkit.planning import Plan, make_plan
 from shardkit.recipe import Recipe, compose_recipe
-from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.verification.block_check import check_blocks
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
@@ -84,18 +84,19 @@ class Agreement:
 
 
 def compare_verdicts(
-    source: Path, recipe: Recipe, ranks: RankProcesses, scratch: Path
+    source: Path, recipe: Recipe, tp_size: int, pool: RankPool, scratch: Path
 ) -> Iterator[Agreement]:
     """Verify a small checkpoint of one file both ways: right shards, then wrong ones.
 
     Args:
         source: The checkpoint.
         recipe: Its recipe.
-        ranks: The real ranks.
+        tp_size: The number of ranks.
+        pool: The real ranks.
         scratch: An empty folder.
     """
     recipe = compose_recipe(recipe, read_config(source))
-    pair = _Pair(source, ranks, scratch)
+    pair = _Pair(source, tp_size, pool, scratch)
     plan = pair.plan(recipe)
     if plan is None:
         raise RecipeError(f"{source}: its own recipe {recipe.name!r} does not plan it")
@@ -104,7 +105,7 @@ def compare_verdicts(
     name = choose_tensor(plan)
     changed = change_tensor(source, name, scratch / "changed")
     yield pair.compare(recipe, plan, ("one tensor changed", name), changed)
-    if (whole_experts := plan_whole_experts(source, recipe, ranks.size)) is None:
+    if (whole_experts := plan_whole_experts(source, recipe, tp_size)) is None:
         return
     yield pair.compare(recipe, whole_experts, ("", WHOLE_EXPERTS))
     stacks = group_stacks(whole_experts)
@@ -148,7 +149,8 @@ class _Pair:
     """A checkpoint, and the ranks that its shards are verified on beside those in turns."""
 
     source: Path
-    ranks: RankProcesses
+    tp_size: int
+    pool: RankPool
     scratch: Path
 
     def plan(self, recipe: Recipe) -> Plan | None:
@@ -156,7 +158,7 @@ class _Pair:
         with Checkpoint(self.source) as checkpoint:
             try:
                 specs, config = checkpoint.specs(), checkpoint.config
-                return make_plan(specs, recipe, config, self.ranks.size)
+                return make_plan(specs, recipe, config, self.tp_size)
             except ShardkitError:
                 return None
 
@@ -172,7 +174,8 @@ class _Pair:
         with Checkpoint(changed or self.source) as checkpoint:
             manifest = split_checkpoint(checkpoint, plan, recipe, shard_destination(folder))
         split = folder, manifest, self.source
-        whole = _ask(lambda: check_numerics(*split, ShardedModel(self.ranks)))
+        ranks = self.pool.of(self.tp_size)
+        whole = _ask(lambda: check_numerics(*split, ShardedModel(ranks)))
         blocks = _ask(lambda: check_blocks(*split))
         shutil.rmtree(folder)
         return Agreement(*fault, whole, blocks)

@@ -52,7 +52,7 @@ def sweep_blocks(
 def _compare_sample(recipe: Recipe, sample: Sample, pool: RankPool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         source = make_sample(sample, Path(folder) / sample.name)
-        for agreement in compare_verdicts(source, recipe, pool.of(TP_SIZE), Path(folder)):
+        for agreement in compare_verdicts(source, recipe, TP_SIZE, pool, Path(folder)):
             yield _to_json(sample, agreement)
 
 

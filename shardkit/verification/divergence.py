@@ -77,12 +77,20 @@ def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
     placement = placements.get(f"{module}.weight")
     if placement is not None and placement.style in (PADDED, EXPERT):
         return True
-    leaf = module.rpartition(".")[2]
+    parent, _, leaf = module.rpartition(".")
+    if placement is None and _has_padded_child(parent, placements):
+        return not any(name.startswith(f"{module}.") for name in placements)
     return any(
         p.expert is not None and leaf in p.expert.module_names
         for name, p in placements.items()
         if name.startswith(f"{module}.")
     )
+
+
+def _has_padded_child(module: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether what a module computes next may have zeros, too, until it is summed."""
+    names = (name for name, p in placements.items() if p.style is PADDED)
+    return any(name.removesuffix(".weight").rpartition(".")[0] == module for name in names)
 
 
 def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:

@@ -17,7 +17,7 @@ SAMPLES = {sample.name: sample for sample in list_samples()}
 def compare(name: str, ranks: RankPool, folder: Path) -> list[Agreement]:
     source = make_sample(SAMPLES[name], folder / name)
     recipe = find_recipe(SAMPLES[name].stored_config)
-    return [*compare_verdicts(source, recipe, ranks.of(2), folder)]
+    return [*compare_verdicts(source, recipe, 2, ranks, folder)]
 
 
 def test_blocks_say_of_right_and_wrong_shards_what_whole_models_say(
