@@ -51,14 +51,14 @@ def measure_error(values: torch.Tensor, reference: torch.Tensor) -> Error:
 
     What each has in the place of an infinite number, the largest of its dtype, is equal.
     """
-    difference = values.double() - reference.double()
-    is_equal = values.double() == reference.double()
-    if values.dtype != reference.dtype:
-        is_equal |= (find_extremes(values) * find_extremes(reference)) > 0
-    difference = torch.where(is_equal, 0.0, difference).abs()
-    difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if not difference.numel():
+    if not values.numel():
         return Error(0.0, 0.0)
+    difference = (values.double() - reference.double()).abs()
+    if not difference.max() < torch.finfo(values.dtype).max:
+        is_equal = values.double() == reference.double()
+        is_equal |= (find_extremes(values) * find_extremes(reference)) > 0
+        difference = torch.where(is_equal, 0.0, difference)
+        difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return Error(float(difference.max()), float(difference.square().mean().sqrt()))
 
 
