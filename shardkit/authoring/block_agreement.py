@@ -20,12 +20,13 @@ from shardkit.authoring.mutations import list_mutants, list_rules
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.convert import shard_destination, split_checkpoint
-from shardkit.errors import CheckpointError, RecipeError, ShardkitError
+from shardkit.errors import MODEL_ERRORS, CheckpointError, RecipeError, ShardkitError, first_line
 from shardkit.layout.style import REPLICATE
 from shardkit.planning import Plan, make_plan
 from shardkit.recipe import Recipe, compose_recipe
 from shardkit.verification.block_check import check_blocks
-from shardkit.verification.models import ShardedModel
+from shardkit.verification.dummy_inputs import make_inputs
+from shardkit.verification.models import ReferenceModel, ShardedModel
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.report import Check
 
@@ -59,12 +60,14 @@ class Agreement:
         pattern: The rule or the tensor that is wrong.
         whole: What whole models on real ranks say.
         blocks: What blocks say, with ranks that take turns.
+        is_unseen: Whether no output depends on what the blocks blame: whole models cannot see it.
     """
 
     fault: str
     pattern: str
     whole: Opinion
     blocks: Opinion
+    is_unseen: bool = False
 
     @property
     def difference(self) -> str:
@@ -73,6 +76,8 @@ class Agreement:
         Decoding of whole models blames no tensor; then the blocks may blame one.
         """
         whole, blocks = self.whole, self.blocks
+        if self.is_unseen:
+            return ""
         title = " ".join(filter(None, (self.fault, self.pattern))) or "as it is"
         if whole.verdict != blocks.verdict:
             return f"{title}: {whole.verdict} whole, {blocks.verdict} by blocks: " + (
@@ -144,6 +149,24 @@ def change_tensor(source: Path, name: str, folder: Path) -> Path:
     return folder
 
 
+def is_unused(source: Path, plan: Plan, opinion: Opinion, folder: Path) -> bool:
+    """Whether no output of the unsharded model depends on the tensors that are blamed.
+
+    They are changed for that; `folder` must not be there.
+    """
+    blamed = [p.spec.name for p in plan.placements if f"{p.spec.name} (" in opinion.tensors]
+    model = ReferenceModel(source, torch.float32)
+    inputs = make_inputs(model.model)
+    right = model.forward(inputs)
+    for name in blamed:
+        changed = change_tensor(source, name, folder)
+        wrong = ReferenceModel(changed, torch.float32).forward(inputs)
+        shutil.rmtree(changed)
+        if not all(torch.equal(wrong[key], value) for key, value in right.items()):
+            return False
+    return bool(blamed)
+
+
 @dataclass(frozen=True)
 class _Pair:
     """A checkpoint, and the ranks that its shards are verified on beside those in turns."""
@@ -178,7 +201,9 @@ class _Pair:
         whole = _ask(lambda: check_numerics(*split, ShardedModel(ranks)))
         blocks = _ask(lambda: check_blocks(*split))
         shutil.rmtree(folder)
-        return Agreement(*fault, whole, blocks)
+        is_stricter = (whole.verdict, blocks.verdict) == ("passed", "failed")
+        is_unseen = is_stricter and is_unused(self.source, plan, blocks, self.scratch / "other")
+        return Agreement(*fault, whole, blocks, is_unseen)
 
 
 def _ask(check: Callable[[], Check]) -> Opinion:
@@ -189,5 +214,7 @@ def _ask(check: Callable[[], Check]) -> Opinion:
         return Opinion(SOURCE_ERROR, text=str(error))
     except ShardkitError as error:
         return Opinion(SHARDS_ERROR, text=str(error))
+    except MODEL_ERRORS as error:  # which no check lets through: a difference
+        return Opinion(f"raises {type(error).__name__}", text=first_line(error))
     text = " ".join(result.faults)
     return Opinion(result.verdict, text.partition(BLAME)[2], text)

@@ -28,8 +28,11 @@ class BlockResult:
 
     @property
     def summary(self) -> str:
-        """Of how many verdicts both are equal."""
-        return f"{len(self.comparisons) - len(self.differences)} of {len(self.comparisons)}"
+        """Of how many verdicts both are equal, and how many faults no output shows."""
+        unseen = sum(comparison.get("unseen", False) for comparison in self.comparisons)
+        equal = len(self.comparisons) - len(self.differences) - unseen
+        text = f"{equal} of {len(self.comparisons)}"
+        return f"{text}; {unseen} by blocks alone" if unseen else text
 
 
 def read_block_results(folder: Path) -> dict[str, BlockResult]:

@@ -65,4 +65,5 @@ def _to_json(sample: Sample, agreement: Agreement) -> dict[str, Any]:
         "verdict": agreement.whole.verdict,
         "blamed": agreement.whole.tensors.partition(" ")[0],
         "difference": agreement.difference,
+        **({"unseen": True} if agreement.is_unseen else {}),
     }

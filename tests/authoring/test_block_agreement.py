@@ -60,3 +60,13 @@ def test_right_shards_that_fail_both_ways_are_a_difference() -> None:
     entries = [{"sample": "s", "difference": each} for each in ("", agreement.difference)]
     result = BlockResult("", entries)
     assert (result.summary, result.differences) == ("1 of 2", ["s: as it is: error 1"])
+
+
+def test_what_no_output_shows_is_told_apart() -> None:
+    passed, failed = Opinion("passed"), Opinion("failed", "a (row)", "error 1")
+    assert Agreement("fault", "a", passed, failed).difference == (
+        "fault a: passed whole, failed by blocks: error 1"
+    )
+    assert Agreement("fault", "a", passed, failed, is_unseen=True).difference == ""
+    entries = [{"sample": "s", "difference": "", "unseen": each} for each in (True, False)]
+    assert BlockResult("", entries).summary == "1 of 2; 1 by blocks alone"
