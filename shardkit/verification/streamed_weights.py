@@ -61,7 +61,8 @@ def embed_by_rows(
     ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """`embedding` of a weight in a wider dtype: only the rows that are taken are converted."""
-    if MAX_NORM in kwargs or (len(args) > 1 and args[1] is not None):  # it changes the weight
+    max_norm = kwargs.get(MAX_NORM, args[1] if len(args) > 1 else None)
+    if max_norm is not None:  # it changes the weight
         return functional.embedding(ids, weight.to(dtype), *args, **kwargs)
     return functional.embedding(ids, weight, *args, **kwargs).to(dtype)
 
