@@ -17,6 +17,7 @@ def render_families(
     served: Sequence[Mapping[str, Any]],
     formats: Mapping[str, int],
     batching: Mapping[str, str],
+    blocks: Mapping[str, str],
 ) -> str:
     """The page in Markdown.
 
@@ -26,12 +27,13 @@ def render_families(
         served: The plans of the checkpoints that are most served.
         formats: How many proofs each quantized format has, by its title.
         batching: How many samples of each recipe can share a batch, or why none can.
+        blocks: Of how many verdicts on each recipe blocks and whole models are agreed.
     """
     proofs = [proof for _, entry in entries for proof in entry["proofs"]]
     sections = (
         _render_head(entries),
         render_served(served, proofs, formats),
-        _render_recipes(entries, batching),
+        _render_recipes(entries, batching, blocks),
         _render_omissions(omissions),
         _render_replicated(entries),
         _render_proofs(entries),
@@ -95,7 +97,9 @@ def _summarize_forms(types: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _render_recipes(entries: Sequence[Entry], batching: Mapping[str, str]) -> Iterator[str]:
+def _render_recipes(
+    entries: Sequence[Entry], batching: Mapping[str, str], blocks: Mapping[str, str]
+) -> Iterator[str]:
     yield "## Recipes"
     yield ""
     yield (
@@ -103,14 +107,22 @@ def _render_recipes(entries: Sequence[Entry], batching: Mapping[str, str]) -> It
         " *Share a batch*: of how many samples requests join and leave a running batch, and get,"
         " token for token, what `generate` gives each alone, over the same numbers of ranks (by"
         " `shardkit recipes check --batching --write`); or why that is not offered."
+        " *Same by blocks*: how many verifications block by block, with ranks in turns, came to the"
+        " verdict of whole models on real ranks, and blamed the same tensors: of every sample over"
+        " 2 ranks, as it is and with injected faults (`shardkit recipes check --blocks --write`);"
+        " *by blocks alone*: wrong parts of what no output depends on, which only blocks can see."
     )
     yield ""
     titles = (
         "recipe", "model types", "samples:", "largest rank:", "mutants detected:", "forms run:",
-        "share a batch:",
+        "share a batch:", "same by blocks:",
     )  # fmt: skip
     yield from format_table(
-        titles, [(*_recipe_row(r, entry), batching.get(r.name, "")) for r, entry in entries]
+        titles,
+        [
+            (*_recipe_row(r, entry), *(column.get(r.name, "") for column in (batching, blocks)))
+            for r, entry in entries
+        ],
     )
     yield ""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardkit.authoring.batching_results import read_batching_results
+from shardkit.authoring.block_results import read_block_results
 from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.form_check import summarize_forms
@@ -159,7 +160,9 @@ def render_page(results: Mapping[str, SweepResult], recipes: Sequence[Recipe], f
     formats = count_proofs(read_format_results(folder))
     entries = list_entries(results, recipes)
     batching = {name: each.summary for name, each in read_batching_results(folder).items()}
-    return render_families(entries, read_omissions(folder), read_served(folder), formats, batching)
+    blocks = {name: each.summary for name, each in read_block_results(folder).items()}
+    columns = batching, blocks
+    return render_families(entries, read_omissions(folder), read_served(folder), formats, *columns)
 
 
 def read_omissions(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.authoring.batching_sweep import sweep_batching
+from shardkit.authoring.block_sweep import sweep_blocks
 from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
 from shardkit.authoring.format_sweep import sweep_formats
 from shardkit.authoring.model_classes import write_model_classes
@@ -140,6 +141,25 @@ def run_batching_sweep(only_stale: bool) -> bool:
         for fault in result.faults:
             print_line(f"  FAILED {fault}")
         passed = passed and not result.faults
+    return passed
+
+
+def run_block_sweep(only_stale: bool) -> bool:
+    """Verify every sample whole and by blocks, and publish the results in the checkout.
+
+    Args:
+        only_stale: Whether to leave out recipes whose results are up to date.
+
+    Returns:
+        Whether no verdict differed.
+    """
+    passed = True
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    for recipe, result in sweep_blocks(recipes, find_proofs_folder(), only_stale):
+        print_line(f"{recipe.name}: {result.summary} verdicts are the same")
+        for difference in result.differences:
+            print_line(f"  DIFFERS {difference}")
+        passed = passed and not result.differences
     return passed
 
 

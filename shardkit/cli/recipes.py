@@ -74,6 +74,11 @@ def show(name: str) -> None:
     " would get alone.",
 )  # fmt: skip
 @click.option(
+    "--blocks", "others", flag_value="blocks",
+    help="With --write, check for every recipe that verification block by block comes to the"
+    " verdict of whole models, on right shards and on wrong ones.",
+)  # fmt: skip
+@click.option(
     "--config", type=FOLDER, metavar="DIR",
     help="Check on random weights of the small config.json in DIR, not on the bundled samples.",
 )  # fmt: skip
@@ -258,11 +263,15 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
 
 
 def _sweep_others(others: str, only_stale: bool) -> None:
-    """Check formats or batching, and publish. Raises VerifyError if one does not pass."""
-    from shardkit.cli.recipe_checks import run_batching_sweep, run_format_sweep
+    """Check formats, batching or blocks, and publish. Raises VerifyError if one does not pass."""
+    from shardkit.cli import recipe_checks
 
-    run = run_format_sweep if others == "formats" else run_batching_sweep
-    if not run(only_stale):
+    sweeps = {
+        "formats": recipe_checks.run_format_sweep,
+        "batching": recipe_checks.run_batching_sweep,
+        "blocks": recipe_checks.run_block_sweep,
+    }
+    if not sweeps[others](only_stale):
         raise VerifyError("one does not pass; see the lines above")
 
 

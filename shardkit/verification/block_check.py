@@ -6,7 +6,7 @@ is large; in float32 routes do not flip, and a wrong layout shows. If ranks alon
 elsewhere in 16 bits, these are set aside there, and the report says how many.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from shardkit.verification.block_record import (
 )
 from shardkit.verification.block_runs import Action, BlockPass, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
-from shardkit.verification.divergence import NO_MODULE, find_divergence
+from shardkit.verification.divergence import NO_MODULE, Divergence, find_divergence
 from shardkit.verification.dummy_inputs import count_steps
 from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Verdict
@@ -182,20 +182,31 @@ class _BlockCheck:
         return [text, self._blame(fault, action or (lambda runner: runner.forward(inputs)))]
 
     def _blame(self, fault: BlockComparison, action: Action) -> str:
-        """Run once more, to compare the modules inside of the block."""
+        """Run once more, to compare the modules inside of the block.
+
+        What is wrong there may be wrong in the layers before, too, too little for what they output:
+        then the first of them is named.
+        """
         block = fault.call.block
         names = [n for n, _ in self.unsharded.reference.named_modules() if n]
-        traced = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
+        inside = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
+        first = self._trace(fault, action, inside)
+        if first is None:
+            return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {NO_MODULE}"
+        before = list_counterparts(first.module, block, names)
+        return ((before and self._trace(fault, action, before)) or first).text
+
+    def _trace(
+        self, fault: BlockComparison, action: Action, traced: Sequence[str]
+    ) -> Divergence | None:
+        """The first of these modules that diverges in the fault's dtype."""
         record = BlockRecord(self.own, self._padded, {*self._partial})
         block_pass = BlockPass(action, record, traced)
         models = self.unsharded.run(block_pass)
         ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
         parts = ranks.run(block_pass, self.unsharded.blocks)
         rounded = models[self.unsharded.dtypes.index(fault.dtype, 1)]
-        cause = find_divergence(self._placements, self.manifest.mesh, models[0], rounded, parts)
-        if cause != NO_MODULE:
-            return cause
-        return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {NO_MODULE}"
+        return find_divergence(self._placements, self.manifest.mesh, models[0], rounded, parts)
 
     def _summarize(self, records: Sequence[BlockRecord]) -> str:
         """The worst block of each dtype in one line; the numbers have the own dtype's."""
@@ -247,6 +258,20 @@ class _BlockCheck:
         compared = every - len(self.unsampled)
         self.numbers["sample"] = {"blocks": compared, "of": every, "seed": seed}
         return f"a sample of {compared} of {every} blocks, by seed {seed}"
+
+
+def list_counterparts(module: str, block: str, names: Collection[str]) -> list[str]:
+    """The same module in the layers before a block, by their numbers.
+
+    Example:
+        >>> list_counterparts("layers.2.mlp", "layers.2", {"layers.0.mlp", "layers.1.attn"})
+        ['layers.0.mlp']
+    """
+    layers, _, number = block.rpartition(".")
+    if not number.isdecimal():
+        return []
+    rest = module.removeprefix(block)
+    return [name for n in range(int(number)) if (name := f"{layers}.{n}{rest}") in names]
 
 
 def list_padded(placements: Mapping[str, Placement]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardkit.verification.blocks import WHOLE, BlockCall
+from shardkit.verification.kept_outputs import KeptOutputs
 from shardkit.verification.tolerance import (
     FEW_VALUES,
     Comparison,
@@ -63,7 +64,7 @@ class BlockRecord:
     narrowest: torch.dtype
     skipped: Collection[str] = ()
     partial: Collection[str] = ()
-    expected: dict[BlockCall, list[torch.Tensor]] = field(default_factory=dict)
+    expected: KeptOutputs = field(default_factory=KeptOutputs)
     sizes: dict[BlockCall, list[Error]] = field(default_factory=dict)
     rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
     comparisons: list[BlockComparison] = field(default_factory=list)

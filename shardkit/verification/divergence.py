@@ -1,6 +1,7 @@
 """Where two models begin to differ: the first module that diverges, and the tensors it uses."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -33,7 +34,16 @@ def describe_divergence(
     shapes = loaded_shapes(manifest.weights)
     conversions = find_conversions(unsharded.model, shapes, manifest.plan.wrapper_prefix)
     placements = placements_by_parameter(unsharded.model, manifest.weights, conversions)
-    return find_divergence(placements, manifest.mesh, expected, rounded, ranks)
+    divergence = find_divergence(placements, manifest.mesh, expected, rounded, ranks)
+    return NO_MODULE if divergence is None else divergence.text
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first module that diverges, and a line about it that names the tensors to blame."""
+
+    module: str
+    text: str
 
 
 def find_divergence(
@@ -42,8 +52,8 @@ def find_divergence(
     expected: Tensors,
     rounded: Tensors,
     ranks: Sequence[Tensors],
-) -> str:
-    """One line that names the first module whose output is too far off on a rank.
+) -> Divergence | None:
+    """The first module whose output is too far off on a rank, if there is one.
 
     Args:
         placements: Of each of the model's tensors, what it is made of.
@@ -64,12 +74,13 @@ def find_divergence(
                 continue
             result = compare_outputs(outputs[name], parts[0], parts[1], outputs[name].dtype)
             if not result.ok:
-                return (
+                text = (
                     f"first diverging module: {name}, on rank {tp_rank}: error"
                     f" {result.sharded.max:.3g}, allowed {result.allowed.max:.3g};"
                     f" tensors to blame: {_list_tensors(name, placements)}"
                 )
-    return NO_MODULE
+                return Divergence(name, text)
+    return None
 
 
 def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
@@ -77,12 +88,20 @@ def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
     placement = placements.get(f"{module}.weight")
     if placement is not None and placement.style in (PADDED, EXPERT):
         return True
-    leaf = module.rpartition(".")[2]
+    parent, _, leaf = module.rpartition(".")
+    if placement is None and _has_padded_child(parent, placements):
+        return not any(name.startswith(f"{module}.") for name in placements)
     return any(
         p.expert is not None and leaf in p.expert.module_names
         for name, p in placements.items()
         if name.startswith(f"{module}.")
     )
+
+
+def _has_padded_child(module: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether what a module computes next may have zeros, too, until it is summed."""
+    names = (name for name, p in placements.items() if p.style is PADDED)
+    return any(name.removesuffix(".weight").rpartition(".")[0] == module for name in names)
 
 
 def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:

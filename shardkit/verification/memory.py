@@ -18,6 +18,7 @@ from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.materialize import match_conversions
 from shardkit.shards import Manifest
 from shardkit.verification.blocks import list_model_blocks
+from shardkit.verification.kept_outputs import MAX_KEPT
 from shardkit.verification.streamed_weights import SMALL
 
 PROCESS_BYTES = 500_000_000  # of a process that has imported torch and transformers, and used them
@@ -47,8 +48,8 @@ def estimate_real_ranks(manifest: Manifest, dtype: str | None) -> int:
 
 def estimate_turns(folder: Path, manifest: Manifest) -> int:
     """Bytes that ranks in turns take: the largest block as it is stored, and in float64 the largest
-    module of it, whose weights come and go alone. What every block outputs is kept for a pass, and
-    the keys and values of the unsharded models.
+    module of it, whose weights come and go alone. Of what blocks output, a few are kept for a
+    pass, the rest on disk; and the keys and values of the unsharded models.
 
     Of a model that cannot be built, which the check will say, it is as much as that needs.
     """
@@ -60,7 +61,7 @@ def estimate_turns(folder: Path, manifest: Manifest) -> int:
         largest = max(count_block_bytes(whole, *weights, quantized).values(), default=0)
     except ShardkitError:
         return PROCESS_BYTES
-    kept = count_output_bytes(manifest) + count_kept_keys(manifest, configs.config)
+    kept = min(count_output_bytes(manifest), MAX_KEPT) + count_kept_keys(manifest, configs.config)
     return PROCESS_BYTES + math.ceil(SPARE * largest) + kept
 
 

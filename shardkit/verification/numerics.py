@@ -160,8 +160,8 @@ def _steps_of(generation: Generation) -> int:
 
 
 def _count_equal(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many leading tokens two sequences share."""
-    different = (a != b).nonzero()
+    """How many leading steps two sequences share, each of one token or of several."""
+    different = (a != b).reshape(len(a), -1).any(-1).nonzero()
     return int(different[0]) if len(different) else len(a)
 
 

@@ -1,10 +1,10 @@
 """Runs a model on the meta device: a weight comes when it is first used, and goes after its block.
 
 So the memory that a model of any size takes is that of its largest block, and of a wide dtype that
-of the largest module in it.
+of the largest module in it; of a linear layer or an embedding, that of a few rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+MAX_NORM = "max_norm"  # an argument of embedding
+ROW_BYTES = 4 << 20  # of rows that are converted at a time
 SMALL = 1 << 20  # bytes of a module's weights that stay until its block ends, if it is called again
 ATTRIBUTES = ("dtype", "shape", "ndim", "layout", "nbytes", "requires_grad", "grad", "is_cuda",
               "is_sparse", "is_quantized")  # fmt: skip
@@ -35,6 +38,40 @@ METADATA = {
     torch.numel,
 }
 DEVICE, IS_META = _find_getter("device"), _find_getter("is_meta")
+
+
+def multiply_by_rows(
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear` by a weight `[N, K]` in a wider dtype, a part of its rows after another.
+
+    A part stays in the processor's cache until it is used, so this is faster, too.
+    """
+    count = max(1, ROW_BYTES // (weight.shape[1] * dtype.itemsize))
+    buffer = torch.empty(min(count, len(weight)), weight.shape[1], dtype=dtype)
+    outputs = []
+    for start in range(0, len(weight), count):
+        rows = weight[start : start + count]
+        part = None if bias is None else bias[start : start + count]
+        outputs.append(functional.linear(x, buffer[: len(rows)].copy_(rows), part))
+    return torch.cat(outputs, -1)
+
+
+def embed_by_rows(
+    ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`embedding` of a weight in a wider dtype: only the rows that are taken are converted."""
+    max_norm = kwargs.get(MAX_NORM, args[1] if len(args) > 1 else None)
+    if max_norm is not None:  # it changes the weight
+        return functional.embedding(ids, weight.to(dtype), *args, **kwargs)
+    return functional.embedding(ids, weight, *args, **kwargs).to(dtype)
+
+
+# Functions that need not have all of a wide weight at once.
+BY_ROWS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
+    functional.linear: multiply_by_rows,
+    functional.embedding: embed_by_rows,
+}
 
 
 @dataclass
@@ -98,6 +135,10 @@ class StreamedWeights(TorchFunctionMode):
             return False
         if func in METADATA:
             return func(*args, **(kwargs or {}))
+        if func in BY_ROWS and (name := self._find_large(args)) is not None:
+            made = self._load_narrow(name)
+            if made is not None:
+                return self._compute_by_rows(func, name, made, args, kwargs or {})
         kwargs = {name: self._fill(value) for name, value in (kwargs or {}).items()}
         return func(*(self._fill(value) for value in args), **kwargs)
 
@@ -133,12 +174,52 @@ class StreamedWeights(TorchFunctionMode):
 
     def _find_value(self, name: str) -> torch.Tensor:
         if name not in self._values:
-            for target, value in self._load(name).items():
-                if target in self._tensors and target not in self._values:
-                    value = value.to(self._tensors[target].dtype)
-                    self._values[target] = value
-                    self._counts.add(value.nbytes)
+            self._keep(self._load(name))
         return self._values[name]
+
+    def _keep(self, made: Mapping[str, torch.Tensor]) -> None:
+        """Convert tensors to what the model computes in, and keep them."""
+        for target, value in made.items():
+            if target in self._tensors and target not in self._values:
+                value = value.to(self._tensors[target].dtype)
+                self._values[target] = value
+                self._counts.add(value.nbytes)
+
+    def _find_large(self, args: Sequence[Any]) -> str | None:
+        """The large weight that a function of `BY_ROWS` is given, if it has no value yet."""
+        name = self._names.get(id(args[1])) if len(args) > 1 else None
+        if name is None or name in self._values or self._tensors[name].nbytes <= SMALL:
+            return None
+        return name
+
+    def _load_narrow(self, name: str) -> torch.Tensor | None:
+        """A weight as it is stored, if it is to be converted; else it is kept, and None."""
+        made = dict(self._load(name))
+        value = made[name]
+        if value.dtype == self._tensors[name].dtype:
+            self._keep(made)
+            return None
+        del made[name]
+        self._keep(made)
+        return value
+
+    def _compute_by_rows(
+        self,
+        func: Callable[..., torch.Tensor],
+        name: str,
+        made: torch.Tensor,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """A function of a weight of which only some rows are converted at a time."""
+        x, *rest = (self._fill(value) for value in (args[0], *args[2:]))
+        dtype, kwargs = self._tensors[name].dtype, {k: self._fill(v) for k, v in kwargs.items()}
+        held = made.nbytes + min(ROW_BYTES, self._tensors[name].nbytes)
+        self._counts.add(held)
+        try:
+            return BY_ROWS[func](x, made, dtype, *rest, **kwargs)
+        finally:
+            self._counts.add(-held)
 
     def _list_large_modules(self) -> Iterator[tuple[nn.Module, list[str]]]:
         for module in self._model.modules():

@@ -47,12 +47,18 @@ class Comparison:
 
 
 def measure_error(values: torch.Tensor, reference: torch.Tensor) -> Error:
-    """The distance of two tensors of one shape, infinite if only one of two values is finite."""
-    difference = values.double() - reference.double()
-    difference = torch.where(values.double() == reference.double(), 0.0, difference).abs()
-    difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if not difference.numel():
+    """The distance of two tensors of one shape, infinite if only one of two values is finite.
+
+    What each has in the place of an infinite number, the largest of its dtype, is equal.
+    """
+    if not values.numel():
         return Error(0.0, 0.0)
+    difference = (values.double() - reference.double()).abs()
+    if not difference.max() < torch.finfo(values.dtype).max:
+        is_equal = values.double() == reference.double()
+        is_equal |= (find_extremes(values) * find_extremes(reference)) > 0
+        difference = torch.where(is_equal, 0.0, difference)
+        difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return Error(float(difference.max()), float(difference.square().mean().sqrt()))
 
 
@@ -168,5 +174,11 @@ def top1_agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def measure_size(values: torch.Tensor) -> Error:
-    """The largest and the root-mean-square value."""
-    return measure_error(values, torch.zeros_like(values))
+    """The largest and the root-mean-square value; what stands for an infinite one is left out."""
+    zeros = torch.zeros_like(values)
+    return measure_error(values.where(find_extremes(values) == 0, zeros), zeros)
+
+
+def find_extremes(values: torch.Tensor) -> torch.Tensor:
+    """1 or -1 for a value that is infinite or its dtype's largest: no score, but a mask; else 0."""
+    return values.sign() * (values.abs() >= torch.finfo(values.dtype).max)

@@ -88,11 +88,12 @@ def test_the_page_shows_what_was_measured_where_it_was(is_measured: bool) -> Non
         [served],
         {"FP8": 3},
         {"llama": "1 of 2"},
+        {"llama": "8 of 9"},
     )
     row = "| big | FP8 | 1.0 GB / refused | dense / dense | 1, 3 in FP8 | 9 heads |"
     assert row in page
     assert "| other | why not |" in page
-    assert "| 1 of 2 |" in page
+    assert "| 1 of 2 | 8 of 9 |" in page
     assert ("| 5 + 1 | 64 (unknown) | 190,720 |" in page) is is_measured
     assert ("## As planned" in page) is is_measured
 

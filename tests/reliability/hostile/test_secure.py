@@ -50,6 +50,8 @@ OPENED = {
     "shardkit/authoring/forms.py": "a small model that it has made",
     "shardkit/authoring/expert_faults.py": "a small model that it has made",
     "shardkit/authoring/batching_results.py": "the stored results of a checkout",
+    "shardkit/authoring/block_results.py": "the stored results of a checkout",
+    "shardkit/authoring/block_agreement.py": "a small model that it has made",
     "shardkit/authoring/served.py": "the stored plans of a checkout",
     "shardkit/authoring/form_check.py": "a small model that forms have made",
     "shardkit/cli/recipes.py": "shows a recipe that the user names",
