@@ -35,7 +35,7 @@ def agree_on_network(link: Link) -> str:
     limit = link.timeouts.join
     routes = link.all_exchange(find_route(os.environ.get("MASTER_ADDR", "")), limit)
     name, address = _choose_interface(routes[link.rank], list(routes.values()))
-    with closing(_listen(address)) as server:
+    with closing(_listen(address, len(routes))) as server:
         port = server.getsockname()[1] if server.fileno() >= 0 else 0
         places = link.all_exchange(f"{address} {port}", limit)
         errors = link.all_exchange(_try_all(link.rank, places, name), limit)
@@ -76,11 +76,11 @@ def _read_address(interface: str) -> str:
     return ""
 
 
-def _listen(address: str) -> socket.socket:
-    """A socket that others may connect to; it is closed if there is no address."""
+def _listen(address: str, ranks: int) -> socket.socket:
+    """A socket that so many may connect to; it is closed if there is no address."""
     if address:
         with suppress(OSError):
-            return socket.create_server((address, 0))
+            return socket.create_server((address, 0), backlog=ranks)
     server = socket.socket()
     server.close()
     return server
