@@ -70,7 +70,11 @@ def torchrun_agent(zygote: Zygote, tmp_path: Path, **given: object) -> Iterator[
     out.mkdir()
     scratch.mkdir()
     given |= {"folder": str(tmp_path / "tp"), "out": str(out), "timeouts": SECONDS}
-    extra = {MARK: str(tmp_path), STRIKE: str(tmp_path / "strike"), "TMPDIR": str(scratch)}
+    extra = {
+        MARK: str(tmp_path), STRIKE: str(tmp_path / "strike"), "TMPDIR": str(scratch),
+        # A rank that is forked while the agent's store looks up a name has its lock for ever.
+        "RES_OPTIONS": "attempts:0",
+    }  # fmt: skip
     try:
         yield zygote.fork("run_agent", given, extra, tmp_path / "log-agent")
     finally:

@@ -41,13 +41,20 @@ def run_agent(world: int, folder: str, out: str, phase: str, timeouts: dict[str,
 def run_rank(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> None:
     """One rank of the program, which ends as a process does that torchrun starts.
 
-    multiprocessing's own would not leave the group as it exits.
+    multiprocessing's own would not leave the group as it exits, and waits for the agent, though
+    that has asked it to end.
     """
     atexit._clear()  # what the agent would do at its end
+    code = 0
     try:
         run_program(folder, out, phase, timeouts)
-    finally:
-        atexit._run_exitfuncs()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    atexit._run_exitfuncs()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def run_program(folder: str, out: str, phase: str, timeouts: dict[str, float]) -> None:

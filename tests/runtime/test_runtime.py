@@ -14,7 +14,12 @@ import torch
 from shardkit import runtime
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.errors import ManifestError, RanksError, RanksLost, RequestError
-from shardkit.runtime.engine.messages import Message, forward_request, load_request
+from shardkit.runtime.engine.messages import (
+    Message,
+    forward_request,
+    load_request,
+    step_request,
+)
 from shardkit.timeouts import Timeouts
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
@@ -236,6 +241,14 @@ def test_a_stopped_rank_is_reported_within_the_timeout(stories_tp2: Path) -> Non
     os.kill(engine.ranks.pids[1], signal.SIGSTOP)
     with pytest.raises(RanksError, match=r"rank 1 died or is stopped.*did not answer within 3 s"):
         engine.logits([1, 2])
+    assert not any(alive(pid) for pid in engine.ranks.pids)
+
+
+def test_a_stopped_rank_is_missed_though_no_other_waits_for_it(stories_tp2: Path) -> None:
+    engine = runtime.launch(stories_tp2, timeouts=Timeouts(collective=3, request=600))
+    os.kill(engine.ranks.pids[1], signal.SIGSTOP)
+    with pytest.raises(RanksLost, match=r"^rank 1 died or is stopped: no sign of life for 3 s$"):
+        engine.ranks.request(step_request({}, []))  # which takes no collective
     assert not any(alive(pid) for pid in engine.ranks.pids)
 
 

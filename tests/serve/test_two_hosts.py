@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,20 @@ request = urllib.request.Request(
     {"content-type": "application/json", "authorization": "Bearer " + sys.argv[3]},
 )
 print(urllib.request.urlopen(request, timeout=120).read().decode())
+"""
+LIMIT = 60.0  # seconds for all ranks to join
+JOIN = f"""
+import os, pathlib, sys, time
+from shardkit import runtime
+from shardkit.errors import RanksError
+from shardkit.timeouts import Timeouts
+out, rank, began = pathlib.Path(sys.argv[1]), os.environ["RANK"], time.monotonic()
+try:
+    runtime.connect("cpu", Timeouts(join={LIMIT}, collective=5))
+except RanksError as error:
+    (out / ("after-" + rank)).write_text(str(time.monotonic() - began))
+    (out / ("said-" + rank)).write_text(str(error))
+    sys.exit(7)
 """
 
 
@@ -62,19 +76,22 @@ def hosts() -> Iterator[None]:
         yield
 
 
-def start_host(at: int, folder: Path, mark: Path) -> subprocess.Popen[bytes]:
-    """torchrun on one of the two hosts, which starts `shardkit serve`."""
+def start_host(at: int, mark: Path, interface: str, *program: str) -> subprocess.Popen[bytes]:
+    """torchrun on one of the two hosts, which starts a program as two ranks.
+
+    Without an `interface`, gloo by itself would take the loopback, to which the name of this
+    machine leads.
+    """
     command = [
         "ip", "netns", "exec", HOSTS[at], sys.executable, "-m", "torch.distributed.run",
         "--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(at),
         "--master-addr", ADDRESS.format(1), "--master-port", str(RENDEZVOUS_PORT),
         "--local-addr", ADDRESS.format(at + 1),  # since both have the name of this machine
-        "-m", "shardkit", "serve", str(folder), "--host", ADDRESS.format(1), "--port", str(PORT),
-        "--api-key", KEY, "--device", "cpu",
+        *program,
     ]  # fmt: skip
     own = {
-        MARK: str(mark), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CABLES[at],
-        "SHARDKIT_SHARED_MEMORY": "0", "TMPDIR": str(mark),
+        MARK: str(mark), "OMP_NUM_THREADS": "1", "SHARDKIT_SHARED_MEMORY": "0",
+        "TMPDIR": str(mark), "GLOO_SOCKET_IFNAME": interface,
     }  # fmt: skip
     log = (mark / f"log-{at}").open("wb")
     with log:
@@ -90,11 +107,25 @@ def ask_from(host: str, body: dict[str, Any]) -> Any:
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr
 
 
+@contextmanager
+def run_hosts(mark: Path, processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """End whatever is left of both hosts at the end."""
+    try:
+        yield
+    finally:
+        for pid in marked(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            process.wait(30)
+
+
 @pytest.mark.slow
 @pytest.mark.root
 @pytest.mark.torchrun
+@pytest.mark.parametrize("interfaces", [CABLES, ("", "")], ids=["asked for", "found"])
 def test_a_server_over_two_hosts_gives_the_golden_text(
-    hosts: None, stories260k: Path, tmp_path: Path
+    interfaces: tuple[str, str], hosts: None, stories260k: Path, tmp_path: Path
 ) -> None:
     cut(stories260k, tmp_path / "tp4", 4)
     for at in range(2):
@@ -102,10 +133,17 @@ def test_a_server_over_two_hosts_gives_the_golden_text(
         for rank in (2 * (1 - at), 2 * (1 - at) + 1):
             next(own.glob(f"rank-{rank:05}-*")).unlink()
     golden = json.loads(shared("models/stories260K-golden.json").read_text())["stories260K"]["ids"]
-    processes = [start_host(at, tmp_path / f"host{at}" / "shards", tmp_path) for at in range(2)]
+    serve = ["--host", ADDRESS.format(1), "--port", str(PORT), "--api-key", KEY, "--device", "cpu"]
+    processes = [
+        start_host(
+            at, tmp_path, interfaces[at],
+            "-m", "shardkit", "serve", str(tmp_path / f"host{at}" / "shards"), *serve,
+        )
+        for at in range(2)
+    ]  # fmt: skip
     body = {"prompt": [1], "max_tokens": len(golden) - 1, "temperature": 0}
     body["return_token_ids"] = True
-    try:
+    with run_hosts(tmp_path, processes):
         end = time.monotonic() + 200
         while isinstance(answer := ask_from(HOSTS[1], body), str) and time.monotonic() < end:
             assert processes[0].poll() is None, (tmp_path / "log-0").read_text()
@@ -116,7 +154,21 @@ def test_a_server_over_two_hosts_gives_the_golden_text(
         for process in processes:
             process.wait(60)
         assert not list(marked(tmp_path))
-    finally:
-        for pid in marked(tmp_path):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.torchrun
+def test_ranks_that_cannot_reach_each_other_say_how_they_could(hosts: None, tmp_path: Path) -> None:
+    (tmp_path / "join.py").write_text(JOIN)
+    processes = [
+        start_host(at, tmp_path, "lo", str(tmp_path / "join.py"), str(tmp_path)) for at in range(2)
+    ]
+    with run_hosts(tmp_path, processes):
+        for process in processes:
+            assert process.wait(150) != 0
+    texts = [(tmp_path / f"said-{rank}").read_text() for rank in range(4)]
+    assert len(set(texts)) == 1
+    assert "rank 0: cannot reach rank 2 at 127.0.0.1 over lo: Connection refused" in texts[0]
+    assert "set GLOO_SOCKET_IFNAME on each host to the interface that leads to" in texts[0]
+    assert max(float((tmp_path / f"after-{rank}").read_text()) for rank in range(4)) < LIMIT

@@ -5,6 +5,7 @@ concatenation of column-parallel ones (Shoeybi et al. 2019, Megatron-LM).
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,6 +25,7 @@ from shardkit.runtime.distributed.diagnosis import (
     first_sentence,
     list_errors,
 )
+from shardkit.runtime.distributed.host_network import INTERFACE, agree_on_network
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.runtime.distributed.rendezvous import connect_store
 from shardkit.runtime.distributed.torch_transport import TorchTransport, Transport
@@ -168,13 +170,14 @@ class TensorParallelGroup:
         self.failure = _compare_versions(texts)
         if self.failure:
             raise RanksError(self.failure)
-        self._run("init_process_group", self._open)
-        if self.device.type == "cpu":
-            try:
-                self.transport = share_memory(link)
-            except RanksError as error:
-                self.failure = str(error)
-                raise
+        is_cpu = self.device.type == "cpu"
+        try:
+            interface = agree_on_network(link) if is_cpu else ""
+            self._run("init_process_group", lambda: self._open(interface))
+            self.transport = share_memory(link) if is_cpu else None
+        except RanksError as error:
+            self.failure = str(error)
+            raise
 
     def leave(self) -> None:
         """Leave the process group, together with the others if they come within a few seconds.
@@ -236,9 +239,11 @@ class TensorParallelGroup:
         carry = self.carrier
         return self._run("all_gather", lambda: carry.gather_ranks(x, self.tp_size))
 
-    def _open(self) -> None:
+    def _open(self, interface: str) -> None:
         assert self.link is not None
         timeouts, on_gpu = self.link.timeouts, self.device.type == "cuda"
+        if interface:
+            os.environ[INTERFACE] = interface  # which torch reads
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", connect_store(False, timeouts.join)),

@@ -16,6 +16,8 @@ def find_silent(store: dist.Store, ranks: Iterable[int], seconds: float) -> list
     return [rank for rank, heartbeat in before.items() if now.get(rank) == heartbeat]
 
 
-def read_heartbeats(store: dist.Store, ranks: Iterable[int]) -> dict[int, bytes]:
+def read_heartbeats(store: dist.Store, ranks: Iterable[int]) -> dict[int, str]:
     """The last heartbeat of those ranks that have given one."""
-    return {rank: store.get(key) for rank in ranks if store.check([key := heartbeat_key(rank)])}
+    return {
+        rank: store.get(key).decode() for rank in ranks if store.check([key := heartbeat_key(rank)])
+    }

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from shardkit.errors import RanksLost
 from shardkit.runtime.distributed.diagnosis import Fault, combine_faults, name_silent
-from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL
+from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL, LivenessMonitor
 from shardkit.runtime.engine.channel import OnTokens
-from shardkit.runtime.engine.heartbeats import find_silent
+from shardkit.runtime.engine.heartbeats import find_silent, read_heartbeats
 from shardkit.runtime.engine.messages import Message, encode_message, receive_message
 from shardkit.runtime.engine.rank_output import RankOutput
 from shardkit.runtime.engine.stop_flag import StopFlag
@@ -51,12 +51,9 @@ class RankProcesses:
         self.size = size
         self.timeouts = timeouts
         self._turn = threading.RLock()  # requests of several threads go one after another
+        patience = timedelta(seconds=timeouts.join)
         self._store: dist.TCPStore | None = dist.TCPStore(
-            "127.0.0.1",
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeouts.join),
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience
         )
         self._stop_flag = StopFlag.create()
         self._outputs: list[RankOutput] = []
@@ -179,14 +176,11 @@ class RankProcesses:
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", self.worker, json.dumps(start)],
-                    pass_fds=[rank_sock.fileno(), self._stop_flag.fd],
-                    stdin=subprocess.DEVNULL,
-                    stdout=fd,
-                    stderr=fd,
-                    env=self._environment(),
+                    pass_fds=[rank_sock.fileno(), self._stop_flag.fd], env=self._environment(),
+                    stdin=subprocess.DEVNULL, stdout=fd, stderr=fd,
                     process_group=0,  # Ctrl-C goes to the controlling process alone
                 )
-            )
+            )  # fmt: skip
 
     def _start_arguments(self, rank: int, fd: int, device: str | None) -> dict[str, object]:
         """What a rank needs to start, as `worker.main` reads it."""
@@ -227,19 +221,23 @@ class RankProcesses:
     ) -> None:
         """Add every rank's response or fault; `limit` is the seconds for one, or since a token.
 
-        Once one rank fails, the others have a moment to report why, too.
+        Once one rank fails, the others have a moment to report why, too. Once one has responded,
+        those that the others need not wait for are watched here.
         """
         deadline = time.monotonic() + limit
+        monitor = LivenessMonitor(self.timeouts.collective)
         with selectors.DefaultSelector() as selector:
-            for rank, sock in enumerate(self._socks):
-                if rank not in responses:
-                    selector.register(sock, selectors.EVENT_READ, rank)
+            for rank in self._list_missing(responses):
+                selector.register(self._socks[rank], selectors.EVENT_READ, rank)
             while selector.get_map():
                 if select_faults(responses):
                     deadline = min(deadline, time.monotonic() + GRACE)
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready:
+                left = max(0.0, deadline - time.monotonic())
+                ready = selector.select(min(left, HEARTBEAT) if responses else left)
+                if not ready and time.monotonic() >= deadline:
                     break
+                if not ready:
+                    self._add_overdue(monitor, responses)
                 for rank in [key.data for key, _ in ready]:
                     response = self._receive(rank)
                     if not isinstance(response, list):
@@ -250,8 +248,7 @@ class RankProcesses:
                     if on_tokens and not on_tokens(response):
                         self._stop_flag.request()
         if not select_faults(responses):
-            missing = [rank for rank in range(self.size) if rank not in responses]
-            responses |= self._explain_silence(missing, limit)
+            responses |= self._explain_silence(self._list_missing(responses), limit)
 
     def _receive(self, rank: int) -> Message | Fault | list[int]:
         """What a rank has sent: its response, why it has none, or the token ids of a step."""
@@ -266,6 +263,16 @@ class RankProcesses:
         if "error" in message.header:
             return Fault(message.header["error"], message.header["lost"])
         return message
+
+    def _list_missing(self, responses: Responses) -> list[int]:
+        return [rank for rank in range(self.size) if rank not in responses]
+
+    def _add_overdue(self, monitor: LivenessMonitor, responses: Responses) -> None:
+        """Add faults of ranks that have not responded, nor given a heartbeat for too long."""
+        if self._store is not None:
+            heartbeats = read_heartbeats(self._store, self._list_missing(responses))
+            for rank in monitor.overdue(heartbeats):
+                responses[rank] = Fault(f"{name_silent([rank])} for {monitor.limit:g} s")
 
     def _explain_silence(self, ranks: list[int], limit: float) -> dict[int, Fault]:
         """Faults of ranks that do not respond in time: of those without a heartbeat, if any."""
