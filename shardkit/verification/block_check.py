@@ -33,7 +33,12 @@ from shardkit.verification.block_record import (
 )
 from shardkit.verification.block_runs import Action, BlockPass, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
-from shardkit.verification.divergence import NO_MODULE, Divergence, find_divergence
+from shardkit.verification.divergence import (
+    NO_MODULE,
+    Divergence,
+    find_divergence,
+    list_comparable,
+)
 from shardkit.verification.dummy_inputs import count_steps
 from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Verdict
@@ -188,7 +193,7 @@ class _BlockCheck:
         then the first of them is named.
         """
         block = fault.call.block
-        names = [n for n, _ in self.unsharded.reference.named_modules() if n]
+        names = list_comparable(self.unsharded.reference, self.manifest.plan)
         inside = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
         first = self._trace(fault, action, inside)
         if first is None:
