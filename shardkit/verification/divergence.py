@@ -114,6 +114,10 @@ def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
     placement = placements.get(f"{module}.weight")
     if placement is not None and placement.style in (PADDED, EXPERT):
         return True
+    outer = (module[:at] for at, c in enumerate(module) if c == ".")
+    around = (placements.get(f"{name}.weight") for name in outer)
+    if any(p is not None and p.style is not REPLICATE for p in around):
+        return True  # a norm inside of an embedding is given this rank's rows alone
     leaf = module.rpartition(".")[2]
     return any(
         p.expert is not None and leaf in p.expert.module_names
