@@ -6,7 +6,7 @@ with one tensor changed. Both must come to the same verdict, and blame the same 
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -68,6 +68,14 @@ class Agreement:
     whole: Opinion
     blocks: Opinion
     is_unseen: bool = False
+
+    @property
+    def is_stricter(self) -> bool:
+        """Whether the blocks alone find the fault."""
+        return bool(self.fault) and (self.whole.verdict, self.blocks.verdict) == (
+            "passed",
+            "failed",
+        )
 
     @property
     def difference(self) -> str:
@@ -201,9 +209,10 @@ class _Pair:
         whole = _ask(lambda: check_numerics(*split, ShardedModel(ranks)))
         blocks = _ask(lambda: check_blocks(*split))
         shutil.rmtree(folder)
-        is_stricter = (whole.verdict, blocks.verdict) == ("passed", "failed")
-        is_unseen = is_stricter and is_unused(self.source, plan, blocks, self.scratch / "other")
-        return Agreement(*fault, whole, blocks, is_unseen)
+        agreement = Agreement(*fault, whole, blocks)
+        if agreement.is_stricter and is_unused(self.source, plan, blocks, self.scratch / "other"):
+            return replace(agreement, is_unseen=True)
+        return agreement
 
 
 def _ask(check: Callable[[], Check]) -> Opinion:

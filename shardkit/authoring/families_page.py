@@ -110,7 +110,8 @@ def _render_recipes(
         " *Same by blocks*: how many verifications block by block, with ranks in turns, came to the"
         " verdict of whole models on real ranks, and blamed the same tensors: of every sample over"
         " 2 ranks, as it is and with injected faults (`shardkit recipes check --blocks --write`);"
-        " *by blocks alone*: wrong parts of what no output depends on, which only blocks can see."
+        " *by blocks alone*: wrong parts of what no output depends on, or of a sample with a"
+        " limitation (*Proofs*)."
     )
     yield ""
     titles = (

@@ -33,7 +33,12 @@ from shardkit.verification.block_record import (
 )
 from shardkit.verification.block_runs import Action, BlockPass, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
-from shardkit.verification.divergence import NO_MODULE, Divergence, find_divergence
+from shardkit.verification.divergence import (
+    NO_MODULE,
+    Divergence,
+    find_divergence,
+    list_comparable,
+)
 from shardkit.verification.dummy_inputs import count_steps
 from shardkit.verification.numerics_options import DEFAULT_NUMERICS, NumericsOptions
 from shardkit.verification.report import Check, Verdict
@@ -184,12 +189,14 @@ class _BlockCheck:
     def _blame(self, fault: BlockComparison, action: Action) -> str:
         """Run once more, to compare the modules inside of the block.
 
+        And of blocks of which ranks have parts, which were not compared: it may have used them.
         What is wrong there may be wrong in the layers before, too, too little for what they output:
         then the first of them is named.
         """
         block = fault.call.block
-        names = [n for n, _ in self.unsharded.reference.named_modules() if n]
-        inside = [n for n in names if block and (n == block or n.startswith(f"{block}."))]
+        names = list_comparable(self.unsharded.reference, self.manifest.plan)
+        blocks = tuple(f"{each}." for each in (block, *self._partial) if each)
+        inside = [n for n in names if f"{n}.".startswith(blocks)]
         first = self._trace(fault, action, inside)
         if first is None:
             return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {NO_MODULE}"

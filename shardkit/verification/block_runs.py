@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError, RanksError, RanksLost, ShardkitError
+from shardkit.errors import (
+    MODEL_ERRORS,
+    CheckpointError,
+    RanksError,
+    RanksLost,
+    ShardkitError,
+    first_line,
+)
 from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
@@ -147,7 +154,7 @@ class TurnRanks:
         dtype: torch.dtype | None,
         counts: ByteCounts,
     ) -> None:
-        """Prepare them. Raises ManifestError."""
+        """Prepare them. Raises ManifestError, and RanksError if a rank's part fits no model."""
         configs, turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
         shards = [RankShard(folder, manifest, configs, rank) for rank in manifest.mesh.ranks()]
         self.whole = build_on_meta(shards[0], dtype)
@@ -187,7 +194,13 @@ class TurnRanks:
         reader = RankReader(shard.folder, shard.manifest, shard.rank, check_sha256=False)
         self._stack.enter_context(reader)
         group = TurnGroup(rank, size, CPU, turns=self._turns)
-        return stream_rank(shard, group, reader, self.whole, counts)
+        try:
+            return stream_rank(shard, group, reader, self.whole, counts)
+        except ShardkitError:
+            raise
+        except MODEL_ERRORS as fault:  # as a rank of its own says it
+            kind = type(fault).__name__
+            raise RanksError(f"rank {rank}: {kind}: {first_line(fault)}") from fault
 
 
 def run_models(

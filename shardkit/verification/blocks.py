@@ -1,8 +1,9 @@
 """The blocks of a model, and what each of them outputs in one run.
 
-A block is an element of one of the model's outermost lists of layers; what is outside of them is in
-pieces of its own: the embedding, the last norm, the output layer. A model without lists is its
-largest pieces. The model itself comes last, as "".
+A block is an element of one of the model's outermost lists of layers, or of a list that is such an
+element, which nothing calls; what is outside of them is in pieces of its own: the embedding, the
+last norm, the output layer. A model without lists is its largest pieces. The model itself comes
+last, as "".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ def list_model_blocks(model: nn.Module) -> list[str]:
 def _iter_blocks(module: nn.Module, path: str, above: set[str]) -> Iterator[str]:
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
-        if full in above:
+        if full in above or isinstance(child, nn.ModuleList):
             yield from _iter_blocks(child, full, above)
         else:
             yield full

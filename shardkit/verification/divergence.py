@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from shardkit.layout import Span
 from shardkit.layout.style import COLUMN, EXPERT, PADDED, REPLICATE
-from shardkit.planning import Mesh, Placement, Rank
+from shardkit.planning import Mesh, Placement, Plan, Rank
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
+from shardkit.runtime.parallelize import find_modules
 from shardkit.shards.manifest import Manifest
 from shardkit.verification.models import ReferenceModel, ShardedModel
 from shardkit.verification.tolerance import compare_outputs
@@ -27,7 +29,7 @@ def describe_divergence(
     inputs: Tensors,
 ) -> str:
     """One line that names the first diverging module, in the order modules run, and its tensors."""
-    names = [name for name, _ in reference.model.named_modules() if name]
+    names = list_comparable(reference.model, manifest.plan)
     expected = reference.trace(inputs, names)
     rounded = unsharded.trace(inputs, names)
     ranks = sharded.trace(inputs, list(expected))
@@ -36,6 +38,30 @@ def describe_divergence(
     placements = placements_by_parameter(unsharded.model, manifest.weights, conversions)
     divergence = find_divergence(placements, manifest.mesh, expected, rounded, ranks)
     return NO_MODULE if divergence is None else divergence.text
+
+
+def list_comparable(model: nn.Module, plan: Plan) -> list[str]:
+    """The modules whose outputs can be compared by their names, in the order the model has them.
+
+    Not those without tensors: what they output follows from others, may be a rank's part, and is of
+    another call if a class calls them in an order that each process draws anew. Nor those of a list
+    of which a rank keeps its own, under other numbers.
+    """
+    cut = [
+        f"{path}.{name}."
+        for rule in plan.module_attributes
+        for path, module in find_modules(model, rule.module)
+        if isinstance(
+            getattr(module, name := rule.attribute.removesuffix("?"), None), nn.ModuleList
+        )
+    ]
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and next(module.parameters(), None) is not None
+        and not f"{name}.".startswith((*cut,))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +114,16 @@ def _is_partial(module: str, placements: Mapping[str, Placement]) -> bool:
     placement = placements.get(f"{module}.weight")
     if placement is not None and placement.style in (PADDED, EXPERT):
         return True
-    parent, _, leaf = module.rpartition(".")
-    if placement is None and _has_padded_child(parent, placements):
-        return not any(name.startswith(f"{module}.") for name in placements)
+    outer = (module[:at] for at, c in enumerate(module) if c == ".")
+    around = (placements.get(f"{name}.weight") for name in outer)
+    if any(p is not None and p.style is not REPLICATE for p in around):
+        return True  # a norm inside of an embedding is given this rank's rows alone
+    leaf = module.rpartition(".")[2]
     return any(
         p.expert is not None and leaf in p.expert.module_names
         for name, p in placements.items()
         if name.startswith(f"{module}.")
     )
-
-
-def _has_padded_child(module: str, placements: Mapping[str, Placement]) -> bool:
-    """Whether what a module computes next may have zeros, too, until it is summed."""
-    names = (name for name, p in placements.items() if p.style is PADDED)
-    return any(name.removesuffix(".weight").rpartition(".")[0] == module for name in names)
 
 
 def _output_spans(placement: Placement | None, rank: Rank) -> Sequence[Span]:

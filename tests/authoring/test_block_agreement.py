@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 
 from shardkit.authoring.block_agreement import Agreement, Opinion, compare_verdicts
-from shardkit.authoring.block_results import BlockResult
+from shardkit.authoring.block_results import BlockResult, read_block_results
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples, make_sample
+from shardkit.authoring.sweep import list_stale
 from shardkit.recipe import find_recipe
+from shardkit.recipe.catalog import list_recipe_files
+from shardkit.recipe.parse import load_recipe
 from shardkit.verification.report import Check
 
+PROOFS = Path(__file__).resolve().parents[2] / "recipes" / "proofs"
 SAMPLES = {sample.name: sample for sample in list_samples()}
 
 
@@ -43,6 +47,14 @@ def test_blocks_that_miss_what_whole_models_see_are_reported(
     assert right.difference == ""
     assert changed.difference.startswith("one tensor changed transformer.h.")
     assert ": failed whole, passed by blocks: " in changed.difference
+
+
+def test_every_recipe_has_been_verified_both_ways_as_it_is() -> None:
+    recipes = [load_recipe(path) for path in list_recipe_files()]
+    results = read_block_results(PROOFS)
+    stale = [recipe.name for recipe in list_stale(results, recipes)]
+    assert not stale, "run `shardkit recipes check --blocks --write --stale`"
+    assert [text for result in results.values() for text in result.differences] == []
 
 
 def test_another_tensor_to_blame_is_a_difference() -> None:

@@ -227,8 +227,8 @@ def test_a_model_has_blocks_of_its_outermost_lists_and_pieces() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(3, 2)
-            experts = nn.ModuleList([nn.Linear(2, 2)])
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), experts])
+            nothing_calls = nn.ModuleList([nn.Linear(2, 2)])
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nothing_calls])
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -236,7 +236,7 @@ def test_a_model_has_blocks_of_its_outermost_lists_and_pieces() -> None:
             self.tower = Tower()
             self.head = nn.Sequential(nn.Linear(2, 3))
 
-    names = ["tower.embed", "tower.layers.0", "tower.layers.1", "head"]
+    names = ["tower.embed", "tower.layers.0", "tower.layers.1.0", "head"]
     assert list_model_blocks(Model()) == names
 
 
