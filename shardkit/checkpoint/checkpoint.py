@@ -121,7 +121,12 @@ class Checkpoint:
     @cached_property
     def has_true_index(self) -> bool:
         """Whether the index names each tensor in the file that has it, or none is needed."""
-        return self.index is None or self.index.weight_map == self._files_by_tensor
+        if self.index is None:
+            return True
+        stated, files = self.index.weight_map, zip(self._names, self._headers, strict=True)
+        return len(stated) == len(self._numbers) and all(
+            [*map(stated.get, head.names)].count(name) == len(head.names) for name, head in files
+        )
 
     @property
     def has_usual_files(self) -> bool:
@@ -237,15 +242,11 @@ class Checkpoint:
         self._names.append(name)
         return SourceFile(name, self._stats[-1].st_size, head.metadata, head.names)
 
-    @cached_property
-    def _files_by_tensor(self) -> dict[str, str]:
-        names = map(self._names.__getitem__, self._numbers.values())
-        return dict(zip(self._numbers, names, strict=True))
-
     def _check_index(self) -> None:
         if self.index is not None and not self.has_true_index:
             is_whole = self._names == [SINGLE] or is_whole_set(self._names)
-            check_index(self.index, self._files_by_tensor, is_whole, self.folder)
+            files = {tensor: self._names[number] for tensor, number in self._numbers.items()}
+            check_index(self.index, files, is_whole, self.folder)
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
