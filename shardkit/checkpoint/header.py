@@ -106,6 +106,7 @@ def parse_header_length(start: bytes, size: int) -> int:
 
 
 @put_off_collection()
+@put_off_collection()
 def parse_header(raw: bytes, file_size: int) -> Header:
     """The header's tensors, their bytes proven to cover the file exactly. Raises JsonError."""
     if not raw.startswith(b"{"):
@@ -119,7 +120,6 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     return Header(tuple(names), tuple(kinds), tuple(starts), metadata, raw)
 
 
-@put_off_collection()
 def _parse_json(raw: bytes) -> HeaderText:
     """What a header says that is not as the library writes it. Raises JsonError."""
     table = strict_json.parse_json(raw, MAX_VALUES)

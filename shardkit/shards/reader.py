@@ -154,25 +154,26 @@ class ShardedCheckpoint:
 
     def find_rows(self, name: str) -> StoredRows:
         """How a tensor lies in the files."""
-        if self._located[0] != name:
-            placement, mesh = self.manifest.placements[name], self.manifest.mesh
-            tensor = byte_view(placement.spec, placement.dim)
-            pieces = [rank_file.pieces.get(name) for rank_file in self.manifest.ranks]
-            held = [num_indices(placement.spans(rank)) for rank in mesh.ranks()]
-            self._located = (
-                name,
-                StoredRows(
-                    tensor.outer,
-                    tensor.row,
-                    tuple(
-                        Tile(start * tensor.inner, stop * tensor.inner, index, local * tensor.inner)
-                        for start, stop, index, local in placement.tiles(mesh)
-                    ),
-                    tuple(count * tensor.inner for count in held),
-                    tuple(piece.offset if piece else 0 for piece in pieces),
-                ),
-            )
-        return self._located[1]
+        known, rows = self._located  # at once, as several threads may read
+        if known != name:
+            rows = self._find_rows(name)
+            self._located = name, rows
+        return rows
+
+    def _find_rows(self, name: str) -> StoredRows:
+        placement, mesh = self.manifest.placements[name], self.manifest.mesh
+        tensor = byte_view(placement.spec, placement.dim)
+        pieces = [rank_file.pieces.get(name) for rank_file in self.manifest.ranks]
+        return StoredRows(
+            tensor.outer,
+            tensor.row,
+            tuple(
+                Tile(start * tensor.inner, stop * tensor.inner, index, local * tensor.inner)
+                for start, stop, index, local in placement.tiles(mesh)
+            ),
+            tuple(num_indices(placement.spans(r)) * tensor.inner for r in mesh.ranks()),
+            tuple(piece.offset if piece else 0 for piece in pieces),
+        )
 
     def read_run(self, run: Run) -> None:
         """Fill a run's views by one system call. Raises ManifestError."""

@@ -136,9 +136,9 @@ class StreamedWeights(TorchFunctionMode):
         if func in METADATA:
             return func(*args, **(kwargs or {}))
         if func in BY_ROWS and (name := self._find_large(args)) is not None:
-            made = self._load_narrow(name)
-            if made is not None:
-                return self._compute_by_rows(func, name, made, args, kwargs or {})
+            weight = self._load_narrow(name)
+            if weight is not None:
+                return self._compute_by_rows(func, name, weight, args, kwargs or {})
         kwargs = {name: self._fill(value) for name, value in (kwargs or {}).items()}
         return func(*(self._fill(value) for value in args), **kwargs)
 
@@ -177,9 +177,9 @@ class StreamedWeights(TorchFunctionMode):
             self._keep(self._load(name))
         return self._values[name]
 
-    def _keep(self, made: Mapping[str, torch.Tensor]) -> None:
+    def _keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Convert tensors to what the model computes in, and keep them."""
-        for target, value in made.items():
+        for target, value in tensors.items():
             if target in self._tensors and target not in self._values:
                 value = value.to(self._tensors[target].dtype)
                 self._values[target] = value
@@ -194,32 +194,32 @@ class StreamedWeights(TorchFunctionMode):
 
     def _load_narrow(self, name: str) -> torch.Tensor | None:
         """A weight as it is stored, if it is to be converted; else it is kept, and None."""
-        made = dict(self._load(name))
-        value = made[name]
+        tensors = dict(self._load(name))
+        value = tensors[name]
         if value.dtype == self._tensors[name].dtype:
-            self._keep(made)
+            self._keep(tensors)
             return None
-        del made[name]
-        self._keep(made)
+        del tensors[name]
+        self._keep(tensors)
         return value
 
     def _compute_by_rows(
         self,
         func: Callable[..., torch.Tensor],
         name: str,
-        made: torch.Tensor,
+        weight: torch.Tensor,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
         """A function of a weight of which only some rows are converted at a time."""
         x, *rest = (self._fill(value) for value in (args[0], *args[2:]))
         dtype, kwargs = self._tensors[name].dtype, {k: self._fill(v) for k, v in kwargs.items()}
-        held = made.nbytes + min(ROW_BYTES, self._tensors[name].nbytes)
-        self._counts.add(held)
+        nbytes = weight.nbytes + min(ROW_BYTES, self._tensors[name].nbytes)
+        self._counts.add(nbytes)
         try:
-            return BY_ROWS[func](x, made, dtype, *rest, **kwargs)
+            return BY_ROWS[func](x, weight, dtype, *rest, **kwargs)
         finally:
-            self._counts.add(-held)
+            self._counts.add(-nbytes)
 
     def _list_large_modules(self) -> Iterator[tuple[nn.Module, list[str]]]:
         for module in self._model.modules():

@@ -74,21 +74,21 @@ pathlib.Path(sys.argv[2], f"said-{group.tp_rank}").write_text(json.dumps(said))
 def test_rank_0_controls_the_others_through_the_store_or_without(
     made_by: str, stories_tp2: Path, tmp_path: Path
 ) -> None:
-    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, made_by, "60")
+    code, answers = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, made_by, "60")
     assert code == 0
-    assert said[0]["ids"] == golden()[:21]
-    assert said[0]["logits"] == [1, 20, 512]
-    assert said[0]["traced"] == ["lm_head", "model.norm"]
-    assert said[0]["late"] == golden()[:201]  # which was closed in the middle
+    assert answers[0]["ids"] == golden()[:21]
+    assert answers[0]["logits"] == [1, 20, 512]
+    assert answers[0]["traced"] == ["lm_head", "model.norm"]
+    assert answers[0]["late"] == golden()[:201]  # which was closed in the middle
 
 
 @pytest.mark.slow
 def test_closing_ends_a_call_of_another_thread_that_takes_too_long(
     stories_tp2: Path, tmp_path: Path
 ) -> None:
-    code, said = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, "ours", "0")
+    code, answers = torchrun(2, stories_tp2, tmp_path, OWN_GROUP, "ours", "0")
     assert code != 0
-    assert [each["late"] for each in said] == ["the engine was closed during a call"]
+    assert [each["late"] for each in answers] == ["the engine was closed during a call"]
 
 
 @pytest.fixture(scope="module")

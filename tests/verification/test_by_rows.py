@@ -80,5 +80,5 @@ def test_a_check_by_rows_comes_to_the_same_numbers(
     by_rows = check_blocks(tmp_path / "shards", manifest, source)
     assert whole.verdict == by_rows.verdict == "passed"
     assert whole.numbers["bytes_read"] == by_rows.numbers["bytes_read"]
-    held = "peak_weight_bytes"
-    assert by_rows.numbers[held] < whole.numbers[held]  # type: ignore[operator]
+    key = "peak_weight_bytes"
+    assert by_rows.numbers[key] < whole.numbers[key]  # type: ignore[operator]

@@ -46,8 +46,8 @@ def test_what_is_on_disk_is_not_in_memory() -> None:
     for call in CALLS:
         kept[call] = [torch.zeros(12_345)]
     gc.collect()
-    held = [each for each in gc.get_objects() if type(each) is torch.Tensor]
-    assert not [tensor for tensor in held if tensor.shape == (12_345,)]
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    assert not [tensor for tensor in tensors if tensor.shape == (12_345,)]
 
 
 def test_no_folder_for_them_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,8 +232,8 @@ class RankProcesses:
             while selector.get_map():
                 if select_faults(responses):
                     deadline = min(deadline, time.monotonic() + GRACE)
-                left = max(0.0, deadline - time.monotonic())
-                ready = selector.select(min(left, HEARTBEAT) if responses else left)
+                seconds = max(0.0, deadline - time.monotonic())
+                ready = selector.select(min(seconds, HEARTBEAT) if responses else seconds)
                 if not ready and time.monotonic() >= deadline:
                     break
                 if not ready:
