@@ -30,6 +30,7 @@ sweep: $(VENV)/dev
 	$(BIN)/shardkit recipes check --all --write
 	$(BIN)/shardkit recipes check --formats --write
 	$(BIN)/shardkit recipes check --batching --write
+	$(BIN)/shardkit recipes check --blocks --write
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.reliability.fuzz.run --all --core-hours $(CORE_HOURS) --report

@@ -16,12 +16,12 @@ from shardkit import errors
 from shardkit.authoring.draft.draft_all import list_generative_types, read_records
 from shardkit.authoring.draft.drafts_page import render_drafts
 from shardkit.authoring.format_samples import list_format_samples
-from shardkit.authoring.format_sweep import digest_format, read_format_results, render_formats
+from shardkit.authoring.format_sweep import FORMAT_RESULTS, digest_format, render_formats
 from shardkit.authoring.sweep import (
+    SWEEP_RESULTS,
     list_alone,
     list_stale,
     read_omissions,
-    read_results,
     render_page,
 )
 from shardkit.cli import COMMANDS, main
@@ -203,7 +203,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> None:
-    results = read_results(PROOFS)
+    results = SWEEP_RESULTS.read(PROOFS)
     recipes = [load_recipe(path) for path in list_recipe_files()]
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --all --write --stale`"
@@ -212,7 +212,7 @@ def test_every_recipe_has_been_swept_as_it_is_and_every_proof_has_passed() -> No
 
 def test_the_page_of_families_is_what_the_sweep_found() -> None:
     recipes = [load_recipe(path) for path in list_recipe_files()]
-    page = render_page(read_results(PROOFS), recipes, PROOFS)
+    page = render_page(SWEEP_RESULTS.read(PROOFS), recipes, PROOFS)
     assert (PROOFS / "FAMILIES.md").read_text() == page
 
 
@@ -289,7 +289,7 @@ def test_every_recipe_key_is_documented() -> None:
 
 
 def test_every_format_has_been_swept_as_it_is_and_every_proof_has_passed() -> None:
-    results = read_format_results(PROOFS)
+    results = FORMAT_RESULTS.read(PROOFS)
     samples = list(list_format_samples())
     stale = [s.name for s in samples if results[s.name].digest != digest_format(s)]
     assert not stale, "run `shardkit recipes check --formats --write`"

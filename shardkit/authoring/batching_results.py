@@ -1,12 +1,10 @@
 """Which recipes' requests share a batch, as it is stored."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-RESULTS = "batching.json"
+from shardkit.authoring.stored_results import ResultsFile
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,4 @@ class BatchingResult:
         return f"{len(joining)} of {len(samples)}" if joining else "; ".join(self.obstacles)
 
 
-def read_batching_results(folder: Path) -> dict[str, BatchingResult]:
-    """The stored results by recipe; none if there are none yet."""
-    path = folder / RESULTS
-    if not path.exists():
-        return {}
-    return {name: BatchingResult(**entry) for name, entry in json.loads(path.read_text()).items()}
-
-
-def write_batching_results(folder: Path, results: Mapping[str, BatchingResult]) -> None:
-    """Store results, a line for each recipe."""
-    lines = [f"{json.dumps(name)}: {json.dumps(asdict(r))}" for name, r in results.items()]
-    (folder / RESULTS).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+BATCHING_RESULTS = ResultsFile("batching.json", BatchingResult)

@@ -14,10 +14,11 @@ from shardkit.authoring.format_check import FaultResult, FormatProof, inject_fau
 from shardkit.authoring.format_samples import FormatSample, list_format_models, list_format_samples
 from shardkit.authoring.publishing import format_table, name_layout
 from shardkit.authoring.rank_pool import RankPool
+from shardkit.authoring.stored_results import ResultsFile
 from shardkit.recipe.catalog import find_recipe_folder
 from shardkit.recipe.formats.format import FOLDER
 
-RESULTS, PAGE = "formats.json", "FORMATS.md"
+PAGE = "FORMATS.md"
 FAULT_MODEL = "grouped-heads"
 STACKED_MODEL = "stacked-experts"
 
@@ -43,6 +44,9 @@ class FormatResult:
         return is_proven and all(fault["finding"] for fault in self.faults)
 
 
+FORMAT_RESULTS = ResultsFile("formats.json", FormatResult)
+
+
 def sweep_formats(folder: Path, only_stale: bool = False) -> Iterator[tuple[str, FormatResult]]:
     """Prove every format and store each result as it is done.
 
@@ -50,7 +54,7 @@ def sweep_formats(folder: Path, only_stale: bool = False) -> Iterator[tuple[str,
         folder: Where the results and the page are stored.
         only_stale: Whether to leave out those whose results are up to date.
     """
-    results = read_format_results(folder)
+    results = FORMAT_RESULTS.read(folder)
     samples = list(list_format_samples())
     with RankPool() as pool:
         for sample in samples:
@@ -87,14 +91,6 @@ def digest_format(sample: FormatSample) -> str:
     return hashlib.sha256(data + stated.encode()).hexdigest()[:16]
 
 
-def read_format_results(folder: Path) -> dict[str, FormatResult]:
-    """The stored results by format sample; none if there are none yet."""
-    path = folder / RESULTS
-    if not path.exists():
-        return {}
-    return {name: FormatResult(**entry) for name, entry in json.loads(path.read_text()).items()}
-
-
 def count_proofs(results: Mapping[str, FormatResult]) -> Counter[str]:
     """How many proofs each format has, by its title."""
     titles = {each.name: each.form.title for each in list_format_samples()}
@@ -108,8 +104,7 @@ def count_proofs(results: Mapping[str, FormatResult]) -> Counter[str]:
 
 def write_format_results(folder: Path, results: Mapping[str, FormatResult]) -> None:
     """Store results, and the page made of them."""
-    lines = [f"{json.dumps(name)}: {json.dumps(asdict(r))}" for name, r in results.items()]
-    (folder / RESULTS).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    FORMAT_RESULTS.write(folder, results)
     (folder / PAGE).write_text(render_formats(results))
 
 

@@ -8,19 +8,20 @@ import json
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from shardkit.authoring.batching_results import read_batching_results
-from shardkit.authoring.block_results import read_block_results
+from shardkit.authoring.batching_results import BATCHING_RESULTS
+from shardkit.authoring.block_results import BLOCK_RESULTS
 from shardkit.authoring.check import SCRATCH, ModelProof, prove_on_models, run_mutants
 from shardkit.authoring.families_page import render_families
 from shardkit.authoring.form_check import summarize_forms
-from shardkit.authoring.format_sweep import count_proofs, read_format_results
+from shardkit.authoring.format_sweep import FORMAT_RESULTS, count_proofs
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
 from shardkit.authoring.served import read_served
+from shardkit.authoring.stored_results import ResultsFile, StoredResult
 from shardkit.recipe import Recipe, compose_recipe
 from shardkit.verification.input_table import find_input_table
 
@@ -31,14 +32,6 @@ MUTANT_TP_SIZE = 2
 FORM_TP_SIZE = 2
 PAGE = "FAMILIES.md"
 MIN_DETECTED = 3  # mutants of a recipe that must have been detected at least
-
-
-class HasDigest(Protocol):
-    """Results of a recipe, and the digest of what they are of."""
-
-    @property
-    def digest(self) -> str:
-        """That of `digest_inputs` when they were made."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +76,8 @@ class SweepResult:
         is_proven = bool(self.proofs) and not self.failed_proofs
         return is_proven and not self.missed and self.detected >= MIN_DETECTED
 
-    def to_json(self) -> dict[str, Any]:
-        """The results as JSON values."""
-        lists = {"proofs": self.proofs, "mutants": self.mutants, "forms": self.forms}
-        return {"digest": self.digest, **{name: [*values] for name, values in lists.items()}}
+
+SWEEP_RESULTS = ResultsFile("results.json", SweepResult)
 
 
 def sweep_recipe(recipe: Recipe, pool: RankPool) -> SweepResult:
@@ -137,30 +128,21 @@ def digest_inputs(recipe: Recipe) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def read_results(folder: Path) -> dict[str, SweepResult]:
-    """The stored results by recipe; none if there are none yet."""
-    path = folder / "results.json"
-    if not path.exists():
-        return {}
-    return {name: SweepResult(**entry) for name, entry in json.loads(path.read_text()).items()}
-
-
 def write_results(
     folder: Path, results: Mapping[str, SweepResult], recipes: Sequence[Recipe]
 ) -> None:
     """Store the results of these recipes, and the page made of them; drop those of any other."""
     kept = {recipe.name: results[recipe.name] for recipe in recipes if recipe.name in results}
-    lines = [f"{json.dumps(name)}: {json.dumps(r.to_json())}" for name, r in kept.items()]
-    (folder / "results.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    SWEEP_RESULTS.write(folder, kept)
     (folder / PAGE).write_text(render_page(kept, recipes, folder))
 
 
 def render_page(results: Mapping[str, SweepResult], recipes: Sequence[Recipe], folder: Path) -> str:
     """The page of all families in Markdown, with what else is stored in the folder."""
-    formats = count_proofs(read_format_results(folder))
+    formats = count_proofs(FORMAT_RESULTS.read(folder))
     entries = list_entries(results, recipes)
-    batching = {name: each.summary for name, each in read_batching_results(folder).items()}
-    blocks = {name: each.summary for name, each in read_block_results(folder).items()}
+    batching = {name: each.summary for name, each in BATCHING_RESULTS.read(folder).items()}
+    blocks = {name: each.summary for name, each in BLOCK_RESULTS.read(folder).items()}
     columns = batching, blocks
     return render_families(entries, read_omissions(folder), read_served(folder), formats, *columns)
 
@@ -175,7 +157,7 @@ def list_entries(
     results: Mapping[str, SweepResult], recipes: Sequence[Recipe]
 ) -> list[tuple[Recipe, dict[str, Any]]]:
     """The recipes that have results, each with these as JSON values."""
-    return [(r, results[r.name].to_json()) for r in recipes if r.name in results]
+    return [(r, asdict(results[r.name])) for r in recipes if r.name in results]
 
 
 def list_alone(recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -183,7 +165,7 @@ def list_alone(recipes: Sequence[Recipe]) -> list[Recipe]:
     return [recipe for recipe in recipes if not recipe.part_only]
 
 
-def list_stale(results: Mapping[str, HasDigest], recipes: Sequence[Recipe]) -> list[Recipe]:
+def list_stale(results: Mapping[str, StoredResult], recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes that have no results, or have changed since, or whose samples have."""
     return [
         recipe
@@ -202,7 +184,7 @@ def sweep_recipes(
         recipes: All recipes; the stored results of the others are kept.
         folder: Where the results are stored.
     """
-    results = read_results(folder)
+    results = SWEEP_RESULTS.read(folder)
     with RankPool() as pool:
         for recipe in list_alone(selected):
             results[recipe.name] = result = sweep_recipe(recipe, pool)

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shardkit.authoring.batching_sweep import sweep_batching
-from shardkit.authoring.block_sweep import sweep_blocks
 from shardkit.authoring.check import ModelProof, make_models, prove_on_models, run_mutants
+from shardkit.authoring.column_sweep import ColumnSweep, Result
 from shardkit.authoring.format_sweep import sweep_formats
 from shardkit.authoring.model_classes import write_model_classes
 from shardkit.authoring.publishing import find_proofs_folder
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.authoring.sweep import SweepResult, list_stale, read_results, sweep_recipes
+from shardkit.authoring.sweep import SWEEP_RESULTS, SweepResult, list_stale, sweep_recipes
 from shardkit.cli.options import status_line
 from shardkit.cli.output import format_count, print_line
 from shardkit.recipe.catalog import list_recipe_files
@@ -87,7 +86,7 @@ def run_sweep(names: Sequence[str], only_stale: bool) -> bool:
     recipes = [load_recipe(path) for path in list_recipe_files()]
     selected = [recipe for recipe in recipes if not names or recipe.name in names]
     if only_stale:
-        selected = list_stale(read_results(folder), selected)
+        selected = list_stale(SWEEP_RESULTS.read(folder), selected)
     passed = True
     for recipe, result in sweep_recipes(selected, recipes, folder):
         _print_sweep(recipe, result)
@@ -125,41 +124,23 @@ def run_format_sweep(only_stale: bool) -> bool:
     return passed
 
 
-def run_batching_sweep(only_stale: bool) -> bool:
-    """Prove that requests share a batch rightly, and publish the results in the checkout.
+def run_column_sweep(sweep: ColumnSweep[Result], only_stale: bool) -> bool:
+    """Examine every recipe for a column of the page, and publish the results in the checkout.
 
     Args:
+        sweep: What the column shows.
         only_stale: Whether to leave out recipes whose results are up to date.
 
     Returns:
-        Whether no sequence differed.
+        Whether nothing was wrong.
     """
     passed = True
     recipes = [load_recipe(path) for path in list_recipe_files()]
-    for recipe, result in sweep_batching(recipes, find_proofs_folder(), only_stale):
+    for recipe, result in sweep.run(recipes, find_proofs_folder(), only_stale):
         print_line(f"{recipe.name}: {result.summary}")
         for fault in result.faults:
             print_line(f"  FAILED {fault}")
         passed = passed and not result.faults
-    return passed
-
-
-def run_block_sweep(only_stale: bool) -> bool:
-    """Verify every sample whole and by blocks, and publish the results in the checkout.
-
-    Args:
-        only_stale: Whether to leave out recipes whose results are up to date.
-
-    Returns:
-        Whether no verdict differed.
-    """
-    passed = True
-    recipes = [load_recipe(path) for path in list_recipe_files()]
-    for recipe, result in sweep_blocks(recipes, find_proofs_folder(), only_stale):
-        print_line(f"{recipe.name}: {result.summary} verdicts are the same")
-        for difference in result.differences:
-            print_line(f"  DIFFERS {difference}")
-        passed = passed and not result.differences
     return passed
 
 

@@ -1,6 +1,7 @@
 """`shardkit recipes`: list, show, check and draft recipes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +265,14 @@ def _sweep(names: Sequence[str], only_stale: bool) -> None:
 
 def _sweep_others(others: str, only_stale: bool) -> None:
     """Check formats, batching or blocks, and publish. Raises VerifyError if one does not pass."""
-    from shardkit.cli import recipe_checks
+    from shardkit.authoring.batching_sweep import BATCHING_SWEEP
+    from shardkit.authoring.block_sweep import BLOCK_SWEEP
+    from shardkit.cli.recipe_checks import run_column_sweep, run_format_sweep
 
-    sweeps = {
-        "formats": recipe_checks.run_format_sweep,
-        "batching": recipe_checks.run_batching_sweep,
-        "blocks": recipe_checks.run_block_sweep,
+    sweeps: dict[str, Callable[[bool], bool]] = {
+        "formats": run_format_sweep,
+        "batching": partial(run_column_sweep, BATCHING_SWEEP),
+        "blocks": partial(run_column_sweep, BLOCK_SWEEP),
     }
     if not sweeps[others](only_stale):
         raise VerifyError("one does not pass; see the lines above")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shardkit.authoring.batching_check import prove_batching
-from shardkit.authoring.batching_results import BatchingResult, read_batching_results
+from shardkit.authoring.batching_results import BATCHING_RESULTS, BatchingResult
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples, make_sample
 from shardkit.authoring.sweep import list_stale
@@ -54,7 +54,7 @@ def test_a_sequence_that_gets_the_token_of_another_is_found_out(
 
 def test_every_recipe_that_shares_a_batch_has_been_proven_as_it_is() -> None:
     recipes = [load_recipe(path) for path in list_recipe_files()]
-    results = read_batching_results(PROOFS)
+    results = BATCHING_RESULTS.read(PROOFS)
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --batching --write --stale`"
     assert [fault for result in results.values() for fault in result.faults] == []

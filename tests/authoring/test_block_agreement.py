@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.authoring.block_agreement import Agreement, Opinion, compare_verdicts
-from shardkit.authoring.block_results import BlockResult, read_block_results
+from shardkit.authoring.block_results import BLOCK_RESULTS, BlockResult
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import list_samples, make_sample
 from shardkit.authoring.sweep import list_stale
@@ -51,10 +51,10 @@ def test_blocks_that_miss_what_whole_models_see_are_reported(
 
 def test_every_recipe_has_been_verified_both_ways_as_it_is() -> None:
     recipes = [load_recipe(path) for path in list_recipe_files()]
-    results = read_block_results(PROOFS)
+    results = BLOCK_RESULTS.read(PROOFS)
     stale = [recipe.name for recipe in list_stale(results, recipes)]
     assert not stale, "run `shardkit recipes check --blocks --write --stale`"
-    assert [text for result in results.values() for text in result.differences] == []
+    assert [text for result in results.values() for text in result.faults] == []
 
 
 def test_another_tensor_to_blame_is_a_difference() -> None:
@@ -71,7 +71,7 @@ def test_right_shards_that_fail_both_ways_are_a_difference() -> None:
     assert agreement.difference == "as it is: error 1"
     entries = [{"sample": "s", "difference": each} for each in ("", agreement.difference)]
     result = BlockResult("", entries)
-    assert (result.summary, result.differences) == ("1 of 2", ["s: as it is: error 1"])
+    assert (result.summary, result.faults) == ("1 of 2", ["s: as it is: error 1"])
 
 
 def test_what_no_output_shows_is_told_apart() -> None:
