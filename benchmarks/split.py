@@ -4,7 +4,9 @@
 
 Every round runs each contender once, in a process of its own, on the same warm source and into a
 new folder, removed before the next; the output is synced to disk within the time.  What counts is
-the ratio to the durable copy (`cp -r`, then `sync -f`) of the same run.
+the ratio to the durable copy (`cp -r`, then `sync -f`) of the same run.  Before each, as much
+memory as an output takes is used and freed: a virtual machine gets memory that has long been free
+from its host, which can take longer than all else.
 """
 
 import argparse
@@ -78,16 +80,25 @@ def warm(path: Path) -> None:
             pass
 
 
-def run(command: list[str], source: Path, out: Path, tp_size: int) -> tuple[float, float]:
-    """One contender once: seconds, and the most memory it held in MB."""
-    arguments = [*command, str(source), str(out)]
-    if command[0] != "sh":
-        arguments += ["--tp", str(tp_size)]
-    return time_command(arguments, out)
+def free_pages(folder: Path, size: int) -> None:
+    """Have memory for a file of the size free since a moment ago."""
+    os.sync()
+    chunk = bytes(CHUNK)
+    with (folder / "pages").open("wb", buffering=0) as file:
+        for _ in range(0, size, CHUNK):
+            file.write(chunk)
+    (folder / "pages").unlink()
 
 
-def time_command(arguments: list[str], out: Path) -> tuple[float, float]:
-    """Run a command and remove what it wrote: seconds, and the most memory it held in MB."""
+def time_command(arguments: list[str], out: Path, size: int) -> tuple[float, float]:
+    """Run a command and remove what it wrote: seconds, and the most memory it held in MB.
+
+    Args:
+        arguments: The command.
+        out: The folder that it writes, if it writes one.
+        size: Its bytes, about.
+    """
+    free_pages(out.parent, size)
     started = time.perf_counter()
     pid = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=QUIET)
     _, status, usage = os.wait4(pid, 0)
@@ -95,7 +106,6 @@ def time_command(arguments: list[str], out: Path) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{' '.join(arguments)}: failed")
     shutil.rmtree(out, ignore_errors=True)  # a command that only reads leaves nothing
-    os.sync()
     return seconds, usage.ru_maxrss / 1024
 
 
@@ -108,7 +118,10 @@ def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, An
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds + 1):
         for name, command in CONTENDERS.items():
-            result = run(command, folder / "source", folder / "out", tp_size)
+            arguments = [*command, str(folder / "source"), str(folder / "out")]
+            if command[0] != "sh":
+                arguments += ["--tp", str(tp_size)]
+            result = time_command(arguments, folder / "out", size)
             if turn:  # the first round warms the caches
                 results[name].append(result)
     copies = [seconds for seconds, _ in results[COPY]]
