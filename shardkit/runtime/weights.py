@@ -1,7 +1,7 @@
 """Reads a rank's file into tensors: own memory, in the file's order, hashed there if asked.
 
-No memory map: a shard that is truncated or changed while it is in use must end in an error, or
-nowhere, but not in a crash or in other weights.
+No memory map unless it is asked for: a shard that is truncated or changed while it is in use must
+end in an error, or nowhere, but not in a crash or in other weights.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,11 +18,21 @@ from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer, spli
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
+READS_AT_ONCE = 4  # of a large tensor: a disk answers several at once faster than in turn
+
 
 def find_torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a safetensors dtype; None if torch has none."""
     torch_name = DTYPES[name].torch_name
     dtype: torch.dtype | None = getattr(torch, torch_name) if torch_name else None
+    return dtype
+
+
+def require_torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """The torch dtype of a tensor. Raises ManifestError if torch has none."""
+    dtype = find_torch_dtype(spec.dtype)
+    if dtype is None:
+        raise ManifestError(f"{spec.name}: torch has no dtype that holds {spec.dtype}")
     return dtype
 
 
@@ -36,7 +46,8 @@ def read_tensors(
     or VerifyError.
     """
     buffer = memoryview(bytearray(READ_BYTES if verify else 0))
-    with RankReader(folder, manifest, rank, verify) as reader:
+    threads = 1 if verify else READS_AT_ONCE
+    with RankReader(folder, manifest, rank, verify, threads) as reader:
         for spec in reader.specs:
             if spec.name in names:
                 tensor, view = allocate_tensor(spec)
@@ -47,11 +58,33 @@ def read_tensors(
         reader.finish()
 
 
+def map_tensors(
+    folder: Path, manifest: Manifest, rank: Rank, names: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `read_tensors`, but tensors are the file itself, read when they are first used.
+
+    What is written to one stays in this process. If the file is changed while one is in use, it
+    changes, too; if the file is cut shorter, the process ends with SIGBUS. A tensor that the file
+    holds at no multiple of its dtype's size is read.
+    """
+    with RankReader(folder, manifest, rank, check_sha256=False) as reader:
+        memory = reader.map_memory()
+        for spec in reader.specs:
+            if spec.name not in names:
+                continue
+            dtype, offset = require_torch_dtype(spec), reader.offset(spec)
+            if spec.nbytes and offset % dtype.itemsize == 0:
+                flat = torch.frombuffer(memory, dtype=torch.uint8, count=spec.nbytes, offset=offset)
+                yield spec.name, flat.view(dtype).reshape(spec.shape)
+            else:
+                tensor, view = allocate_tensor(spec)
+                reader.read(spec, split_blocks(view))
+                yield spec.name, tensor
+
+
 def allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks."""
-    dtype = find_torch_dtype(spec.dtype)
-    if dtype is None:
-        raise ManifestError(f"{spec.name}: torch has no dtype that holds {spec.dtype}")
+    dtype = require_torch_dtype(spec)
     flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
     advise_huge_pages(flat)
     return flat.view(dtype).reshape(spec.shape), flat.numpy().data

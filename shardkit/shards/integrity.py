@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from itertools import accumulate
+from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 
 from shardkit.checkpoint import MAX_COMPANION
@@ -30,25 +32,45 @@ class RankReader:
         manifest: Its manifest.
         rank: Whose file to open.
         check_sha256: Whether to hash what is read.
+        threads: How many parts of a piece that is not hashed are read at once.
 
     Raises:
         ManifestError: Unless the file's size and header are the split's.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, rank: Rank, check_sha256: bool = True
+        self,
+        folder: Path,
+        manifest: Manifest,
+        rank: Rank,
+        check_sha256: bool = True,
+        threads: int = 1,
     ) -> None:
         self.specs = manifest.stored_specs(rank)  # in the order of the file
         self._pieces = manifest.ranks[rank.index].pieces
         self._name = f"{folder / manifest.ranks[rank.index].name}: rank {rank.index}"
         self._fd = open_shard(folder, manifest, rank)
         self._digest = RankDigest(folder, manifest, rank) if check_sha256 else None
+        self._pool = ThreadPoolExecutor(threads, "shardkit") if threads > 1 else None
 
     def __enter__(self) -> "RankReader":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
         os.close(self._fd)
+
+    def offset(self, spec: TensorSpec) -> int:
+        """Where a piece begins in the file."""
+        return self._pieces[spec.name].offset
+
+    def map_memory(self) -> mmap:
+        """The file as memory: what is written to it stays in this process. Raises ManifestError."""
+        try:
+            return mmap(self._fd, 0, MAP_PRIVATE)
+        except OSError as failure:
+            raise ManifestError(f"{self._name}: cannot be mapped: {failure.strerror}") from None
 
     def read(self, spec: TensorSpec, views: Iterable[memoryview]) -> None:
         """Fill the views, which together are as long as the piece, and check it.
@@ -59,15 +81,23 @@ class RankReader:
             ManifestError: If the file cannot be read or became shorter.
             VerifyError: If the bytes are not the split's.
         """
-        at = self._pieces[spec.name].offset
+        at = self.offset(spec)
+        if self._pool and not self._digest and spec.nbytes > READ_BYTES:
+            parts = list(views)
+            starts = accumulate(map(len, parts), initial=at)
+            list(self._pool.map(self._fill, parts, starts))  # raises what a read raised
+            return
         for view in views:
-            try:
-                read_exactly(self._fd, view, at)
-            except OSError as failure:
-                raise ManifestError(f"{self._name}: cannot be read: {failure.strerror}") from None
+            self._fill(view, at)
             at += len(view)
             if self._digest:
                 self._digest.update(view)
+
+    def _fill(self, view: memoryview, at: int) -> None:
+        try:
+            read_exactly(self._fd, view, at)
+        except OSError as failure:
+            raise ManifestError(f"{self._name}: cannot be read: {failure.strerror}") from None
 
     def finish(self) -> None:
         """Once every piece is read: raise VerifyError unless the file's sha256 is the split's."""

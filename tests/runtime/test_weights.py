@@ -16,7 +16,8 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
 from shardkit.runtime.loader import choose_dtype
-from shardkit.runtime.weights import read_tensors
+from shardkit.runtime.weights import map_tensors, read_tensors
+from shardkit.shards.integrity import READ_BYTES, RankReader, split_blocks
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
 from tests.helpers.damage import Split, written
@@ -70,6 +71,43 @@ def test_every_tensor_is_what_the_safetensors_library_reads(split: Split, verify
             theirs = file.get_tensor(name)
             assert (tensor.dtype, tensor.shape) == (theirs.dtype, theirs.shape)
             assert raw(tensor) == raw(theirs)
+
+
+def test_a_mapped_tensor_is_the_file_and_what_is_written_to_it_stays_in_the_process(
+    split: Split,
+) -> None:
+    rank, data = split.manifest.mesh.rank(0), split.path(0).read_bytes()
+    read = dict(read_tensors(split.folder, split.manifest, rank, names(split), False))
+    mapped = dict(map_tensors(split.folder, split.manifest, rank, names(split)))
+    assert mapped.keys() == read.keys()
+    assert split.path(0).name in Path("/proc/self/maps").read_text()
+    for name, tensor in mapped.items():
+        assert (tensor.dtype, tensor.shape) == (read[name].dtype, read[name].shape)
+        assert raw(tensor) == raw(read[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # not the whole file's
+    mapped["t_F32"].zero_()
+    assert split.path(0).read_bytes() == data
+    del mapped, tensor
+    assert split.path(0).name not in Path("/proc/self/maps").read_text()
+
+
+def test_a_large_tensor_is_read_by_several_threads_into_its_own_memory(tmp_path: Path) -> None:
+    """Each byte once, in blocks; and a file that is cut short meanwhile is an error."""
+    spec = TensorSpec("large", "U8", (3 * READ_BYTES + 5,))
+    write_source(tmp_path / "source", {"model_type": "plain"}, [spec])
+    (tmp_path / "plain.toml").write_text('model_types = ["plain"]\nreplicate = ["large"]\n')
+    split_folder(tmp_path / "source", tmp_path / "shards", 1, load_recipe(tmp_path / "plain.toml"))
+    manifest = read_manifest(tmp_path / "shards")
+    rank = manifest.mesh.rank(0)
+    ((_, tensor),) = read_tensors(tmp_path / "shards", manifest, rank, ["large"], False)
+    with safe_open(tmp_path / "shards" / manifest.ranks[0].name, "pt") as file:
+        assert raw(tensor) == raw(file.get_tensor("large"))
+    with RankReader(tmp_path / "shards", manifest, rank, False, threads=4) as reader:
+        path = tmp_path / "shards" / manifest.ranks[0].name
+        os.truncate(path, path.stat().st_size - 1)
+        blocks = split_blocks(memoryview(bytearray(spec.nbytes)))
+        with pytest.raises(ManifestError, match="became shorter"):
+            reader.read(spec, blocks)
 
 
 @pytest.mark.parametrize("verify", [False, True])
