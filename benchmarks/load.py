@@ -3,10 +3,11 @@
     python -m benchmarks.load [--gib 2.1] [--tp 2] [--rounds 5] [--folder DIR] [--json]
 
 Ranks are processes of their own, as torchrun starts them. Each first imports all that a load needs
-and joins the others; then it either loads its shard, or reads its file into a new tensor of as many
-bytes, all ranks at once. Both run in every round, on files in the page cache and on files that have
-been dropped from it. The slowest rank counts. Memory is the peak (VmHWM) over what was resident
-before, and bytes are what the process read meanwhile (/proc/PID/io), both over the file's size.
+and joins the others; then it loads its shard, reading or mapping it, or reads its file into a new
+tensor of as many bytes, all ranks at once. All run in every round, on files in the page cache and
+on files that have been dropped from it. The slowest rank counts. Memory is the peak (VmHWM) over
+what was resident before, and bytes are what the process read meanwhile (/proc/PID/io), both over
+the file's size.
 """
 
 import argparse
@@ -28,11 +29,13 @@ from benchmarks.split import make_source, warm
 from shardkit.files import read_exactly
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.huge_pages import advise_huge_pages
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.loader import load_with_warnings
 from shardkit.timeouts import Timeouts
 
-LOAD, PLAIN, HUGE = "load", "read into new memory", "the same with huge pages"
-WAYS = (LOAD, PLAIN, HUGE)
+LOAD, MAP = "load", "load, mapped"
+PLAIN, HUGE = "read into new memory", "the same with huge pages"
+WAYS = (LOAD, MAP, PLAIN, HUGE)
 
 
 def run_rank(way: str, folder: Path) -> dict[str, float]:
@@ -44,8 +47,8 @@ def run_rank(way: str, folder: Path) -> dict[str, float]:
     resident, received = read_number("status", "VmRSS"), read_number("io", "rchar")
     group.all_agree({})
     start = time.perf_counter()
-    if way == LOAD:
-        kept: Any = load_with_warnings(folder, group, None)[0]
+    if way in (LOAD, MAP):
+        kept: Any = load_with_warnings(folder, group, LoadOptions(mmap=way == MAP))[0]
     else:
         kept = torch.empty(size, dtype=torch.uint8)
         if way == HUGE:

@@ -35,6 +35,7 @@ from shardkit.recipe.formats import find_schemes
 from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import forward_request, generate_request, load_request
 from shardkit.runtime.engine.rank_processes import RankProcesses
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.models.registry import find_model_class
 from shardkit.runtime.packing import Dequantize
 from shardkit.tensor import TensorSpec
@@ -198,9 +199,9 @@ def read_memory(pids: list[int], field: str) -> list[int]:
 
 def run_model(shards: Path, tiny: Path, plan: Plan, mode: Dequantize, steps: int) -> Run:
     """Load and run a shard folder in ranks of its own."""
-    ranks = RankProcesses(plan.mesh.tp_size, "cpu")
+    ranks, options = RankProcesses(plan.mesh.tp_size, "cpu"), LoadOptions(dequantize=mode)
     ids = torch.arange(1, PROMPT_TOKENS + 1)[None]
-    ranks.request(load_request(tiny, None, False, mode))
+    ranks.request(load_request(tiny, options))
     ranks.request(forward_request({"input_ids": ids}))
     ranks.request(generate_request({"input_ids": ids}, {"max_new_tokens": 2, "do_sample": False}))
     baseline = read_memory(ranks.pids, "VmRSS")
@@ -210,13 +211,13 @@ def run_model(shards: Path, tiny: Path, plan: Plan, mode: Dequantize, steps: int
     def above(field: str) -> int:
         return max(a - b for a, b in zip(read_memory(ranks.pids, field), baseline, strict=True))
 
-    with Engine(shards, lambda: ranks, load_request(shards, None, False, mode)) as engine:
+    with Engine(shards, lambda: ranks, load_request(shards, options)) as engine:
         load_peak, loaded = above("VmHWM"), above("VmRSS")
         started = time.perf_counter()
         engine.forward(input_ids=ids)
         prompt_seconds = time.perf_counter() - started
-        options = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "do_sample": False}
-        times = [time.perf_counter() for _ in engine.stream(ids, **options)]
+        generation = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "do_sample": False}
+        times = [time.perf_counter() for _ in engine.stream(ids, **generation)]
         shard = max(summarize_plan(plan).loaded_bytes)
         return Run(
             mode, shard, count_layer_bytes(plan), load_peak, loaded, above("VmHWM"),

@@ -11,6 +11,7 @@ from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import Message, load_request
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.runtime.engine.scheduler import Limits
+from shardkit.runtime.load_options import LoadOptions
 
 
 class LentRanks:
@@ -56,5 +57,6 @@ def run_engine(
     dtype: torch.dtype | None = None,
 ) -> Iterator[Engine]:
     """An engine of a shard folder on running ranks, which outlive it."""
-    with Engine(folder, lambda: LentRanks(ranks), load_request(folder, dtype), limits) as engine:
+    load = load_request(folder, LoadOptions(dtype))
+    with Engine(folder, lambda: LentRanks(ranks), load, limits) as engine:
         yield engine

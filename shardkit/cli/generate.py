@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardkit.cli.load_options import add_load_options, read_load_options
 from shardkit.cli.options import (
     DEVICE,
-    DTYPE,
     FOLDER,
     JSON,
     TIMEOUT,
@@ -20,7 +20,6 @@ from shardkit.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from shardkit.runtime import Engine
-    from shardkit.runtime.packing import Dequantize
 
 
 @click.command()
@@ -43,16 +42,7 @@ if TYPE_CHECKING:
     help="Sampling temperature; 0 is greedy decoding.",
 )
 @click.option("--seed", type=int, metavar="N", help="Random seed for sampling.")
-@click.option("--verify", is_flag=True, help="Check each shard's SHA-256 while loading it.")
-@click.option(
-    "--dequantize",
-    type=click.Choice(["forward", "load"]),
-    default="forward",
-    show_default=True,
-    help="Compute quantized weights as layers run, in the memory of the shard; or once at load, for"
-    " speed, in that of 16-bit weights.",
-)
-@DTYPE
+@add_load_options
 @DEVICE
 @TIMEOUT
 @JSON
@@ -62,12 +52,10 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int | None,
-    verify: bool,
-    dequantize: "Dequantize",
-    dtype: str | None,
     device: str | None,
     timeouts: Timeouts,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Generate text from shards.
 
@@ -81,8 +69,6 @@ def generate(
     """
     quiet_transformers()
     end_on_sigterm()
-    import torch
-
     from shardkit import runtime
     from shardkit.runtime.engine.prompts import has_tokenizer
 
@@ -90,9 +76,8 @@ def generate(
     if temperature > 0:
         options["temperature"] = temperature
     tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
-    loading: dict[str, Any] = {"device": device, "timeouts": timeouts, "verify": verify}
-    loading |= {"dtype": getattr(torch, dtype) if dtype else None, "dequantize": dequantize}
-    with runtime.launch(shards, **loading) as engine:
+    loading = read_load_options(settings)
+    with runtime.launch(shards, device=device, timeouts=timeouts, **loading) as engine:
         if as_json:
             _print_ids(engine, tokens, seed, options)
             return

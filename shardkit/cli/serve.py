@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from shardkit.cli.load_options import add_load_options, read_load_options
 from shardkit.cli.options import (
     DEVICE,
-    DTYPE,
     FOLDER,
     TIMEOUT,
     end_on_sigterm,
@@ -19,7 +19,6 @@ from shardkit.cli.options import (
 from shardkit.cli.output import print_line
 from shardkit.errors import UsageError
 
-LOADING = ("device", "timeouts", "verify", "dequantize")  # options that launch has, too
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -53,12 +52,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
     "--pooling", type=click.Choice(["mean", "cls", "last"]), default="mean", show_default=True,
     help="How an encoder's token vectors become one: their mean, the first, or the last.",
 )  # fmt: skip
-@click.option("--verify", is_flag=True, help="Check each shard's SHA-256 while loading it.")
-@click.option(
-    "--dequantize", type=click.Choice(["forward", "load"]), default="forward", show_default=True,
-    help="When quantized weights are computed: as layers run, or once at load.",
-)  # fmt: skip
-@DTYPE
+@add_load_options
 @DEVICE
 @TIMEOUT
 def serve(
@@ -76,20 +70,17 @@ def serve(
     check_server(host, api_key)
     quiet_transformers()
     end_on_sigterm()
-    import torch
-
     from shardkit import runtime
     from shardkit.serve import ServeOptions, run_server
     from shardkit.serve.json_log import configure_log
     from shardkit.serve.run_server import bind_socket
 
     configure_log(sys.stderr)
-    dtype = settings["dtype"]
     limits = runtime.Limits(
         max_batch_size=settings["max_batch_size"], max_queue=settings["max_queue"]
     )
-    loading: dict[str, Any] = {key: settings[key] for key in LOADING}
-    loading |= {"dtype": getattr(torch, dtype) if dtype else None, "limits": limits}
+    loading = read_load_options(settings) | {"limits": limits}
+    loading |= {key: settings[key] for key in ("device", "timeouts")}
     options = ServeOptions(
         model=name or shards.resolve().name, api_key=api_key, pooling=settings["pooling"],
         hosts=LOOPBACK if host in LOOPBACK else frozenset(),

@@ -27,6 +27,7 @@ from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.distributed.input_check import coordinate_calls
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.materialize import (
     fill_parameters,
     find_tied_placements,
@@ -38,12 +39,11 @@ from shardkit.runtime.models.registry import find_model_class
 from shardkit.runtime.packing import (
     Dequantize,
     Excerpt,
-    check_dequantize,
     find_excerpts,
     pack_weights,
 )
 from shardkit.runtime.parallelize import keep_local_units, parallelize_model
-from shardkit.runtime.weights import find_torch_dtype, read_tensors
+from shardkit.runtime.weights import find_torch_dtype, map_tensors, read_tensors
 from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -68,6 +68,7 @@ def load(
     verify: bool = False,
     check_inputs: bool = True,
     dequantize: Dequantize = "forward",
+    mmap: bool = False,
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
@@ -84,6 +85,9 @@ def load(
         check_inputs: Whether ranks compare their inputs at each call, unless your server does.
         dequantize: When quantized weights are computed: in the "forward", each time, in the memory
             of the shard; or once, at "load", for speed, in that of weights in `dtype`.
+        mmap: Whether weights that need no change stay in the mapped file, and are read when they
+            are first used: for who trusts the folder. If a file is changed while it is in use, so
+            are the weights; if it is cut shorter, the process ends by SIGBUS.
 
     Returns:
         transformers' own model class, with parallel layers.
@@ -91,15 +95,15 @@ def load(
     Raises:
         RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
             inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
-        UsageError: If `dequantize` is neither of the two.
+        UsageError: If `dequantize` is neither of the two, or `mmap` is given with `verify`.
 
     Example:
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
-    check_dequantize(dequantize)
+    options = LoadOptions(dtype, verify, dequantize, mmap)
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs, dequantize)
+    model, slow = load_with_warnings(Path(folder), group, options, check_inputs)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -108,17 +112,15 @@ def load(
 def load_with_warnings(
     folder: Path,
     group: TensorParallelGroup,
-    dtype: torch.dtype | None,
-    verify: bool = False,
+    options: LoadOptions,
     check_inputs: bool = False,
-    dequantize: Dequantize = "forward",
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     group.set_status("preparing to load")
     shard, model, slow_experts, error = None, None, "", ""
     try:
         shard = open_rank_shard(folder, group.tp_rank, group.tp_size)
-        model = build_on_meta(shard, dtype)
+        model = build_on_meta(shard, options.dtype)
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
@@ -127,7 +129,7 @@ def load_with_warnings(
     assert model is not None
     group.set_status("loading")
     try:
-        load_into(model, shard, group, verify, dequantize)
+        load_into(model, shard, group, options)
         slow_experts = choose_expert_kernel(model)
     except Exception as fault:
         error = first_line(fault, 1000)
@@ -205,15 +207,15 @@ def load_into(
     model: PreTrainedModel,
     shard: RankShard,
     group: TensorParallelGroup,
-    verify: bool,
-    dequantize: Dequantize,
+    options: LoadOptions,
 ) -> None:
     """Make the whole model this rank's part of it, and fill it from the rank's file."""
     parts, dtype = prepare_rank(model, shard, group), model.config.dtype
-    read = read_tensors(shard.folder, shard.manifest, shard.rank, parts.stored_names, verify)
+    file = shard.folder, shard.manifest, shard.rank, parts.stored_names
+    read = map_tensors(*file) if options.mmap else read_tensors(*file, options.verify)
     stored = ((name, tensor.to(group.device)) for name, tensor in read)
     tensors = pack_weights(stored, parts.weights_by_part, dtype, parts.excerpts)
-    is_packed = dequantize == "forward"
+    is_packed = options.dequantize == "forward"
     fill_parameters(model, tensors, parts.conversions, dtype, parts.count_lengths, is_packed)
     finish_rank(model, shard, parts, group.device)
 

@@ -26,6 +26,7 @@ from shardkit.runtime.engine.messages import (
     trace_request,
 )
 from shardkit.runtime.layers.experts import choose_expert_kernel
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
 from shardkit.runtime.usage import Usage
@@ -45,7 +46,7 @@ class ShardedModel:
 
     def load(self, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
         """Load a shard folder, and return the dtype it has. Raises RanksError."""
-        response = self.ranks.request(load_request(folder, dtype))[0]
+        response = self.ranks.request(load_request(folder, LoadOptions(dtype)))[0]
         loaded: torch.dtype = getattr(torch, response.header["dtype"])
         return loaded
 

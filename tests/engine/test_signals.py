@@ -82,7 +82,7 @@ def watched(
         patch.setattr(tempfile, "tempdir", str(folder / "scratch"))
         patch.setenv("TMPDIR", str(folder / "scratch"))
         start = partial(StruckRanks, world, "cpu", TIMEOUTS)
-        load = load_request(folder / "tp", None, False, "forward")
+        load = load_request(folder / "tp")
         with runtime.Engine(folder / "tp", start, load) as engine:
             yield Watched(engine, folder, shm)
     assert not list(marked(folder))

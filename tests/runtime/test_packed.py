@@ -25,6 +25,7 @@ from shardkit.planning import Plan, summarize_plan
 from shardkit.runtime import packed as packed_module
 from shardkit.runtime.dequantize import StoredWeight, write_weight
 from shardkit.runtime.engine.messages import forward_request, load_request, measure_request
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.packed import PackedTensor, compute_tensor, iter_stored, pack_weight
 from shardkit.runtime.packing import Dequantize, RecordLayout
 from shardkit.runtime.usage import count_weight_bytes
@@ -99,10 +100,10 @@ def test_both_ways_compute_the_same_bits_over_two_ranks(
     shards, plan = split(sample, model, tmp_path, 2, expert_parallel)
     ranks, logits = rank_pool.of(2), []
     for when in DEQUANTIZE:
-        ranks.request(load_request(shards, torch.float64, False, when))
+        ranks.request(load_request(shards, LoadOptions(torch.float64, False, when)))
         logits.append(ranks.request(forward_request({"input_ids": IDS}))[0].tensors["logits"])
     assert torch.equal(*logits)
-    ranks.request(load_request(shards, None))
+    ranks.request(load_request(shards))
     usages = [r.header["usage"] for r in ranks.request(measure_request({"input_ids": IDS}, {}))]
     assert tuple(each["weight_bytes"] for each in usages) == summarize_plan(plan).loaded_bytes
 

@@ -13,13 +13,14 @@ import torch
 
 from shardkit import runtime
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.errors import ManifestError, RanksError, RanksLost, RequestError
+from shardkit.errors import ManifestError, RanksError, RanksLost, RequestError, UsageError
 from shardkit.runtime.engine.messages import (
     Message,
     forward_request,
     load_request,
     step_request,
 )
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.timeouts import Timeouts
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
@@ -43,7 +44,7 @@ if group.tp_rank:
     ranks.follow()
     said = {}
 else:
-    ranks.request(load_request(pathlib.Path(sys.argv[1]), None))
+    ranks.request(load_request(pathlib.Path(sys.argv[1])))
     inputs = {"input_ids": torch.tensor([[1]])}
     options = {"max_new_tokens": 20, "do_sample": False}
     (made,) = ranks.request(generate_request(inputs, options, with_logits=True))
@@ -138,7 +139,7 @@ def test_ranks_with_different_splits_refuse_each_other(
     name = "rank-00000-of-00002.safetensors"
     (shards / name).write_bytes((other / name).read_bytes())
     with pytest.raises(RanksError, match=r"rank-00000-of-00002.safetensors: of another split"):
-        rank_pool.of(2).request(load_request(shards, None))
+        rank_pool.of(2).request(load_request(shards))
 
 
 def test_swapped_shards_are_refused(shards: Path, rank_pool: RankPool) -> None:
@@ -147,7 +148,7 @@ def test_swapped_shards_are_refused(shards: Path, rank_pool: RankPool) -> None:
     second.rename(first)
     (shards / "x").rename(second)
     with pytest.raises(RanksError, match=r"rank-00000.*is the file of rank '1', renamed"):
-        rank_pool.of(2).request(load_request(shards, None))
+        rank_pool.of(2).request(load_request(shards))
 
 
 def test_a_changed_config_is_refused(shards: Path, rank_pool: RankPool) -> None:
@@ -156,7 +157,7 @@ def test_a_changed_config_is_refused(shards: Path, rank_pool: RankPool) -> None:
     with pytest.raises(
         RanksError, match=r"config.json: not the file that was copied from the source"
     ):
-        rank_pool.of(2).request(load_request(shards, None))
+        rank_pool.of(2).request(load_request(shards))
 
 
 def test_launching_an_unfinished_split_starts_nothing(shards: Path) -> None:
@@ -264,3 +265,21 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+
+
+def test_a_mapped_model_computes_the_same(shards: Path, rank_pool: RankPool) -> None:
+    ranks, outputs = rank_pool.of(2), []
+    for mmap in (False, True):
+        ranks.request(load_request(shards, LoadOptions(mmap=mmap)))
+        outputs.append(
+            ranks.request(forward_request({"input_ids": torch.tensor([[1, 403, 407]])}))[0].tensors[
+                "logits"
+            ]
+        )
+    assert torch.equal(*outputs)
+
+
+def test_what_is_mapped_is_not_verified(shards: Path) -> None:
+    for call in (runtime.load, runtime.launch):
+        with pytest.raises(UsageError, match="leave out one of them"):
+            call(shards, verify=True, mmap=True)

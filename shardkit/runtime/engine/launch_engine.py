@@ -16,7 +16,8 @@ from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import load_request
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.runtime.engine.scheduler import Limits
-from shardkit.runtime.packing import Dequantize, check_dequantize
+from shardkit.runtime.load_options import LoadOptions
+from shardkit.runtime.packing import Dequantize
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
@@ -29,6 +30,7 @@ def launch(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     dequantize: Dequantize = "forward",
+    mmap: bool = False,
     limits: Limits | None = None,
 ) -> Engine:
     """Start the ranks of a shard folder on this host, one process each, and load the model.
@@ -44,6 +46,7 @@ def launch(
         timeouts: How long to wait for the ranks.
         verify: Whether each rank checks the SHA-256 of its shard while loading it.
         dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
+        mmap: Whether weights stay in the mapped files, as `load` has it.
         limits: What the engine takes on at once.
 
     Returns:
@@ -51,7 +54,7 @@ def launch(
 
     Raises:
         ManifestError: The folder is not a finished split; no process is started.
-        UsageError: `dequantize` is neither of the two.
+        UsageError: An option is not what it can be, or does not go with another.
         RanksError: A rank cannot load its shard, died, or did not answer in time; the message
             names the rank and the cause.
 
@@ -60,9 +63,8 @@ def launch(
         ...     for text in engine.stream("Once upon a time", max_new_tokens=64):
         ...         print(text, end="", flush=True)
     """
-    check_dequantize(dequantize)
     path = Path(folder)
-    load = load_request(path, dtype, verify, dequantize)
+    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap))
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 

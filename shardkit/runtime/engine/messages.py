@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from shardkit.runtime.engine.values import pack_value
-from shardkit.runtime.packing import Dequantize
+from shardkit.runtime.load_options import LoadOptions
 
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 64 << 30
@@ -34,16 +34,10 @@ class Message:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def load_request(
-    folder: Path,
-    dtype: torch.dtype | None,
-    verify: bool = False,
-    dequantize: Dequantize = "forward",
-) -> Message:
-    """Load each rank's shard of a folder; `dtype` None is the checkpoint's own."""
-    name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    header = {"action": "load", "folder": str(folder.resolve()), "dtype": name}
-    return Message({**header, "verify": verify, "dequantize": dequantize})
+def load_request(folder: Path, options: LoadOptions | None = None) -> Message:
+    """Load each rank's shard of a folder."""
+    values = (options or LoadOptions()).to_json()
+    return Message({"action": "load", "folder": str(folder.resolve()), "options": values})
 
 
 def forward_request(

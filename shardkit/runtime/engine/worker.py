@@ -35,6 +35,7 @@ from shardkit.runtime.engine.messages import (
 from shardkit.runtime.engine.prompts import load_tokenizer
 from shardkit.runtime.engine.stop_flag import StopFlag
 from shardkit.runtime.engine.values import pack_output, unpack_value
+from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.loader import load_with_warnings
 from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.usage import measure_usage
@@ -82,11 +83,9 @@ class Worker:
 
     def _load(self, request: Message) -> Message:
         self._runner = self._batch = None
-        name = request.header["dtype"]
-        dtype = getattr(torch, name) if name else None
-        options = {name: request.header[name] for name in ("verify", "dequantize")}
+        options = LoadOptions.from_json(request.header["options"])
         self._folder = self._own_folder or Path(request.header["folder"])
-        model, warning = load_with_warnings(self._folder, self.group, dtype, **options)
+        model, warning = load_with_warnings(self._folder, self.group, options)
         self._runner = ModelRunner(model, self.group.device)
         return Message({"dtype": str(model.dtype).removeprefix("torch."), "warning": warning})
 

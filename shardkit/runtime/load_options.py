@@ -1,0 +1,53 @@
+"""How ranks load a shard folder: the options of `load` and `launch`, as a request carries them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from shardkit.dtypes import torch_name
+from shardkit.errors import UsageError
+from shardkit.runtime.packing import Dequantize, check_dequantize
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a rank does with its shard, the same on every rank.
+
+    Attributes:
+        dtype: What to run in; None for the checkpoint's own.
+        verify: Whether to check each shard's SHA-256 while loading it.
+        dequantize: When quantized weights are computed.
+        mmap: Whether weights stay in the file, mapped, where they need no change.
+
+    Raises:
+        UsageError: If one is not what it can be, or does not go with another.
+
+    Example:
+        >>> LoadOptions(torch.bfloat16).to_json()
+        {'dtype': 'bfloat16', 'verify': False, 'dequantize': 'forward', 'mmap': False}
+    """
+
+    dtype: torch.dtype | None = None
+    verify: bool = False
+    dequantize: Dequantize = "forward"
+    mmap: bool = False
+
+    def __post_init__(self) -> None:
+        check_dequantize(self.dequantize)
+        if self.mmap and self.verify:
+            raise UsageError(
+                "verify checks what is read, and with mmap nothing is: leave out one of them, or"
+                " run `shardkit verify SHARDS --level files` before"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return asdict(self) | {"dtype": torch_name(self.dtype) if self.dtype else None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LoadOptions":
+        """The options of `to_json`."""
+        name = values["dtype"]
+        return cls(**{**values, "dtype": getattr(torch, name) if name else None})
