@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardkit.cli.options import (
+    COMPILE,
     DEVICE,
     DTYPE,
     FOLDER,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     help="Compute quantized weights as layers run, in the memory of the shard; or once at load, for"
     " speed, in that of 16-bit weights.",
 )
+@COMPILE
 @DTYPE
 @DEVICE
 @TIMEOUT
@@ -64,6 +66,7 @@ def generate(
     seed: int | None,
     verify: bool,
     dequantize: "Dequantize",
+    compile: bool,
     dtype: str | None,
     device: str | None,
     timeouts: Timeouts,
@@ -92,6 +95,7 @@ def generate(
     tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
     loading: dict[str, Any] = {"device": device, "timeouts": timeouts, "verify": verify}
     loading |= {"dtype": getattr(torch, dtype) if dtype else None, "dequantize": dequantize}
+    loading["compile"] = compile
     with runtime.launch(shards, **loading) as engine:
         if as_json:
             _print_ids(engine, tokens, seed, options)

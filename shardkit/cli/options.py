@@ -60,6 +60,12 @@ ALLOW_PICKLE = click.option(
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )
+COMPILE = click.option(
+    "--compile",
+    is_flag=True,
+    help="Compile decoding by torch.compile, over a cache of fixed size: faster steps after a first"
+    " request that takes minutes.",
+)
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shardkit.cli.options import (
+    COMPILE,
     DEVICE,
     DTYPE,
     FOLDER,
@@ -19,7 +20,7 @@ from shardkit.cli.options import (
 from shardkit.cli.output import print_line
 from shardkit.errors import UsageError
 
-LOADING = ("device", "timeouts", "verify", "dequantize")  # options that launch has, too
+LOADING = ("device", "timeouts", "verify", "dequantize", "compile")  # options that launch has, too
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -58,6 +59,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
     "--dequantize", type=click.Choice(["forward", "load"]), default="forward", show_default=True,
     help="When quantized weights are computed: as layers run, or once at load.",
 )  # fmt: skip
+@COMPILE
 @DTYPE
 @DEVICE
 @TIMEOUT

@@ -19,6 +19,7 @@ from shardkit.errors import ManifestError, first_line
 from shardkit.layout.style import ADD_ONCE, EXPERT
 from shardkit.planning import Placement, Rank
 from shardkit.recipe.formats import QuantizedWeight
+from shardkit.runtime.compile_decoding import check_compilable, compile_decoding
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import Conversion, find_conversions, loaded_shapes
 from shardkit.runtime.distribute_experts import distribute_experts
@@ -68,6 +69,7 @@ def load(
     verify: bool = False,
     check_inputs: bool = True,
     dequantize: Dequantize = "forward",
+    compile: bool = False,
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
@@ -84,22 +86,21 @@ def load(
         check_inputs: Whether ranks compare their inputs at each call, unless your server does.
         dequantize: When quantized weights are computed: in the "forward", each time, in the memory
             of the shard; or once, at "load", for speed, in that of weights in `dtype`.
+        compile: Whether `generate` decodes by compiled steps over a cache of fixed size.
 
     Returns:
         transformers' own model class, with parallel layers.
 
     Raises:
-        RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
-            inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
+        RanksError: On every rank alike: if ranks differ in world size, versions, manifest or
+            inputs, a shard is missing, damaged or of another split, a rank dies or stalls, or
+            decoding cannot be compiled.
         UsageError: If `dequantize` is neither of the two.
-
-    Example:
-        >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
-        torch.Size([B, T, V])
     """
     check_dequantize(dequantize)
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs, dequantize)
+    options = verify, check_inputs, dequantize, compile
+    model, slow = load_with_warnings(Path(folder), group, dtype, *options)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -112,6 +113,7 @@ def load_with_warnings(
     verify: bool = False,
     check_inputs: bool = False,
     dequantize: Dequantize = "forward",
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     group.set_status("preparing to load")
@@ -119,6 +121,9 @@ def load_with_warnings(
     try:
         shard = open_rank_shard(folder, group.tp_rank, group.tp_size)
         model = build_on_meta(shard, dtype)
+        if compile:
+            quantized = shard.manifest.plan.grouping.weights
+            check_compilable(model, bool(quantized) and dequantize == "forward")
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
@@ -133,6 +138,8 @@ def load_with_warnings(
         error = first_line(fault, 1000)
     notes = group.all_agree({}, error, slow_experts)
     coordinate_calls(model, group, check_inputs)
+    if compile:
+        compile_decoding(model, group)
     group.set_status("idle")
     return model, describe_slow_experts(notes) if notes else ""
 

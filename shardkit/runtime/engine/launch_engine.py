@@ -29,6 +29,7 @@ def launch(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     dequantize: Dequantize = "forward",
+    compile: bool = False,
     limits: Limits | None = None,
 ) -> Engine:
     """Start the ranks of a shard folder on this host, one process each, and load the model.
@@ -44,6 +45,7 @@ def launch(
         timeouts: How long to wait for the ranks.
         verify: Whether each rank checks the SHA-256 of its shard while loading it.
         dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
+        compile: Whether decoding is compiled, as `load` has it; then sequences do not join others.
         limits: What the engine takes on at once.
 
     Returns:
@@ -62,7 +64,7 @@ def launch(
     """
     check_dequantize(dequantize)
     path = Path(folder)
-    load = load_request(path, dtype, verify, dequantize)
+    load = load_request(path, dtype, verify, dequantize, compile)
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 

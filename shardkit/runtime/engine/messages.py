@@ -39,11 +39,13 @@ def load_request(
     dtype: torch.dtype | None,
     verify: bool = False,
     dequantize: Dequantize = "forward",
+    compile: bool = False,
 ) -> Message:
     """Load each rank's shard of a folder; `dtype` None is the checkpoint's own."""
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
     header = {"action": "load", "folder": str(folder.resolve()), "dtype": name}
-    return Message({**header, "verify": verify, "dequantize": dequantize})
+    options = {"verify": verify, "dequantize": dequantize, "compile": compile}
+    return Message(header | options)
 
 
 def forward_request(

@@ -84,7 +84,8 @@ class Worker:
         self._runner = self._batch = None
         name = request.header["dtype"]
         dtype = getattr(torch, name) if name else None
-        options = {name: request.header[name] for name in ("verify", "dequantize")}
+        names = ("verify", "dequantize", "compile")
+        options = {name: request.header[name] for name in names}
         self._folder = self._own_folder or Path(request.header["folder"])
         model, warning = load_with_warnings(self._folder, self.group, dtype, **options)
         self._runner = ModelRunner(model, self.group.device)
