@@ -21,7 +21,15 @@ MMAP = click.option(
     is_flag=True,
     help="Map weights instead of reading them: a start at once, if nothing changes the files.",
 )
-LOAD_OPTIONS = {"verify": VERIFY, "dequantize": DEQUANTIZE, "mmap": MMAP, "dtype": DTYPE}
+COMPILE = click.option(
+    "--compile",
+    is_flag=True,
+    help="Compile decoding by torch.compile, over a cache of fixed size: faster steps after a first"
+    " request that takes minutes.",
+)
+LOAD_OPTIONS = {
+    "verify": VERIFY, "dequantize": DEQUANTIZE, "mmap": MMAP, "compile": COMPILE, "dtype": DTYPE,
+}  # fmt: skip
 
 
 def add_load_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,19 +20,21 @@ class LoadOptions:
         verify: Whether to check each shard's SHA-256 while loading it.
         dequantize: When quantized weights are computed.
         mmap: Whether weights stay in the file, mapped, where they need no change.
+        compile: Whether decoding is compiled.
 
     Raises:
         UsageError: If one is not what it can be, or does not go with another.
 
     Example:
-        >>> LoadOptions(torch.bfloat16).to_json()
-        {'dtype': 'bfloat16', 'verify': False, 'dequantize': 'forward', 'mmap': False}
+        >>> LoadOptions.from_json(LoadOptions(torch.bfloat16).to_json()).dtype
+        torch.bfloat16
     """
 
     dtype: torch.dtype | None = None
     verify: bool = False
     dequantize: Dequantize = "forward"
     mmap: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_dequantize(self.dequantize)

@@ -19,6 +19,7 @@ from shardkit.errors import ManifestError, first_line
 from shardkit.layout.style import ADD_ONCE, EXPERT
 from shardkit.planning import Placement, Rank
 from shardkit.recipe.formats import QuantizedWeight
+from shardkit.runtime.compile_decoding import check_compilable, compile_decoding
 from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import Conversion, find_conversions, loaded_shapes
 from shardkit.runtime.distribute_experts import distribute_experts
@@ -69,6 +70,7 @@ def load(
     check_inputs: bool = True,
     dequantize: Dequantize = "forward",
     mmap: bool = False,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
@@ -88,20 +90,22 @@ def load(
         mmap: Whether weights that need no change stay in the mapped file, and are read when they
             are first used: for who trusts the folder. If a file is changed while it is in use, so
             are the weights; if it is cut shorter, the process ends by SIGBUS.
+        compile: Whether `generate` decodes by compiled steps over a cache of fixed size.
 
     Returns:
         transformers' own model class, with parallel layers.
 
     Raises:
         RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
-            inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
+            inputs, if a shard is missing, damaged or of another split, if a rank dies or stalls, or
+            if decoding cannot be compiled.
         UsageError: If `dequantize` is neither of the two, or `mmap` is given with `verify`.
 
     Example:
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
-    options = LoadOptions(dtype, verify, dequantize, mmap)
+    options = LoadOptions(dtype, verify, dequantize, mmap, compile)
     group = group or connect(device, timeouts)
     model, slow = load_with_warnings(Path(folder), group, options, check_inputs)
     if slow and group.tp_rank == 0:
@@ -121,6 +125,9 @@ def load_with_warnings(
     try:
         shard = open_rank_shard(folder, group.tp_rank, group.tp_size)
         model = build_on_meta(shard, options.dtype)
+        if options.compile:
+            quantized = shard.manifest.plan.grouping.weights
+            check_compilable(model, bool(quantized) and options.dequantize == "forward")
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
@@ -135,6 +142,8 @@ def load_with_warnings(
         error = first_line(fault, 1000)
     notes = group.all_agree({}, error, slow_experts)
     coordinate_calls(model, group, check_inputs)
+    if options.compile:
+        compile_decoding(model, group)
     group.set_status("idle")
     return model, describe_slow_experts(notes) if notes else ""
 

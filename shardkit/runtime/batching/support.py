@@ -49,10 +49,12 @@ def _find_obstacle(model: PreTrainedModel) -> str:
         return f"its class has its own {own[0]}"
     if model.main_input_name != "input_ids" or not has_argument(model, "attention_mask"):
         return "its forward takes no input_ids with an attention_mask"
+    config = model._prepare_generation_config(None)[0]
+    if config.cache_implementation == "static":
+        return "its cache has a fixed size, of one call"
     if kinds := LENGTH_DEPENDENT & set(_list_rope_types(model.config.to_dict())):
         return f"its {min(kinds)} rotary embedding depends on the longest sequence"
-    mode = model._prepare_generation_config(None)[0].get_generation_mode()
-    if mode not in MODES:
+    if (mode := config.get_generation_mode()) not in MODES:
         return f"its generation config asks for {mode.value}"
     return _find_cache_obstacle(model)
 
@@ -84,7 +86,7 @@ def _try_joining(model: PreTrainedModel, device: torch.device) -> str:
     alone = [_generate_alone(model, prompt, device) for prompt in prompts]
     logits_in_batch = _generate_joined(model, prompts, [ids for ids, _ in alone], device)
     for (_, expected), logits in zip(alone, logits_in_batch, strict=True):
-        difference = _compare(expected, logits)
+        difference = compare_logits(expected, logits)
         if not difference <= TOLERANCES.get(model.dtype, 0.5):
             return f"a sequence that joined had other logits, by {difference:.2g} deviations"
     return ""
@@ -108,7 +110,7 @@ def may_pad_prompts(model: PreTrainedModel, device: torch.device) -> bool:
         raise
     except MODEL_ERRORS:
         return False
-    differences = [_compare(*pair) for pair in zip(alone, together, strict=True)]
+    differences = [compare_logits(*pair) for pair in zip(alone, together, strict=True)]
     return all(each <= TOLERANCES.get(model.dtype, 0.5) for each in differences)
 
 
@@ -117,7 +119,7 @@ def _make_prompts(model: PreTrainedModel) -> list[list[int]]:
     return [[(3 + 5 * at + 7 * n) % size for at in range(n)] for n in PROBE_LENGTHS]
 
 
-def _compare(expected: torch.Tensor, logits: torch.Tensor) -> float:
+def compare_logits(expected: torch.Tensor, logits: torch.Tensor) -> float:
     """The largest difference of logits, in units of their standard deviation; or NaN."""
     return float((expected - logits).abs().max() / expected.std().clamp(min=1e-6))
 

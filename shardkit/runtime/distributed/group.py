@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.distributed.choose_transport import share_memory
+from shardkit.runtime.distributed.collective_ops import (
+    all_gather_op,
+    all_reduce_op,
+    register_group,
+)
 from shardkit.runtime.distributed.diagnosis import (
     REPORT_BYTES,
     encode_report,
@@ -52,6 +57,7 @@ class TensorParallelGroup:
         counts: How many all-reduces and all-gathers were made since it was last reset.
         num_collectives: How many collectives of any kind were made.
         failure: Why the group can no longer be used; "" if it can.
+        number: What compiled models know it by.
     """
 
     tp_rank: int
@@ -63,6 +69,10 @@ class TensorParallelGroup:
     counts: dict[str, int] = field(default_factory=lambda: {"all_reduce": 0, "all_gather": 0})
     num_collectives: int = 0
     failure: str = ""
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = register_group(self)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks.
@@ -76,6 +86,8 @@ class TensorParallelGroup:
         Raises:
             RanksError: A rank died, stalled or left; the message names it.
         """
+        if torch.compiler.is_compiling():
+            return all_reduce_op(x, self.number) if self.tp_size > 1 else x
         self.counts["all_reduce"] += 1
         if self.tp_size > 1:
             x, carry = x.contiguous(), self.carrier
@@ -95,6 +107,8 @@ class TensorParallelGroup:
         Raises:
             RanksError: A rank died, stalled or left; the message names it.
         """
+        if torch.compiler.is_compiling():
+            return all_gather_op(x, list(sizes), self.number) if self.tp_size > 1 else x
         self.counts["all_gather"] += 1
         if self.tp_size == 1:
             return x

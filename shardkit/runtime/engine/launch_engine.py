@@ -31,6 +31,7 @@ def launch(
     verify: bool = False,
     dequantize: Dequantize = "forward",
     mmap: bool = False,
+    compile: bool = False,
     limits: Limits | None = None,
 ) -> Engine:
     """Start the ranks of a shard folder on this host, one process each, and load the model.
@@ -47,6 +48,7 @@ def launch(
         verify: Whether each rank checks the SHA-256 of its shard while loading it.
         dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
         mmap: Whether weights stay in the mapped files, as `load` has it.
+        compile: Whether decoding is compiled, as `load` has it; then sequences do not join others.
         limits: What the engine takes on at once.
 
     Returns:
@@ -64,7 +66,7 @@ def launch(
         ...         print(text, end="", flush=True)
     """
     path = Path(folder)
-    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap))
+    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap, compile))
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 
