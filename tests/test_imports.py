@@ -193,6 +193,15 @@ def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
     assert not loaded(*arguments) & HEAVY
 
 
+@pytest.mark.parametrize("name", ["shardkit", "shardkit.runtime"])
+def test_importing_a_package_loads_nothing_heavy(name: str) -> None:
+    code = f"import sys, {name}; print(*(set(sys.modules) & {HEAVY}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "\n"
+
+
 def test_plan_split_merge_and_inspect_load_no_torch(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", llama_config(), specs_of(llama()))
     shards, merged = str(tmp_path / "shards"), str(tmp_path / "merged")

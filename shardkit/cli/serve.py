@@ -1,6 +1,5 @@
 """`shardkit serve`: an HTTP server of a shard folder."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from shardkit.cli.options import (
 )
 from shardkit.cli.output import print_line
 from shardkit.errors import UsageError
+from shardkit.runtime.distributed.rank_environment import is_follower
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -95,11 +95,6 @@ def serve(
         print_line(f"{options.model} answers at http://{address}:{sock.getsockname()[1]}")
         code = run_server(engine, options, sock)
     sys.exit(code)
-
-
-def is_follower() -> bool:
-    """Whether torchrun started this as another rank than 0, which alone has the address."""
-    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def check_server(host: str, api_key: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from shardkit.errors import (
     ShardkitError,
 )
 from shardkit.files import ProgressCallback, track_progress
+from shardkit.runtime.distributed.rank_environment import is_follower, is_rank
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -95,10 +95,10 @@ def verify(
 
 def _run_request(request: Request, progress: ProgressCallback | None) -> Report | None:
     """Run the levels on torchrun's rank 0, or here; the other ranks follow it."""
-    is_torchrun, manifest = "WORLD_SIZE" in os.environ, _read_manifest(request)
+    is_torchrun, manifest = is_rank(), _read_manifest(request)
     is_real = _choose_real_ranks(request, manifest)
     ranks = _connect(request) if is_torchrun and request.runs_numerics else None
-    if is_torchrun and os.environ.get("RANK", "0") != "0":
+    if is_follower():
         if ranks is not None:
             ranks.follow()
         return None

@@ -1,11 +1,11 @@
 """What is to be verified, against what, how deep and how: options as values, checked."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from shardkit.errors import UsageError
+from shardkit.runtime.distributed.rank_environment import is_rank
 from shardkit.timeouts import Timeouts
 from shardkit.verification.numerics_options import NumericsOptions, RankChoice
 from shardkit.verification.scope import Scope
@@ -64,7 +64,7 @@ def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
     ranks = options.ranks
     if ranks not in get_args(RankChoice):
         raise UsageError(f"ranks {ranks!r}: they must be one of {', '.join(get_args(RankChoice))}")
-    is_torchrun = "WORLD_SIZE" in os.environ
+    is_torchrun = is_rank()
     block_options = {"--sample": options.sample, "--resume": options.resume}
     by_block = [name for name, value in block_options.items() if value is not None]
     if by_block and (ranks == "real" or is_torchrun):

@@ -20,7 +20,7 @@ from shardkit import runtime
 from shardkit.errors import RanksError, RanksLost
 from shardkit.runtime.engine.messages import load_request
 from shardkit.timeouts import Timeouts
-from tests.helpers.rank_launcher import MARK, divisible, marked
+from tests.helpers.rank_launcher import MARK, divisible, list_shared_memory, marked
 from tests.helpers.runtime_helpers import cut
 from tests.helpers.struck_worker import STRIKE, StruckRanks, ask_for_strike, read_strike
 
@@ -60,7 +60,7 @@ class Watched:
         """No process, memory, descriptor or file but those of the ranks that run."""
         assert set(marked(self.folder)) == set(self.engine.ranks.pids)
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-        assert set(os.listdir("/dev/shm")) - self.shm == set()
+        assert list_shared_memory() - self.shm == set()
         assert len(os.listdir("/proc/self/fd")) < self.descriptors + SPARE
         assert not list((self.folder / "scratch").iterdir())
 
@@ -74,7 +74,7 @@ def watched(
     folder = tmp_path_factory.mktemp("signals")
     (folder / "scratch").mkdir()
     cut(divisible(folder / "llama"), folder / "tp", world)
-    shm = set(os.listdir("/dev/shm"))
+    shm = list_shared_memory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, str(folder))
         patch.setenv(STRIKE, str(folder / "strike"))

@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.test_signals import CASES, SLACK, TIMEOUTS
 from tests.helpers.elastic_program import PROMPTS
-from tests.helpers.rank_launcher import MARK, Zygote, divisible, marked, said
+from tests.helpers.rank_launcher import (
+    MARK,
+    Zygote,
+    divisible,
+    list_shared_memory,
+    marked,
+    said,
+)
 from tests.helpers.runtime_helpers import cut
 from tests.helpers.stories_engine import continue_alone
 from tests.helpers.struck_worker import STRIKE, ask_for_strike, read_strike
@@ -101,7 +108,7 @@ def test_a_signal_ends_the_ranks_and_torchrun_starts_them_again(
     expected: list[list[int]], tmp_path: Path,
 ) -> None:  # fmt: skip
     cut(source, tmp_path / "tp", world)
-    out, memory = tmp_path / "out", set(os.listdir("/dev/shm"))
+    out, memory = tmp_path / "out", list_shared_memory()
     if phase != "idle":
         ask_for_strike(tmp_path / "strike", number, rank, phase, running=phase == "load")
     with torchrun_agent(zygote, tmp_path, world=world, phase=phase) as agent:
@@ -117,7 +124,7 @@ def test_a_signal_ends_the_ranks_and_torchrun_starts_them_again(
         assert read_all(out, "said-1-*") == {0: expected}, said(tmp_path)
         log = (tmp_path / "log-agent").read_text()
         assert number == signal.SIGSTOP or f"(exitcode: -9) local_rank: {rank} " in log
-        assert set(os.listdir("/dev/shm")) - memory == set()
+        assert list_shared_memory() - memory == set()
         left = [path.name for path in (tmp_path / "scratch").iterdir()]
         assert not [name for name in left if "torchelastic" not in name]
         assert not list(marked(tmp_path))

@@ -156,8 +156,13 @@ def check_nothing_left(tmp_path: Path, pids: list[int]) -> None:
     """No process of the test, no shared memory of its ranks, no file where they may put some."""
     assert not list(marked(tmp_path))
     assert not list((tmp_path / "scratch").iterdir())
-    owned = [path.name for path in Path("/dev/shm").iterdir()]
+    owned = list_shared_memory()
     assert not [name for name in owned if any(str(pid) in name.split("_") for pid in pids)]
+
+
+def list_shared_memory() -> set[str]:
+    """The shared memory that has names: files. Folders beside them are those of other tests."""
+    return {path.name for path in Path("/dev/shm").iterdir() if path.is_file()}
 
 
 def marked(tmp_path: Path) -> Iterator[int]:

@@ -23,6 +23,7 @@ from shardkit.timeouts import Timeouts
 from tests.helpers.elastic_program import run_agent
 
 __all__ = ["program", "run_agent"]  # what the fork server may be asked for
+PRELOADED = runtime.load, runtime.launch  # before ranks are forked
 torch.set_num_threads(1)
 
 

@@ -19,7 +19,7 @@ from shardkit.errors import RanksError
 from shardkit.runtime.engine.rank_processes import RankProcesses
 from shardkit.timeouts import Timeouts
 from tests.helpers.command_line import SHARDKIT, environment
-from tests.helpers.rank_launcher import MARK, divisible, marked
+from tests.helpers.rank_launcher import MARK, divisible, list_shared_memory, marked
 from tests.helpers.runtime_helpers import cut
 
 SLACK = 5.0
@@ -43,7 +43,7 @@ class Command:
     def __init__(self, tmp_path: Path, *arguments: object) -> None:
         self.mark, self.scratch = tmp_path, tmp_path / "scratch"
         self.scratch.mkdir()
-        self.before = set(os.listdir("/dev/shm"))
+        self.before = list_shared_memory()
         self.began, self.startup = time.monotonic(), 0.0
         extra = {MARK: str(tmp_path), "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -79,7 +79,7 @@ class Command:
             time.sleep(0.05)
         assert not left
         assert not list(self.scratch.iterdir())
-        new = set(os.listdir("/dev/shm")) - self.before
+        new = list_shared_memory() - self.before
         assert not [name for name in new if "torch" in name or "gloo" in name]
 
 

@@ -23,7 +23,7 @@ from shardkit.runtime.distributed.shared_memory import (
     explain_absence,
     open_memory,
 )
-from tests.helpers.rank_launcher import Zygote, run_ranks
+from tests.helpers.rank_launcher import Zygote, list_shared_memory, run_ranks
 from tests.helpers.torchrun import torchrun
 
 TOKEN = b"t" * TOKEN_BYTES
@@ -248,7 +248,7 @@ def test_a_rank_killed_at_any_moment_is_named_and_leaves_nothing(
 ) -> None:
     """At 210 moments in all."""
     monkeypatch.setenv(choose_transport.SWITCH, "1")
-    choose, zygote, before = random.Random(seed), Zygote(), set(os.listdir("/dev/shm"))
+    choose, zygote, before = random.Random(seed), Zygote(), list_shared_memory()
     seconds = {"join": 30.0, "load": 30.0, "collective": 10.0, "request": 30.0}
     try:
         for moment in range(10):
@@ -267,7 +267,7 @@ def test_a_rank_killed_at_any_moment_is_named_and_leaves_nothing(
                 assert f"rank {faulty} died" in one.said, (moment, rank, one)
     finally:
         zygote.close()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert list_shared_memory() <= before
 
 
 def test_memory_is_as_long_as_it_must_be(memory: int) -> None:

@@ -27,7 +27,7 @@ import httpx2
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.command_line import SHARDKIT, environment
-from tests.helpers.rank_launcher import MARK, marked
+from tests.helpers.rank_launcher import MARK, list_shared_memory, marked
 from tests.helpers.runtime_helpers import cut
 from tests.helpers.stories_engine import continue_alone
 
@@ -167,7 +167,7 @@ def count_resources(mark: Path, before: set[str]) -> dict[str, int]:
             with suppress(OSError):
                 counts["descriptors"] += 1
                 counts["sockets"] += os.readlink(link).startswith("socket:")
-    counts["shared memory"] = len(set(os.listdir("/dev/shm")) - before)
+    counts["shared memory"] = len(list_shared_memory() - before)
     counts["files"] = len(list((mark / "scratch").iterdir()))
     return dict(counts)
 
@@ -220,10 +220,10 @@ def run_soak(source: Path, options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
     prompts = [[1, *((7 * i + 13 * j) % 500 + 3 for j in range(i % 40))] for i in range(60)]
     answers = [(ids, continue_alone(model, ids, LONGEST, eos_token_id=None)) for ids in prompts]
-    before = set(os.listdir("/dev/shm"))
+    before = list_shared_memory()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         mark = Path(scratch)
-        before |= set(os.listdir("/dev/shm"))
+        before |= list_shared_memory()
         cut(source, mark / "tp2", 2)
         with run_server(mark / "tp2", mark) as port:
             report = asyncio.run(run_load(port, answers, mark, options, before))

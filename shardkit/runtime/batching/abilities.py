@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from shardkit.runtime.batching.support import (
     describe_obstacle,
     find_positions,
 )
+from shardkit.runtime.distributed.rank_environment import count_local_ranks
 from shardkit.runtime.model_runner import ModelRunner, run_inference
 
 SHARE = 0.5  # of the free memory, for the KV cache
@@ -101,6 +101,4 @@ def measure_free_memory(device: torch.device) -> int:
     """The bytes that are free on a device; on a CPU, this process's share of them."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return measure_available_memory() // int(
-        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    )
+    return measure_available_memory() // count_local_ranks()

@@ -4,13 +4,13 @@ JOB is JSON. What was measured, or why nothing was, is written to FOLDER, a file
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from shardkit.errors import ShardkitError, first_line
 from shardkit.runtime.benchmark.contenders import Contender, read_workload
 from shardkit.runtime.benchmark.measure_rank import measure_rank
+from shardkit.runtime.distributed.rank_environment import read_place
 
 FAILED = 3
 
@@ -26,7 +26,8 @@ def main(folder: str, job: str) -> int:
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         # What transformers raises of a model that it cannot load or divide.
         result = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    path = Path(folder, f"rank-{os.environ.get('RANK', '0')}.json")
+    place = read_place()
+    path = Path(folder, f"rank-{place.rank if place else 0}.json")
     path.write_text(json.dumps(result))
     return FAILED if "error" in result else 0
 

@@ -1,7 +1,6 @@
 """Joins the ranks that torchrun or `launch` started."""
 
 import atexit
-import os
 
 import torch
 import torch.distributed as dist
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from shardkit.errors import RanksError
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.distributed.liveness import Link
-from shardkit.runtime.distributed.rendezvous import read_rank
+from shardkit.runtime.distributed.rank_environment import read_local_rank, read_place
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
 
 _groups: list[TensorParallelGroup] = []  # the group that `connect` made, if it did
@@ -40,11 +39,11 @@ def connect(
         return TensorParallelGroup(
             dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, None
         )
-    if "WORLD_SIZE" not in os.environ:
+    place = read_place()
+    if place is None:
         return TensorParallelGroup(0, 1, device)
-    rank, size = read_rank()
-    group = TensorParallelGroup(rank, size, device)
-    link = Link(rank, size, timeouts)
+    group = TensorParallelGroup(place.rank, place.size, device)
+    link = Link(place.rank, place.size, timeouts)
     atexit.register(group.leave)
     group.join(link)
     _groups[:] = [group]
@@ -56,7 +55,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if device is not None and str(device) != "cuda":
         return torch.device(device)
     if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        index = read_local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     if device is not None:

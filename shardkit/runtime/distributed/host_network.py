@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from shardkit.errors import RanksError
 from shardkit.runtime.distributed.diagnosis import list_errors
 from shardkit.runtime.distributed.liveness import Link
+from shardkit.runtime.distributed.rank_environment import count_local_ranks, read_store_address
 
 INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own: the interface, or several
 REACH = 5.0  # seconds to connect to another rank
@@ -29,11 +30,10 @@ def agree_on_network(link: Link) -> str:
     Raises:
         RanksError: On every rank, if one cannot reach another; or a rank was lost meanwhile.
     """
-    size = os.environ.get("WORLD_SIZE", "")
-    if os.environ.get("LOCAL_WORLD_SIZE", size) == size:
+    if count_local_ranks() == link.size:
         return ""
     limit = link.timeouts.join
-    routes = link.all_exchange(find_route(os.environ.get("MASTER_ADDR", "")), limit)
+    routes = link.all_exchange(find_route(read_store_address()[0]), limit)
     name, address = _choose_interface(routes[link.rank], list(routes.values()))
     with closing(_listen(address, len(routes))) as server:
         port = server.getsockname()[1] if server.fileno() >= 0 else 0

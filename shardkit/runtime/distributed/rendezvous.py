@@ -1,7 +1,6 @@
 """The rendezvous store that torch's environment variables name, with a deadline for each answer."""
 
 import contextlib
-import os
 import queue
 import socket
 import threading
@@ -12,8 +11,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from shardkit.errors import RanksError, RanksLost
+from shardkit.errors import RanksLost
 from shardkit.runtime.distributed.diagnosis import first_sentence
+from shardkit.runtime.distributed.rank_environment import (
+    has_agent_store,
+    read_attempt,
+    read_store_address,
+)
 
 PREFIX = "shardkit/"  # and how often torchrun has restarted these ranks
 RETRY = 0.1  # seconds between two attempts to reach the store
@@ -30,9 +34,9 @@ class RankStore:
     def __init__(self, rank: int, join: float, patience: float) -> None:
         """Reach it within `join` seconds; each later answer may take `patience` seconds."""
         self.patience = patience
-        self.is_host = rank == 0 and not _is_agent_store()
+        self.is_host = rank == 0 and not has_agent_store()
         self.host_description = (
-            "the process that started the ranks" if _is_agent_store() else "rank 0"
+            "the process that started the ranks" if has_agent_store() else "rank 0"
         )
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Reply] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="shardkit-store", daemon=True)
@@ -104,23 +108,13 @@ Reply = queue.SimpleQueue[tuple[Any, Exception | None]]
 def connect_store(host: bool, join: float) -> dist.Store:
     """A connection to the store at MASTER_ADDR and MASTER_PORT; with `host`, start it here."""
     store = dist.TCPStore(
-        *_address(),
+        *read_store_address(),
         is_master=host,
         wait_for_workers=False,
         multi_tenant=True,
         timeout=timedelta(seconds=join),
     )
-    return dist.PrefixStore(PREFIX + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-
-
-def read_rank() -> tuple[int, int]:
-    """RANK and WORLD_SIZE. Raises RanksError if they are not those of a rank."""
-    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise RanksError(f"RANK={rank} of WORLD_SIZE={size}: no such rank; start them by torchrun")
-    if not os.environ.get("MASTER_PORT", "").isdecimal():
-        raise RanksError("WORLD_SIZE is set, but no MASTER_PORT; start the ranks by torchrun")
-    return int(rank), int(size)
+    return dist.PrefixStore(PREFIX + read_attempt(), store)
 
 
 def heartbeat_key(rank: int) -> str:
@@ -128,20 +122,11 @@ def heartbeat_key(rank: int) -> str:
     return f"{PREFIX}0/heartbeat/{rank}"
 
 
-def _address() -> tuple[str, int]:
-    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-
-
 def _wait_for_listener(seconds: float) -> bool:
     """Whether something listens there in time; torch's client overruns its time, and is loud."""
-    end = time.monotonic() + seconds
+    address, end = read_store_address(), time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.create_connection(_address(), timeout=1.0):
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1.0):
             return True
         time.sleep(RETRY)
     return False
-
-
-def _is_agent_store() -> bool:
-    """Whether torchrun, or whatever started the ranks, hosts the store; else rank 0 does."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

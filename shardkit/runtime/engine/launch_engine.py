@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from shardkit.runtime.distributed.connect import connect
+from shardkit.runtime.distributed.rank_environment import is_rank
 from shardkit.runtime.engine.controller import EngineRanks, TorchrunRanks
 from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import load_request
@@ -75,7 +76,7 @@ def _choose_ranks(
 ) -> Callable[[], EngineRanks]:
     """What starts the ranks, or those that torchrun has started. Raises ManifestError."""
     tp_size = read_manifest(folder).tp_size
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+    if is_rank():
         return _join_torchrun(folder, device, timeouts).reuse
     return partial(RankProcesses, tp_size, device, timeouts)
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from shardkit.errors import RanksLost
 from shardkit.runtime.distributed.diagnosis import Fault, combine_faults, name_silent
 from shardkit.runtime.distributed.liveness import HEARTBEAT, ROLL_CALL, LivenessMonitor
+from shardkit.runtime.distributed.rank_environment import make_variables
 from shardkit.runtime.engine.channel import OnTokens
 from shardkit.runtime.engine.heartbeats import find_silent, read_heartbeats
 from shardkit.runtime.engine.messages import Message, encode_message, receive_message
@@ -184,14 +185,7 @@ class RankProcesses:
 
     def _start_arguments(self, rank: int, fd: int, device: str | None) -> dict[str, object]:
         """What a rank needs to start, as `worker.main` reads it."""
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if self.size > 1 and self._store is not None:
-            environment |= {
-                "WORLD_SIZE": str(self.size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self._store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process hosts the store
-            }
+        assert self._store is not None
         return {
             "socket": fd,
             "stop_flag": self._stop_flag.fd,
@@ -199,7 +193,7 @@ class RankProcesses:
             "timeouts": asdict(self.timeouts),
             "parent": os.getpid(),
             "from_main_thread": threading.current_thread() is threading.main_thread(),
-            "environment": environment,
+            "environment": make_variables(rank, self.size, self._store.port),
         }
 
     def _environment(self) -> dict[str, str]:

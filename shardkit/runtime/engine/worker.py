@@ -24,6 +24,8 @@ from shardkit.runtime.batching.abilities import find_abilities
 from shardkit.runtime.batching.batch_runner import BatchRunner, JoiningPrompt
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.distributed.host_network import INTERFACE
+from shardkit.runtime.distributed.rank_environment import apply_variables
 from shardkit.runtime.engine.channel import Channel, SocketChannel
 from shardkit.runtime.engine.messages import (
     INPUTS,
@@ -204,21 +206,13 @@ def exit_with_parent(parent: int, from_main_thread: bool) -> None:
     threading.Thread(target=watch, name="shardkit-parent", daemon=True).start()
 
 
-def apply_environment(environment: Mapping[str, str]) -> None:
-    """Use this rank's variables, and none that torchrun gave the controlling process."""
-    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]
-    os.environ.pop("WORLD_SIZE", None)
-    os.environ.update(environment)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
 def main(arguments: list[str]) -> int:
     """Join the other ranks, report that, and handle requests. Returns the exit code."""
     start = json.loads(arguments[0])
     exit_with_parent(start["parent"], start["from_main_thread"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controlling process decides
-    apply_environment(start["environment"])
+    apply_variables(start["environment"])
+    os.environ.setdefault(INTERFACE, "lo")
     sock = socket.socket(fileno=start["socket"])
     try:
         group = connect(start["device"], Timeouts(**start["timeouts"]))
