@@ -38,8 +38,7 @@ def launch(
     """Start the ranks of a shard folder on this host, one process each, and load the model.
 
     The ranks end with this process, however it ends. Under torchrun its ranks are used: rank 0
-    returns the engine; every other rank follows it, and ends by SystemExit(0) once the engine is
-    closed. So one program serves both ways.
+    returns the engine; any other follows it, and ends by SystemExit(0) once it is closed.
 
     Args:
         folder: A shard folder; as many ranks are started as it was split for.
@@ -58,8 +57,7 @@ def launch(
     Raises:
         ManifestError: The folder is not a finished split; no process is started.
         UsageError: An option is not what it can be, or does not go with another.
-        RanksError: A rank cannot load its shard, died, or did not answer in time; the message
-            names the rank and the cause.
+        RanksError: A rank cannot load its shard, died, or did not answer in time.
 
     Example:
         >>> with launch("llama-tp4") as engine:
