@@ -30,6 +30,12 @@ RUN_COLUMNS = ("first token ms", "tokens/s", "spread", "ratio", "in collectives"
     " (transformers' needs accelerate).",
 )
 @click.option(
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Also run SHARDS and SOURCE with compiled decoding; loading then compiles, too.",
+)
+@click.option(
     "--batch",
     "batches",
     type=click.IntRange(min=1),
@@ -62,6 +68,7 @@ def bench(
     shards: tuple[Path, ...],
     against: Path | None,
     peers: tuple[str, ...],
+    compiles: bool,
     plot: Path | None,
     rounds: int,
     as_json: bool,
@@ -84,7 +91,7 @@ def bench(
     from shardkit.runtime.benchmark.contenders import Workload, list_contenders
     from shardkit.runtime.benchmark.run_contenders import run_contenders
 
-    contenders = list_contenders(shards, against, peers)
+    contenders = list_contenders(shards, against, peers, compiles)
     chosen = {name: value for name, value in workload.items() if value is not None}
     report = run_contenders(
         contenders, Workload(**chosen), rounds, lambda line: click.echo(line, err=True)

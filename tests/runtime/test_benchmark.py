@@ -97,6 +97,13 @@ def test_contenders_are_the_baseline_then_ours_then_the_peer(
     names = [each.name for each in list_contenders(folders, stories260k, ["transformers"])]
     assert names == ["unsharded", "shardkit tp 1", "shardkit tp 2", "transformers tp 2"]
     assert [each.ranks for each in list_contenders(folders, None, [])] == [1, 2]
+    names = [
+        each.name for each in list_contenders([shards[2]], stories260k, ["transformers"], True)
+    ]
+    assert names == [
+        "unsharded", "shardkit tp 2", "transformers tp 2", "unsharded compiled",
+        "shardkit tp 2 compiled",
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_refused(shards: dict[int, Path], tmp_path: Path) -> None:
@@ -155,10 +162,12 @@ def test_the_command_measures_a_model(shards: dict[int, Path], tmp_path: Path) -
 def test_the_command_compares_ranks_with_the_unsharded_model(
     shards: dict[int, Path], stories260k: Path
 ) -> None:
-    options = ("--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--batch", "3")
+    options = ["--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--batch", "3"]
+    options += ["--compile"]
     done = run("bench", shards[2], "--against", stories260k, *options)
     assert done.exit_code == 0, done.stderr
-    assert "shardkit tp 2" in done.stdout
+    assert "shardkit tp 2 compiled" in done.stdout
+    assert "unsharded compiled" in done.stdout
     assert "batch 3" in done.stdout
 
 

@@ -1,7 +1,7 @@
 """What is measured in one run, and what of it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +18,22 @@ LIBRARIES: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model in one way: a shard folder, or an unsharded checkpoint over some ranks."""
+    """A model in one way: a shard folder, or an unsharded checkpoint over some ranks.
+
+    `compiles` says whether its decoding is compiled.
+    """
 
     kind: Kind
     folder: Path
     ranks: int
+    compiles: bool = False
 
     @property
     def name(self) -> str:
-        """`shardkit tp 2`."""
+        """`shardkit tp 2 compiled`."""
         name = LIBRARIES[self.kind]
-        return name if self.kind == "unsharded" else f"{name} tp {self.ranks}"
+        ranks = "" if self.kind == "unsharded" else f" tp {self.ranks}"
+        return f"{name}{ranks}{' compiled' * self.compiles}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def read_workload(value: dict[str, Any]) -> Workload:
 
 
 def list_contenders(
-    shards: Sequence[Path], source: Path | None, peers: Sequence[str]
+    shards: Sequence[Path], source: Path | None, peers: Sequence[str], compiles: bool = False
 ) -> list[Contender]:
     """Every contender, the baseline first: the unsharded model if there is one, else the first.
 
@@ -68,6 +73,7 @@ def list_contenders(
         shards: Shard folders, of one model.
         source: The checkpoint that they are of.
         peers: "transformers" for its own tensor parallelism over as many ranks.
+        compiles: Whether the model also runs with compiled decoding, unsharded and in each folder.
 
     Raises:
         ManifestError: If a folder is no shard folder.
@@ -84,7 +90,11 @@ def list_contenders(
         )
     if peers and source is None:
         raise UsageError("--peer needs --against SOURCE, the unsharded checkpoint that it runs")
-    return list(_make_contenders(shards, sizes, source, peers))
+    contenders = list(_make_contenders(shards, sizes, source, peers))
+    if compiles:
+        ours = [each for each in contenders if each.kind != "transformers"]
+        contenders += [replace(each, compiles=True) for each in ours]
+    return contenders
 
 
 def _make_contenders(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from shardkit.errors import UsageError
 from shardkit.runtime.benchmark.contenders import Contender, Workload
 from shardkit.runtime.benchmark.timed_transport import TimedTransport
+from shardkit.runtime.compile_decoding import check_compilable, compile_decoding
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.distributed.connect import connect, pick_device
 from shardkit.runtime.distributed.group import TensorParallelGroup
@@ -45,7 +46,7 @@ def _load_model(
 ) -> PreTrainedModel:
     dtype = getattr(torch, workload.dtype) if workload.dtype else None
     if group is not None:
-        return load(contender.folder, group=group, dtype=dtype)
+        return load(contender.folder, group=group, dtype=dtype, compile=contender.compiles)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if contender.kind == "transformers":
         options["tp_plan"] = "auto"
@@ -55,6 +56,9 @@ def _load_model(
     )
     if contender.kind == "unsharded":
         model.to(pick_device(workload.device or None))
+        if contender.compiles:
+            check_compilable(model, stays_quantized=False)
+            compile_decoding(model.eval(), TensorParallelGroup(0, 1, model.device))
     return model.eval()
 
 

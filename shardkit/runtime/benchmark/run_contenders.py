@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _run_round(contender: Contender, workload: Workload) -> Round:
-    job = {"kind": contender.kind, "folder": str(contender.folder), "ranks": contender.ranks}
-    job["workload"] = workload.to_json()
+    job = {**asdict(contender), "folder": str(contender.folder), "workload": workload.to_json()}
     with tempfile.TemporaryDirectory(prefix="shardkit-") as scratch:
         command = [sys.executable]
         if contender.ranks > 1:

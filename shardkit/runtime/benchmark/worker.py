@@ -18,9 +18,10 @@ FAILED = 3
 def main(folder: str, job: str) -> int:
     """Measure a rank; the exit code."""
     given = json.loads(job)
-    contender = Contender(given["kind"], Path(given["folder"]), given["ranks"])
+    workload = read_workload(given.pop("workload"))
+    contender = Contender(**{**given, "folder": Path(given["folder"])})
     try:
-        result = measure_rank(contender, read_workload(given["workload"]))
+        result = measure_rank(contender, workload)
     except ShardkitError as error:
         result = {"error": str(error)}
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
