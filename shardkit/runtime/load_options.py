@@ -18,8 +18,11 @@ class LoadOptions:
     Attributes:
         dtype: What to run in; None for the checkpoint's own.
         verify: Whether to check each shard's SHA-256 while loading it.
-        dequantize: When quantized weights are computed.
-        mmap: Whether weights stay in the file, mapped, where they need no change.
+        dequantize: When quantized weights are computed: in the "forward", each time, in the memory
+            of the shard; or once, at "load", for speed, in that of weights in `dtype`.
+        mmap: Whether weights that need no change stay in the mapped file, and are read when they
+            are first used: for who trusts the folder. If a file is changed while it is in use, so
+            are the weights; if it is cut shorter, the process ends by SIGBUS.
         compile: Whether decoding is compiled.
 
     Raises:

@@ -85,21 +85,18 @@ def load(
         timeouts: How long ranks wait for each other.
         verify: Whether to check each shard's SHA-256 while loading it.
         check_inputs: Whether ranks compare their inputs at each call, unless your server does.
-        dequantize: When quantized weights are computed: in the "forward", each time, in the memory
-            of the shard; or once, at "load", for speed, in that of weights in `dtype`.
-        mmap: Whether weights that need no change stay in the mapped file, and are read when they
-            are first used: for who trusts the folder. If a file is changed while it is in use, so
-            are the weights; if it is cut shorter, the process ends by SIGBUS.
+        dequantize: When quantized weights are computed: in each "forward", or once, at "load".
+        mmap: Whether weights stay in the mapped file, for who trusts that nothing changes it.
         compile: Whether `generate` decodes by compiled steps over a cache of fixed size.
 
     Returns:
         transformers' own model class, with parallel layers.
 
     Raises:
-        RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
-            inputs, if a shard is missing, damaged or of another split, if a rank dies or stalls, or
-            if decoding cannot be compiled.
-        UsageError: If `dequantize` is neither of the two, or `mmap` is given with `verify`.
+        RanksError: On every rank alike: if ranks differ in world size, versions, manifest or
+            inputs, a shard is missing, damaged or of another split, a rank dies or stalls, or
+            decoding cannot be compiled.
+        UsageError: If an option is not what it can be; `LoadOptions` has them.
 
     Example:
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
