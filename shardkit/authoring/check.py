@@ -21,7 +21,7 @@ from shardkit.checkpoint import read_config
 from shardkit.errors import MODEL_ERRORS, CheckpointError, RecipeError
 from shardkit.recipe import Recipe, compose_recipe
 from shardkit.runtime.config import read_model_config
-from shardkit.runtime.loader import resolve_model_class
+from shardkit.runtime.rank_shard import resolve_model_class
 
 BEAMS = 3
 MAX_PARAMETERS = 200_000_000  # of a random model to check a recipe on: seconds, not minutes

@@ -30,8 +30,8 @@ from shardkit.recipe.recipe import Recipe
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.layers.experts import choose_expert_kernel
-from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.materialize import placements_by_parameter
+from shardkit.runtime.rank_shard import resolve_model_class
 from shardkit.verification.dummy_inputs import make_inputs
 
 WEIGHT_FILE = "model.safetensors"

@@ -1,26 +1,18 @@
 """Loads this rank's shard into a transformers model."""
 
-import json
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from os import close
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from shardkit.dtypes import DTYPES, torch_name
-from shardkit.errors import ManifestError, first_line
+from shardkit.errors import first_line
 from shardkit.layout.style import ADD_ONCE, EXPERT
-from shardkit.planning import Placement, Rank
+from shardkit.planning import Placement
 from shardkit.recipe.formats import QuantizedWeight
 from shardkit.runtime.compile_decoding import check_compilable, compile_decoding
-from shardkit.runtime.config import ShardConfigs, build_config, read_shard_configs
 from shardkit.runtime.conversion import Conversion, find_conversions, loaded_shapes
 from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.connect import connect
@@ -36,7 +28,6 @@ from shardkit.runtime.materialize import (
     tie_and_initialize,
     zero_tensors,
 )
-from shardkit.runtime.models.registry import find_model_class
 from shardkit.runtime.packing import (
     Dequantize,
     Excerpt,
@@ -44,19 +35,9 @@ from shardkit.runtime.packing import (
     pack_weights,
 )
 from shardkit.runtime.parallelize import keep_local_units, parallelize_model
-from shardkit.runtime.weights import find_torch_dtype, map_tensors, read_tensors
-from shardkit.shards import Manifest, hash_manifest, open_shard, read_manifest
+from shardkit.runtime.rank_shard import RankShard, build_on_meta, load_signature, open_rank_shard
+from shardkit.runtime.weights import map_tensors, read_tensors
 from shardkit.timeouts import DEFAULT_TIMEOUTS, Timeouts
-
-
-@dataclass(frozen=True, slots=True)
-class RankShard:
-    """What a rank is to load, its file's header and the small files checked."""
-
-    folder: Path
-    manifest: Manifest
-    configs: ShardConfigs
-    rank: Rank
 
 
 def load(
@@ -72,10 +53,10 @@ def load(
     mmap: bool = False,
     compile: bool = False,
 ) -> PreTrainedModel:
-    """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
+    """This rank's part of a model: transformers' own class, with parallel layers.
 
-    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. Outputs are the whole
-    model's. Rank 0 warns of what makes it slow here.
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. `model(...)` and
+    `model.generate(...)` return the whole model's. Rank 0 warns of what makes it slow here.
 
     Args:
         folder: A shard folder.
@@ -89,13 +70,9 @@ def load(
         mmap: Whether weights stay in the mapped file, for who trusts that nothing changes it.
         compile: Whether `generate` decodes by compiled steps over a cache of fixed size.
 
-    Returns:
-        transformers' own model class, with parallel layers.
-
     Raises:
-        RanksError: On every rank alike: if ranks differ in world size, versions, manifest or
-            inputs, a shard is missing, damaged or of another split, a rank dies or stalls, or
-            decoding cannot be compiled.
+        RanksError: On every rank alike: if ranks differ, a shard is missing, damaged or of another
+            split, a rank dies or stalls, or decoding cannot be compiled.
         UsageError: If an option is not what it can be; `LoadOptions` has them.
 
     Example:
@@ -143,47 +120,6 @@ def load_with_warnings(
         compile_decoding(model, group)
     group.set_status("idle")
     return model, describe_slow_experts(notes) if notes else ""
-
-
-def open_rank_shard(folder: Path, tp_rank: int, tp_size: int) -> RankShard:
-    """The manifest and configs, and the proof that this rank's file is there and of this split.
-
-    Raises ManifestError. Reads the shard's header only.
-    """
-    manifest = read_manifest(folder)
-    if manifest.tp_size != tp_size:
-        raise ManifestError(
-            f"{folder}: was split for tp_size {manifest.tp_size}, but {tp_size} ranks run it;"
-            f" start {manifest.tp_size}, or `shardkit reshard` it for {tp_size}"
-        )
-    rank = manifest.mesh.rank(tp_rank)
-    close(open_shard(folder, manifest, rank))
-    return RankShard(folder, manifest, read_shard_configs(folder, manifest), rank)
-
-
-def build_on_meta(shard: RankShard, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The whole model, on the meta device. Raises ShardkitError if none can be made."""
-    placements = shard.manifest.plan.weights
-    table = shard.configs.config
-    if shard.manifest.plan.model_class:
-        table = {**table, "architectures": [shard.manifest.plan.model_class]}
-    config = build_config(table, [p.spec for p in placements], shard.folder)
-    dtype = dtype or choose_dtype(config, shard.manifest)
-    with torch.device("meta"):
-        model: PreTrainedModel = resolve_model_class(config)._from_config(config, dtype=dtype)
-    return model.requires_grad_(False).eval()
-
-
-def load_signature(manifest: Manifest, model: PreTrainedModel) -> dict[str, str]:
-    """What a rank is about to load, in which all ranks must be the same."""
-    shapes = {n: [list(t.shape), str(t.dtype)] for n, t in model.state_dict().items()}
-    return {
-        "transformers": transformers.__version__,
-        "manifest": hash_manifest(manifest),
-        "split": manifest.split_id,
-        "dtype": torch_name(model.config.dtype),
-        "tensors": sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,23 +208,3 @@ def finish_rank(
 def list_added_once(parts: RankParts) -> list[str]:
     """The model's tensors that only rank 0 adds; they are zero on the others."""
     return [name for name, p in parts.placements.items() if p.style is ADD_ONCE]
-
-
-def resolve_model_class(config: PreTrainedConfig) -> Any:
-    """The model class the config names, of transformers or built in. Raises ManifestError."""
-    for name in config.architectures or ():
-        if (model_class := find_model_class(str(name))) is not None:
-            return model_class
-    raise ManifestError(
-        f"config.json: architectures {config.architectures} names no model of transformers"
-        f" {transformers.__version__}"
-    )
-
-
-def choose_dtype(config: PreTrainedConfig, manifest: Manifest) -> torch.dtype:
-    """The config's dtype, or the one most weights are stored in, as from_pretrained has it."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    stored = Counter(p.spec.dtype for p in manifest.plan.weights if DTYPES[p.spec.dtype].is_compute)
-    most = stored.most_common(1)
-    return (find_torch_dtype(most[0][0]) if most else None) or torch.float32

@@ -20,8 +20,8 @@ from shardkit.errors import (
 from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
-from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.model_runner import ModelRunner, ModuleOutputs, Tensors
+from shardkit.runtime.rank_shard import RankShard, build_on_meta
 from shardkit.shards import Manifest
 from shardkit.shards.integrity import RankReader
 from shardkit.verification.block_record import BlockRecord

@@ -14,8 +14,8 @@ from shardkit.errors import ShardkitError
 from shardkit.planning import KvCache, Placement, estimate_kv_cache
 from shardkit.runtime.config import read_shard_configs
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
-from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.materialize import match_conversions
+from shardkit.runtime.rank_shard import RankShard, build_on_meta
 from shardkit.shards import Manifest
 from shardkit.verification.blocks import list_model_blocks
 from shardkit.verification.kept_outputs import MAX_KEPT

@@ -27,8 +27,8 @@ from shardkit.runtime.engine.messages import (
 )
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.load_options import LoadOptions
-from shardkit.runtime.loader import resolve_model_class
 from shardkit.runtime.model_runner import Generation, ModelRunner, Tensors
+from shardkit.runtime.rank_shard import resolve_model_class
 from shardkit.runtime.usage import Usage
 from shardkit.verification.plain_weights import compute_plain_weights
 

@@ -16,18 +16,12 @@ from shardkit.runtime.conversion import Conversion, find_conversions
 from shardkit.runtime.dequantize import store_weight
 from shardkit.runtime.distributed.turns import TurnGroup
 from shardkit.runtime.layers.experts import choose_expert_kernel
-from shardkit.runtime.loader import (
-    RankShard,
-    build_on_meta,
-    finish_rank,
-    list_added_once,
-    prepare_rank,
-    resolve_model_class,
-)
+from shardkit.runtime.loader import finish_rank, list_added_once, prepare_rank
 from shardkit.runtime.materialize import fill_parameters, tie_and_initialize
 from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.packed import compute_tensor
 from shardkit.runtime.packing import pack_excerpt, pack_weights
+from shardkit.runtime.rank_shard import RankShard, build_on_meta, resolve_model_class
 from shardkit.runtime.weights import allocate_tensor, find_torch_dtype
 from shardkit.shards.integrity import RankReader, split_blocks
 from shardkit.tensor import TensorSpec

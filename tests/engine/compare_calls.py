@@ -17,7 +17,7 @@ from shardkit import runtime
 from shardkit.errors import RequestError, ShardkitError, first_line
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.engine.prompts import has_tokenizer, load_tokenizer
-from shardkit.runtime.loader import resolve_model_class
+from shardkit.runtime.rank_shard import resolve_model_class
 from shardkit.verification.dummy_inputs import make_inputs
 from tests.engine.forward_table import CACHES, NO_VALUE, list_forward
 from tests.engine.generate_table import GREEDY, OWN, REFUSED, list_generate

@@ -22,6 +22,7 @@ from shardkit.runtime.compile_decoding import (
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.engine.messages import generate_request, load_request
+from shardkit.runtime.load_options import LoadOptions
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
 from tests.helpers.torchrun import torchrun
@@ -137,7 +138,7 @@ def test_ranks_compile_to_the_same_tokens(
     request = generate_request({"input_ids": PROMPTS}, OPTIONS)
     found = []
     for compiles in (False, True):
-        ranks.request(load_request(shards, None, compile=compiles))
+        ranks.request(load_request(shards, LoadOptions(compile=compiles)))
         (first, *_) = ranks.request(request)
         found.append((first.tensors["ids"].tolist(), first.header["counts"]))
     assert found[0] == found[1]

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
-from shardkit.runtime.loader import choose_dtype
+from shardkit.runtime.rank_shard import choose_dtype
 from shardkit.runtime.weights import map_tensors, read_tensors
 from shardkit.shards.integrity import READ_BYTES, RankReader, split_blocks
 from shardkit.shards.manifest_json import read_manifest

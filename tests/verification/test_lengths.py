@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.errors import ManifestError
-from shardkit.runtime.loader import open_rank_shard
+from shardkit.runtime.rank_shard import open_rank_shard
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.shards.reader import open_shard

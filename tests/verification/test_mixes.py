@@ -11,7 +11,7 @@ import pytest
 from shardkit.checkpoint.checkpoint import FINGERPRINT_BYTES
 from shardkit.checkpoint.header import read_header
 from shardkit.errors import ShardkitError, VerifyError
-from shardkit.runtime.loader import open_rank_shard
+from shardkit.runtime.rank_shard import open_rank_shard
 from shardkit.runtime.weights import read_tensors
 from shardkit.shards import hash_manifest
 from shardkit.shards.manifest import MANIFEST_NAME, Manifest

@@ -16,7 +16,8 @@ from shardkit.runtime.compile_decoding import check_compilable, compile_decoding
 from shardkit.runtime.config import read_source_config
 from shardkit.runtime.distributed.connect import connect, pick_device
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.loader import load, resolve_model_class
+from shardkit.runtime.loader import load
+from shardkit.runtime.rank_shard import resolve_model_class
 
 IO_COUNTS, MEMORY_STATUS = Path("/proc/self/io"), Path("/proc/self/status")
 

@@ -68,7 +68,7 @@ def test_a_damaged_source_is_refused(
 @pytest.mark.parametrize("name", some(SHARDS, 6))
 def test_a_damaged_shard_folder_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
     from shardkit.errors import ManifestError
-    from shardkit.runtime.loader import open_rank_shard
+    from shardkit.runtime.rank_shard import open_rank_shard
 
     case, folder = SHARDS[name], shutil.copytree(sound, tmp_path / "shards")
     case.lay(folder)
