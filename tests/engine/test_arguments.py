@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from shardkit.authoring.pooled_engine import run_engine
 from shardkit.authoring.rank_pool import RankPool
-from shardkit.errors import RanksError
+from shardkit.errors import RanksError, RequestError
 from tests.engine.compare_calls import (
     compare_forwards,
     compare_generates,
@@ -112,7 +112,7 @@ def test_every_argument_of_generate(
     with run_engine(rank_pool.of(2), tmp_path / "tp2") as engine:
         outcomes = compare_generates(engine, load_reference(find_source(kind)))
         assert list_differences(outcomes) == {}
-        with pytest.raises(RanksError):
+        with pytest.raises(RequestError, match="did you mean max_new_tokens"):
             engine.generate([1], max_new_tokens=3, max_new_tokenz=3)
         assert engine.alive
 

@@ -72,6 +72,30 @@ REFUSED: dict[str, tuple[Callable[[runtime.Engine], Any], str]] = {
         lambda e: e.forward(input_ids=IDS, position_ids=torch.ones(1, 5, device="meta")),
         "position_ids: a tensor without values",
     ),
+    "token ids of no values": (
+        lambda e: e.forward(input_ids=torch.ones(1, 5, dtype=torch.long, device="meta")),
+        "input_ids: a tensor without values",
+    ),
+    "a prompt of no values": (
+        lambda e: e.generate(None, input_ids=IDS.to("meta"), **GREEDY),
+        "input_ids: a tensor without values",
+    ),
+    "sparse token ids": (
+        lambda e: e.generate(None, input_ids=IDS.to_sparse(), **GREEDY),
+        "input_ids: a tensor without values",
+    ),
+    "a misspelt option": (
+        lambda e: e.generate(STORY, max_new_tokns=4),
+        "max_new_tokns: generate has no such argument; did you mean max_new_tokens?",
+    ),
+    "a misspelt option of a stream": (
+        lambda e: list(e.stream(STORY, tempature=0.5)),
+        "tempature: generate has no such argument; did you mean temperature?",
+    ),
+    "an argument of another model": (
+        lambda e: e.generate(STORY, pixel_values=torch.ones(1, 3, 2, 2)),
+        "pixel_values: generate has no such argument",
+    ),
     "a sparse tensor": (
         lambda e: e.forward(input_ids=IDS, attention_mask=torch.ones(1, 5).to_sparse()),
         "attention_mask: a tensor without values",

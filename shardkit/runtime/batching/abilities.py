@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
 
 from shardkit.errors import MODEL_ERRORS, RanksError, first_line
 from shardkit.output.available_memory import measure_available_memory
@@ -19,6 +20,13 @@ from shardkit.runtime.batching.support import (
 from shardkit.runtime.distributed.rank_environment import count_local_ranks
 from shardkit.runtime.model_runner import ModelRunner, run_inference
 
+# Of no signature: those of attention and losses, which every model passes on.
+FURTHER_ARGUMENTS = {
+    *TransformersKwargs.__optional_keys__,
+    "decoder_input_ids",
+    "debug_io",
+    "mm_encoder_outputs",
+}
 SHARE = 0.5  # of the free memory, for the KV cache
 
 
@@ -36,7 +44,8 @@ class Abilities:
         generation: Its generation config; empty if it does not generate.
         token_bytes: What each token of a sequence adds to this rank's cache, in bytes.
         cache_tokens: The tokens that this rank has room for.
-        forward_arguments: The names of its forward's arguments.
+        generate_arguments: The names that its `generate` takes; none if its class has its own
+            `generate`, which takes what it likes.
     """
 
     failure: str
@@ -48,7 +57,7 @@ class Abilities:
     generation: dict[str, Any]
     token_bytes: int
     cache_tokens: int
-    forward_arguments: list[str]
+    generate_arguments: list[str]
 
 
 def find_abilities(runner: ModelRunner) -> Abilities:
@@ -57,7 +66,6 @@ def find_abilities(runner: ModelRunner) -> Abilities:
     Raises RanksError if a rank is lost.
     """
     model, device = runner.model, runner.device
-    arguments = list(inspect.signature(model.forward).parameters)
     failure = _try_forward(runner)
     with run_inference(model.dtype):
         obstacle = describe_obstacle(model, device)
@@ -73,7 +81,7 @@ def find_abilities(runner: ModelRunner) -> Abilities:
         read_generation_config(model) if generates else {},
         token_bytes,
         int(SHARE * measure_free_memory(device)) // max(1, token_bytes),
-        arguments,
+        list_generate_arguments(model) if generates else [],
     )
 
 
@@ -82,6 +90,25 @@ def read_generation_config(model: PreTrainedModel) -> dict[str, Any]:
     config = model._prepare_generation_config(None)[0]
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return values
+
+
+def list_generate_arguments(model: PreTrainedModel) -> list[str]:
+    """The names that transformers' common `generate` takes for a model; none for another one.
+
+    They are what `_validate_model_kwargs` of transformers lets pass, and a generation config's.
+    """
+    if type(model).generate is not GenerationMixin.generate:
+        return []
+    names = {*vars(GenerationConfig()), *vars(model.generation_config), *FURTHER_ARGUMENTS}
+    for act in (GenerationMixin.generate, model.prepare_inputs_for_generation, model.forward):
+        names |= inspect.signature(act).parameters.keys()
+    if model.config.is_encoder_decoder:
+        places = [model, getattr(model, model.base_model_prefix, None)]
+        for prefix, part in (("", "encoder"), ("decoder_", "decoder")):
+            for module in filter(None, (getattr(place, part, None) for place in places)):
+                parameters = inspect.signature(module.forward).parameters
+                names |= {prefix + name for name in parameters}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _try_forward(runner: ModelRunner) -> str:

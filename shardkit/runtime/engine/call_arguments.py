@@ -3,8 +3,9 @@
 Every argument is passed on as it is, or refused by name before anything is sent.
 """
 
+import difflib
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -55,9 +56,23 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise RequestError(f"attention_mask: {shapes[1]}, but input_ids is {shapes[0]}")
 
 
+def check_names(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise RequestError for an argument of `generate` that is none of the known ones, if any."""
+    for name, value in arguments.items():
+        if known and name not in known and value is not None:
+            raise RequestError(f"{name}: generate has no such argument{suggest_name(name, known)}")
+
+
+def suggest_name(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: which one it resembles; "" if none."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
     """Whether a value is token ids `[B, T]`."""
-    return isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point()
+    is_plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_plain and not (value.ndim != 2 or value.is_floating_point() or value.is_meta)
 
 
 def is_count(value: Any) -> bool:

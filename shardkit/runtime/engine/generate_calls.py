@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from shardkit.errors import RequestError
-from shardkit.runtime.engine.call_arguments import check_arguments, is_token_ids
+from shardkit.runtime.engine.call_arguments import check_arguments, check_names, is_token_ids
 from shardkit.runtime.engine.handle import Chunk, Handle
 from shardkit.runtime.engine.messages import Message, call_request
 from shardkit.runtime.engine.request_loop import Call
@@ -65,6 +65,7 @@ def _check(model: RunningModel, arguments: Mapping[str, Any], seed: int | None) 
     check_arguments(arguments)
     if not model.abilities.generates:
         raise RequestError("the model does not generate; call forward")
+    check_names(arguments, model.abilities.generate_arguments)
     if is_token_ids(ids := arguments.get("input_ids")):
         model.planner.check_prompt(ids)
     return {**arguments}
@@ -74,7 +75,7 @@ def _queue_row(
     model: RunningModel, arguments: Mapping[str, Any], seed: int | None, tokenizer: Any | None
 ) -> Handle | None:
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
+    if not is_token_ids(ids) or len(ids) != 1:
         return None
     if mask is not None and not (isinstance(mask, torch.Tensor) and bool((mask == 1).all())):
         return None

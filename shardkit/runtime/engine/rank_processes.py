@@ -285,7 +285,8 @@ class RankProcesses:
         except subprocess.TimeoutExpired:
             return Fault(f"rank {rank} does not answer any more")
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        line = self._outputs[rank].read_last_line(GRACE)
+        # Who is killed says nothing of it: its last line is about something else.
+        line = "" if code == -signal.SIGKILL else self._outputs[rank].read_last_line(GRACE)
         return Fault(f"rank {rank} {end}" + (f": {line}" if line else ""), ended=True)
 
 

@@ -1,6 +1,5 @@
 """How one request is generated: parameters named as vLLM and transformers name them."""
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shardkit.errors import RequestError
+from shardkit.runtime.engine.call_arguments import suggest_name
 
 MAX_LOGPROBS = 20
 SEEDS = 1 << 63  # of torch.Generator, which takes 64 bits
@@ -127,8 +127,7 @@ def make_params(params: SamplingParams | None, given: Mapping[str, Any]) -> Samp
     names = [field.name for field in fields(SamplingParams)]
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+            hint = suggest_name(name, names) or f"; there are {', '.join(names)}"
             raise RequestError(f"{name} is no sampling parameter{hint}")
     return params or SamplingParams(**given)
 

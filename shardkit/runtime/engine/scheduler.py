@@ -110,7 +110,7 @@ class Scheduler:
         taken: list[TokenSequence] = []
         others: deque[TokenSequence] = deque()
         for sequence in self.waiting:
-            if not taken or (len(taken) < self.max_batch_size and _matches(taken[0], sequence)):
+            if not taken or (_matches(taken[0], sequence) and self._has_room(taken, sequence)):
                 taken.append(sequence)
             else:
                 others.append(sequence)
@@ -131,6 +131,11 @@ class Scheduler:
 
     def _forget_closed(self) -> None:
         self.waiting = deque(s for s in self.waiting if s.is_open)
+
+    def _has_room(self, batch: list[TokenSequence], sequence: TokenSequence) -> bool:
+        longest = max(s.num_tokens for s in (*batch, sequence))
+        fits = (len(batch) + 1) * longest <= self.max_batch_tokens
+        return fits and len(batch) < self.max_batch_size
 
     def _admit(self) -> Iterable[TokenSequence]:
         longest = max((s.num_tokens for s in self.running), default=0)
