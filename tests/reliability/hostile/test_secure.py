@@ -42,6 +42,7 @@ OPENED = {
     "shardkit/runtime/engine/rank_output.py": "a pipe that a rank writes to",
     "shardkit/checkpoint/pickled/convert.py": "the converted file: exclusive, in its own folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
+    "shardkit/shards/integrity.py": "a map, only if asked for, of what the safe opener opened",
     "shardkit/recipe/catalog.py": "the bundled recipes",
     "shardkit/recipe/model_classes.py": "the bundled table of classes",
     "shardkit/recipe/formats/format.py": "the bundled formats",
