@@ -38,6 +38,11 @@ def choose_max_memory(limit: int | None) -> int:
     return limit if limit is not None else int(MARGIN * measure_available_memory())
 
 
+def fits_page_cache(nbytes: int) -> bool:
+    """Whether memory has room for as many bytes that are written, and as many that are read."""
+    return 2 * nbytes <= measure_available_memory()
+
+
 def check_memory(needed: int, allowed: int, what: str) -> None:
     """Raise UsageError if more memory is needed than is allowed."""
     if needed > allowed:

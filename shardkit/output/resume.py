@@ -8,15 +8,17 @@ the file's own bytes before it counts.
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from threading import Lock
 from typing import Any
 
 from shardkit.errors import OutputError
 from shardkit.files import Progress, ignore_progress, read_file_name, read_small_file, write_all
+from shardkit.output.available_memory import fits_page_cache
 from shardkit.output.destination import as_output_error
 from shardkit.output.publish import JOURNAL, StagingFolder
 from shardkit.output.stream import TensorCopy
@@ -172,13 +174,14 @@ def open_writers(
     entries = {name: entry for name, entry in journal.read_entries().items() if name in files}
     stage.clear({JOURNAL, *entries})
     with as_output_error(stage.folder):
-        inspection = inspection or Inspection()
-        writers = _reopen_writers(stage, journal, files, entries, progress, inspection)
+        keeps_pages = fits_page_cache(sum(file.size for file in files.values()))
+        make = partial(_make_writer, journal, inspection, keeps_pages)
+        writers = _reopen_writers(stage, make, files, entries, progress)
         stage.clear({JOURNAL, *writers})
         for name in files:
             if name not in writers:
                 fd = stage.create(name, files[name].size)
-                writers[name] = _make_writer(fd, journal, name, files[name], inspection)
+                writers[name] = make(name, files[name], fd)
         for name, writer in writers.items():
             if not writer.size:
                 writer.write([memoryview(files[name].header)])
@@ -198,11 +201,10 @@ def remaining_copies(
 
 def _reopen_writers(
     stage: StagingFolder,
-    journal: Journal,
+    make: Callable[[str, OutputFile, int], FileWriter],
     files: Files,
     entries: Mapping[str, JournalEntry],
     progress: Progress,
-    inspection: Inspection,
 ) -> dict[str, FileWriter]:
     """The files whose first tensors are, by their bytes, those of the journal, or may be."""
 
@@ -210,7 +212,7 @@ def _reopen_writers(
         return _is_unchanged(writers[name], files[name], entries[name], progress)
 
     writers = {
-        name: _make_writer(stage.reopen(name), journal, name, files[name], inspection)
+        name: make(name, files[name], stage.reopen(name))
         for name in entries
         if (stage.folder / name).exists()
     }
@@ -220,12 +222,17 @@ def _reopen_writers(
 
 
 def _make_writer(
-    fd: int, journal: Journal, name: str, file: OutputFile, inspection: Inspection
+    journal: Journal,
+    inspection: Inspection | None,
+    keeps_pages: bool,
+    name: str,
+    file: OutputFile,
+    fd: int,
 ) -> FileWriter:
     def record(tensors: int, digest: str) -> None:
         journal.append(JournalEntry(name, tensors, digest))
 
-    return FileWriter(fd, file.size, record, inspection)
+    return FileWriter(fd, file.size, record, inspection, keeps_pages)
 
 
 def _is_unchanged(

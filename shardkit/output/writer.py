@@ -1,6 +1,7 @@
 """An output file as the streaming copy fills it: inspected on the way, noted as it is safe."""
 
 import ctypes
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Container, Sequence
@@ -12,12 +13,14 @@ from shardkit.tensor import TensorSpec
 
 REREAD_BYTES = 2 << 20  # reread at once
 WRITE_BACK_BYTES = 4 << 20  # bytes written to a file before the kernel is told to start on them
+CACHED_BYTES = 32 << 20  # of a file whose pages are dropped: those that may still be on their way
 JOURNAL_INTERVAL = (
     1 << 30
 )  # bytes written to a file between two entries of the journal, from which a run can resume
 SYNC_FILE_RANGE_WRITE = 2
+SYNC_FILE_RANGE_WAIT = 1 | 2 | 4  # for what is on its way, and for what is written now
 
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class FileWriter:
             there, empty if there is none: between tensors, after every JOURNAL_INTERVAL bytes, and
             at the end of a file of as many.
         inspection: What is to be known of its bytes.
+        keeps_pages: Whether what is written stays in the page cache. If files are larger than
+            memory, they would only take the place of what other programs use.
 
     Attributes:
         size: The bytes written so far.
@@ -60,6 +65,7 @@ class FileWriter:
         total: int,
         record: Callable[[int, str], object],
         inspection: Inspection | None = None,
+        keeps_pages: bool = True,
     ) -> None:
         self.fd = fd
         self.size = 0
@@ -69,6 +75,7 @@ class FileWriter:
         self._inspection = inspection or Inspection()
         self._recorded = 0
         self._flushed = 0
+        self._dropped: int | None = None if keeps_pages else 0
         self._kept = 0
         self._sha256 = hashlib.sha256() if self._inspection.digests else None
         self._starts: list[tuple[str, int]] = []
@@ -111,6 +118,9 @@ class FileWriter:
         if self.size - self._flushed >= WRITE_BACK_BYTES:
             start_write_back(self.fd, self._flushed, self.size - self._flushed)
             self._flushed = self.size
+            if self._dropped is not None and self.size - self._dropped >= 2 * CACHED_BYTES:
+                drop_pages(self.fd, self._dropped, CACHED_BYTES)
+                self._dropped += CACHED_BYTES
         if self._recorded < self.size == self._total and self._total >= JOURNAL_INTERVAL:
             self._secure()
 
@@ -150,6 +160,23 @@ class FileWriter:
         os.fdatasync(self.fd)
         self._record(len(self._starts), self.sha256)
         self._recorded = self.size
+
+
+def drop_pages(fd: int, offset: int, count: int) -> None:
+    """Wait until a range is written to disk, and have the kernel keep no copy of it in memory.
+
+    What could not be written is an error here, since the kernel says so only once: no later sync
+    would. Nothing is done if the system has no sync_file_range(2). Raises OSError.
+    """
+    if _sync_file_range is None:
+        return
+    span = ctypes.c_int64(offset), ctypes.c_int64(count)
+    if _sync_file_range(fd, *span, SYNC_FILE_RANGE_WAIT):
+        number = ctypes.get_errno()
+        if number == errno.ENOSYS:
+            return
+        raise OSError(number, os.strerror(number))
+    os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def start_write_back(fd: int, offset: int, count: int) -> None:
