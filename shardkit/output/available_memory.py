@@ -14,7 +14,7 @@ PROCESS = Path("/proc/self")
 NO_LIMIT = 1 << 60  # a cgroup says that it has no limit by a number near 2^63
 MARGIN = 0.9  # of the memory that there is: what may be taken
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
-LARGE_BLOCK = 4 << 20
+LARGE_BLOCK = 512 << 10  # also what a block of a model outputs: among small ones it leaves gaps
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # a variable that torch reads
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 

@@ -75,6 +75,7 @@ def check_blocks(
     map_large_blocks()
     with ExitStack() as stack:
         ranks = [stack.enter_context(TurnRanks(folder, manifest, dtype, counts))]
+        ranks[0].check_parts()
         own = ranks[0].dtype
         if (wider := PROVEN_IN.get(own)) is not None:
             ranks.insert(0, stack.enter_context(TurnRanks(folder, manifest, wider, counts)))

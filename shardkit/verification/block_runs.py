@@ -144,7 +144,8 @@ class UnshardedModels:
 class TurnRanks:
     """The ranks of a shard folder in one process, each with its own part, taking turns.
 
-    To be used in a `with`, which keeps the ranks' files open.
+    Their models are there only while they run: the modules of many ranks take memory, too, those
+    of 16 ranks as much as a block. To be used in a `with`, which keeps the ranks' files open.
     """
 
     def __init__(
@@ -154,15 +155,15 @@ class TurnRanks:
         dtype: torch.dtype | None,
         counts: ByteCounts,
     ) -> None:
-        """Prepare them. Raises ManifestError, and RanksError if a rank's part fits no model."""
-        configs, turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
-        shards = [RankShard(folder, manifest, configs, rank) for rank in manifest.mesh.ranks()]
-        self.whole = build_on_meta(shards[0], dtype)
+        """Open their files. Raises ManifestError."""
+        configs, self._turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
+        self._shards = [RankShard(folder, manifest, configs, r) for r in manifest.mesh.ranks()]
+        self.whole = build_on_meta(self._shards[0], dtype)
         self.dtype: torch.dtype = self.whole.dtype
-        self._turns = turns
+        self._counts = counts
         self._stack = ExitStack()
         try:
-            self._models = [self._prepare(shard, counts) for shard in shards]
+            self._readers = [self._open(shard) for shard in self._shards]
         except BaseException:
             self._stack.close()
             raise
@@ -172,6 +173,11 @@ class TurnRanks:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def check_parts(self) -> None:
+        """Prepare each rank alone. Raises ManifestError, and RanksError if a part fits no model."""
+        for shard, reader in zip(self._shards, self._readers, strict=True):
+            self._prepare(shard, reader)
 
     def run(self, block_pass: BlockPass, blocks: Sequence[str]) -> list[Tensors]:
         """Call every rank's model, and compare what its blocks output with the record.
@@ -187,15 +193,18 @@ class TurnRanks:
             RanksError: A rank cannot be run; the message names it.
         """
         compare = partial(block_pass.record.compare_rank, self.dtype)
-        return run_models(self._turns, self._models, blocks, block_pass, compare)
+        models = [self._prepare(*each) for each in zip(self._shards, self._readers, strict=True)]
+        return run_models(self._turns, models, blocks, block_pass, compare)
 
-    def _prepare(self, shard: RankShard, counts: ByteCounts) -> StreamedModel:
-        rank, size = shard.rank.tp_rank, shard.manifest.tp_size
+    def _open(self, shard: RankShard) -> RankReader:
         reader = RankReader(shard.folder, shard.manifest, shard.rank, check_sha256=False)
-        self._stack.enter_context(reader)
+        return self._stack.enter_context(reader)
+
+    def _prepare(self, shard: RankShard, reader: RankReader) -> StreamedModel:
+        rank, size = shard.rank.tp_rank, shard.manifest.tp_size
         group = TurnGroup(rank, size, CPU, turns=self._turns)
         try:
-            return stream_rank(shard, group, reader, self.whole, counts)
+            return stream_rank(shard, group, reader, self.whole, self._counts)
         except ShardkitError:
             raise
         except MODEL_ERRORS as fault:  # as a rank of its own says it

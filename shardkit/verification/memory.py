@@ -26,6 +26,10 @@ WIDEST = 8  # bytes of a value of the reference, which is float64
 MIDDLE = 4  # of one in float32, in which 16-bit models are run, too
 DEQUANTIZED = 4  # bytes of a value of a quantized weight of the source, which is float32
 SPARE = 1.1  # of what is counted: what the allocator keeps, and what a multiplication packs
+MODULE_BYTES = 4000  # of a module's objects, those of its parameters included
+UNSHARDED = 8  # models besides the ranks': in three dtypes, as run and as built, and two of ranks
+IN_USE = 6  # outputs of a block that a rank has in use at once, while it waits for the others
+THREAD_BYTES = 1_000_000  # of a rank's thread, and those that torch computes with for it
 TOKENS = 56  # of all texts, 2 of 24 and two steps, with some to spare; images may fill more
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -49,7 +53,8 @@ def estimate_real_ranks(manifest: Manifest, dtype: str | None) -> int:
 def estimate_turns(folder: Path, manifest: Manifest) -> int:
     """Bytes that ranks in turns take: the largest block as it is stored, and in float64 the largest
     module of it, whose weights come and go alone. Of what blocks output, a few are kept for a
-    pass, the rest on disk; and the keys and values of the unsharded models.
+    pass, the rest on disk; and the keys and values of the unsharded models. Each rank has its
+    modules' own objects, and what it computes with.
 
     Of a model that cannot be built, which the check will say, it is as much as that needs.
     """
@@ -62,7 +67,8 @@ def estimate_turns(folder: Path, manifest: Manifest) -> int:
     except ShardkitError:
         return PROCESS_BYTES
     kept = min(count_output_bytes(manifest), MAX_KEPT) + count_kept_keys(manifest, configs.config)
-    return PROCESS_BYTES + math.ceil(SPARE * largest) + kept
+    objects = len([*whole.modules()]) * MODULE_BYTES * (manifest.tp_size + UNSHARDED)
+    return PROCESS_BYTES + math.ceil(SPARE * largest) + kept + objects + count_rank_bytes(manifest)
 
 
 def count_block_bytes(
@@ -119,14 +125,26 @@ def _find_block(tensor: str, blocks: Sequence[str]) -> str:
 
 
 def count_output_bytes(manifest: Manifest) -> int:
-    """Bytes of what all blocks of the reference output in one pass, by the widths of biases and
-    norms, and of what is outside of layers."""
+    """Bytes of what all blocks of the reference output in one pass."""
+    return TOKENS * WIDEST * sum(list_output_widths(manifest).values())
+
+
+def count_rank_bytes(manifest: Manifest) -> int:
+    """Bytes of what every rank computes with in a block, and of their threads."""
+    widths = list_output_widths(manifest).items()
+    widest = max((width for block, width in widths if NUMBER.search(block)), default=0)
+    return manifest.tp_size * (IN_USE * TOKENS * MIDDLE * widest + THREAD_BYTES)
+
+
+def list_output_widths(manifest: Manifest) -> dict[str, int]:
+    """How many features each block outputs, by the widths of biases and norms, and of what is
+    outside of layers."""
     outputs: dict[str, int] = {}
     for placement in manifest.plan.weights:
         spec, block = placement.spec, name_block(placement.spec.name)
         if len(spec.shape) == 1 or not NUMBER.search(spec.name):
             outputs[block] = max(outputs.get(block, 0), *spec.shape, 1)
-    return TOKENS * WIDEST * sum(outputs.values())
+    return outputs
 
 
 def count_kept_keys(manifest: Manifest, config: Mapping[str, Any]) -> int:

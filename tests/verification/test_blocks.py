@@ -272,8 +272,8 @@ def test_a_rank_whose_output_cannot_be_compared_has_not_passed(
     """A rank that returns the logits of fewer tokens: of another shape, at the model's output."""
     split, prepare_rank = split_sample("llama", tmp_path, 2), TurnRanks._prepare
 
-    def prepare(self: TurnRanks, shard: Any, counts: Any) -> Any:
-        streamed = prepare_rank(self, shard, counts)
+    def prepare(self: TurnRanks, shard: Any, reader: Any) -> Any:
+        streamed = prepare_rank(self, shard, reader)
         if shard.rank.index == 1:
             streamed.model.register_forward_hook(drop_token)
         return streamed

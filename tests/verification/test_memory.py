@@ -6,8 +6,10 @@ import math
 import resource
 import subprocess
 import sys
+import weakref
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from shardkit.output.available_memory import measure_available_memory, parse_siz
 from shardkit.shards.manifest import Manifest
 from shardkit.verification import NumericsOptions, verify
 from shardkit.verification.block_check import check_blocks
+from shardkit.verification.block_runs import TurnRanks
 from shardkit.verification.memory import (
     PROCESS_BYTES,
+    THREAD_BYTES,
     TOKENS,
     count_kept_keys,
     estimate_turns,
@@ -158,6 +162,36 @@ def test_more_blocks_hold_no_more_weights(tmp_path: Path) -> None:
         assert check.verdict == "passed"
         peaks.append(check.numbers["peak_weight_bytes"])
     assert peaks[0] == peaks[1]
+
+
+def test_modules_of_ranks_are_there_only_while_these_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 bits there are ranks in two dtypes: never more models than ranks of one."""
+    source = make("llama", tmp_path / "source", "bfloat16")
+    manifest = cut(source, tmp_path / "shards", 4)
+    models: list[weakref.ref[object]] = []
+    alive: list[int] = []
+    prepare = TurnRanks._prepare
+
+    def prepare_and_count(self: TurnRanks, *args: Any) -> Any:
+        streamed = prepare(self, *args)
+        models.append(weakref.ref(streamed.model))
+        alive.append(sum(model() is not None for model in models))
+        return streamed
+
+    monkeypatch.setattr(TurnRanks, "_prepare", prepare_and_count)
+    assert check_blocks(tmp_path / "shards", manifest, source).verdict == "passed"
+    assert len(alive) == 5 * 4  # each alone at first, and two passes in each of two dtypes
+    assert max(alive) == 4
+
+
+def test_a_rank_more_takes_its_modules_and_what_it_computes_with(tmp_path: Path) -> None:
+    source, needed = make("llama", tmp_path / "source"), []
+    for tp_size in (1, 2, 4):
+        manifest = cut(source, tmp_path / str(tp_size), tp_size)
+        needed.append(estimate_turns(tmp_path / str(tp_size), manifest))
+    assert needed[2] - needed[1] == 2 * (needed[1] - needed[0]) > 2 * THREAD_BYTES
 
 
 def write_llama(folder: Path, changes: dict[str, int]) -> Path:
