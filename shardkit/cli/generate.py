@@ -10,6 +10,7 @@ from shardkit.cli.options import (
     DTYPE,
     FOLDER,
     JSON,
+    REDUCE_DTYPE,
     TIMEOUT,
     end_on_sigterm,
     quiet_transformers,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     " speed, in that of 16-bit weights.",
 )
 @DTYPE
+@REDUCE_DTYPE
 @DEVICE
 @TIMEOUT
 @JSON
@@ -65,6 +67,7 @@ def generate(
     verify: bool,
     dequantize: "Dequantize",
     dtype: str | None,
+    reduce_dtype: str | None,
     device: str | None,
     timeouts: Timeouts,
     as_json: bool,
@@ -92,6 +95,7 @@ def generate(
     tokens = prompt if has_tokenizer(shards) else parse_token_ids(prompt)
     loading: dict[str, Any] = {"device": device, "timeouts": timeouts, "verify": verify}
     loading |= {"dtype": getattr(torch, dtype) if dtype else None, "dequantize": dequantize}
+    loading["reduce_dtype"] = getattr(torch, reduce_dtype) if reduce_dtype else None
     with runtime.launch(shards, **loading) as engine:
         if as_json:
             _print_ids(engine, tokens, seed, options)

@@ -12,6 +12,7 @@ from shardkit.cli.options import (
     DEVICE,
     DTYPE,
     FOLDER,
+    REDUCE_DTYPE,
     TIMEOUT,
     end_on_sigterm,
     quiet_transformers,
@@ -59,6 +60,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
     help="When quantized weights are computed: as layers run, or once at load.",
 )  # fmt: skip
 @DTYPE
+@REDUCE_DTYPE
 @DEVICE
 @TIMEOUT
 def serve(
@@ -84,12 +86,13 @@ def serve(
     from shardkit.serve.run_server import bind_socket
 
     configure_log(sys.stderr)
-    dtype = settings["dtype"]
     limits = runtime.Limits(
         max_batch_size=settings["max_batch_size"], max_queue=settings["max_queue"]
     )
     loading: dict[str, Any] = {key: settings[key] for key in LOADING}
-    loading |= {"dtype": getattr(torch, dtype) if dtype else None, "limits": limits}
+    dtypes = {key: settings[key] for key in ("dtype", "reduce_dtype")}
+    loading |= {key: getattr(torch, name) if name else None for key, name in dtypes.items()}
+    loading["limits"] = limits
     options = ServeOptions(
         model=name or shards.resolve().name, api_key=api_key, pooling=settings["pooling"],
         hosts=LOOPBACK if host in LOOPBACK else frozenset(),

@@ -25,6 +25,8 @@ from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.distributed.input_check import coordinate_calls
+from shardkit.runtime.distributed.rounded_group import round_sums
+from shardkit.runtime.distributed.rounded_sums import check_reduce_dtype
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer
 from shardkit.runtime.materialize import (
@@ -68,6 +70,7 @@ def load(
     verify: bool = False,
     check_inputs: bool = True,
     dequantize: Dequantize = "forward",
+    reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
@@ -84,6 +87,8 @@ def load(
         check_inputs: Whether ranks compare their inputs at each call, unless your server does.
         dequantize: When quantized weights are computed: in the "forward", each time, in the memory
             of the shard; or once, at "load", for speed, in that of weights in `dtype`.
+        reduce_dtype: torch.bfloat16 to send the summands of wider activations in it, in half the
+            bytes, which rounds them. By default sums are those of the activations' own dtype.
 
     Returns:
         transformers' own model class, with parallel layers.
@@ -91,15 +96,18 @@ def load(
     Raises:
         RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
             inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
-        UsageError: If `dequantize` is neither of the two.
+        UsageError: If `dequantize` or `reduce_dtype` is none of those.
 
     Example:
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
     check_dequantize(dequantize)
+    check_reduce_dtype(reduce_dtype)
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(Path(folder), group, dtype, verify, check_inputs, dequantize)
+    model, slow = load_with_warnings(
+        Path(folder), group, dtype, verify, check_inputs, dequantize, reduce_dtype
+    )
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -112,6 +120,7 @@ def load_with_warnings(
     verify: bool = False,
     check_inputs: bool = False,
     dequantize: Dequantize = "forward",
+    reduce_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
     group.set_status("preparing to load")
@@ -122,12 +131,13 @@ def load_with_warnings(
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
+    signature |= {"reduce_dtype": torch_name(reduce_dtype)}
     group.all_agree(group.software_versions() | signature, error)
     assert shard is not None
     assert model is not None
     group.set_status("loading")
     try:
-        load_into(model, shard, group, verify, dequantize)
+        load_into(model, shard, round_sums(group, reduce_dtype), verify, dequantize)
         slow_experts = choose_expert_kernel(model)
     except Exception as fault:
         error = first_line(fault, 1000)

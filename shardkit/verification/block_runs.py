@@ -19,6 +19,7 @@ from shardkit.errors import (
 )
 from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
+from shardkit.runtime.distributed.rounded_group import round_sums
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
 from shardkit.runtime.loader import RankShard, build_on_meta
 from shardkit.runtime.model_runner import ModelRunner, ModuleOutputs, Tensors
@@ -153,13 +154,14 @@ class TurnRanks:
         manifest: Manifest,
         dtype: torch.dtype | None,
         counts: ByteCounts,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """Prepare them. Raises ManifestError, and RanksError if a rank's part fits no model."""
         configs, turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
         shards = [RankShard(folder, manifest, configs, rank) for rank in manifest.mesh.ranks()]
         self.whole = build_on_meta(shards[0], dtype)
         self.dtype: torch.dtype = self.whole.dtype
-        self._turns = turns
+        self._turns, self._reduce_dtype = turns, reduce_dtype
         self._stack = ExitStack()
         try:
             self._models = [self._prepare(shard, counts) for shard in shards]
@@ -193,7 +195,7 @@ class TurnRanks:
         rank, size = shard.rank.tp_rank, shard.manifest.tp_size
         reader = RankReader(shard.folder, shard.manifest, shard.rank, check_sha256=False)
         self._stack.enter_context(reader)
-        group = TurnGroup(rank, size, CPU, turns=self._turns)
+        group = round_sums(TurnGroup(rank, size, CPU, turns=self._turns), self._reduce_dtype)
         try:
             return stream_rank(shard, group, reader, self.whole, counts)
         except ShardkitError:

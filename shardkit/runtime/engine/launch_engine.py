@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from shardkit.runtime.distributed.connect import connect
+from shardkit.runtime.distributed.rounded_sums import check_reduce_dtype
 from shardkit.runtime.engine.controller import EngineRanks, TorchrunRanks
 from shardkit.runtime.engine.engine import Engine
 from shardkit.runtime.engine.messages import load_request
@@ -29,6 +30,7 @@ def launch(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     verify: bool = False,
     dequantize: Dequantize = "forward",
+    reduce_dtype: torch.dtype | None = None,
     limits: Limits | None = None,
 ) -> Engine:
     """Start the ranks of a shard folder on this host, one process each, and load the model.
@@ -44,6 +46,7 @@ def launch(
         timeouts: How long to wait for the ranks.
         verify: Whether each rank checks the SHA-256 of its shard while loading it.
         dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
+        reduce_dtype: torch.bfloat16 to send sums of wider activations in it, as `load` has it.
         limits: What the engine takes on at once.
 
     Returns:
@@ -51,7 +54,7 @@ def launch(
 
     Raises:
         ManifestError: The folder is not a finished split; no process is started.
-        UsageError: `dequantize` is neither of the two.
+        UsageError: `dequantize` or `reduce_dtype` is none of those.
         RanksError: A rank cannot load its shard, died, or did not answer in time; the message
             names the rank and the cause.
 
@@ -61,8 +64,9 @@ def launch(
         ...         print(text, end="", flush=True)
     """
     check_dequantize(dequantize)
+    check_reduce_dtype(reduce_dtype)
     path = Path(folder)
-    load = load_request(path, dtype, verify, dequantize)
+    load = load_request(path, dtype, verify, dequantize, reduce_dtype)
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from shardkit.dtypes import torch_name
 from shardkit.runtime.engine.values import pack_value
 from shardkit.runtime.packing import Dequantize
 
@@ -39,10 +40,12 @@ def load_request(
     dtype: torch.dtype | None,
     verify: bool = False,
     dequantize: Dequantize = "forward",
+    reduce_dtype: torch.dtype | None = None,
 ) -> Message:
     """Load each rank's shard of a folder; `dtype` None is the checkpoint's own."""
-    name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    header = {"action": "load", "folder": str(folder.resolve()), "dtype": name}
+    dtypes = {"dtype": dtype, "reduce_dtype": reduce_dtype}
+    names = {key: "" if value is None else torch_name(value) for key, value in dtypes.items()}
+    header = {"action": "load", "folder": str(folder.resolve()), **names}
     return Message({**header, "verify": verify, "dequantize": dequantize})
 
 

@@ -82,9 +82,12 @@ class Worker:
 
     def _load(self, request: Message) -> Message:
         self._runner = self._batch = None
-        name = request.header["dtype"]
-        dtype = getattr(torch, name) if name else None
+        dtype, reduce_dtype = (
+            getattr(torch, name) if (name := request.header[key]) else None
+            for key in ("dtype", "reduce_dtype")
+        )
         options = {name: request.header[name] for name in ("verify", "dequantize")}
+        options["reduce_dtype"] = reduce_dtype
         self._folder = self._own_folder or Path(request.header["folder"])
         model, warning = load_with_warnings(self._folder, self.group, dtype, **options)
         self._runner = ModelRunner(model, self.group.device)
