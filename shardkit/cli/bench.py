@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import DEVICE, DTYPE, FOLDER, JSON, end_on_sigterm, quiet_transformers
+from shardkit.cli.options import (
+    DEVICE,
+    DTYPE,
+    FOLDER,
+    JSON,
+    REDUCE_DTYPE,
+    end_on_sigterm,
+    quiet_transformers,
+)
 from shardkit.cli.output import print_json, print_line
 from shardkit.cli.report_file import check_report_file, write_report_file
 
@@ -62,6 +70,7 @@ RUN_COLUMNS = ("first token ms", "tokens/s", "spread", "ratio", "in collectives"
     help="Also write the results as a chart.",
 )  # fmt: skip
 @DTYPE
+@REDUCE_DTYPE
 @DEVICE
 @JSON
 def bench(

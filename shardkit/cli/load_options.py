@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from shardkit.cli.options import DTYPE
+from shardkit.cli.options import DTYPE, REDUCE_DTYPE
 
 VERIFY = click.option("--verify", is_flag=True, help="Check each shard's SHA-256 while loading it.")
 DEQUANTIZE = click.option(
@@ -29,6 +29,7 @@ COMPILE = click.option(
 )
 LOAD_OPTIONS = {
     "verify": VERIFY, "dequantize": DEQUANTIZE, "mmap": MMAP, "compile": COMPILE, "dtype": DTYPE,
+    "reduce_dtype": REDUCE_DTYPE,
 }  # fmt: skip
 
 
@@ -44,4 +45,5 @@ def read_load_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     import torch  # takes a second
 
     options = {name: settings[name] for name in LOAD_OPTIONS}
-    return options | {"dtype": getattr(torch, options["dtype"]) if options["dtype"] else None}
+    dtypes = {name: options[name] for name in ("dtype", "reduce_dtype")}
+    return options | {key: getattr(torch, name) if name else None for key, name in dtypes.items()}

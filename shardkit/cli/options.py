@@ -65,6 +65,11 @@ DTYPE = click.option(
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
     help="Run in this dtype instead of the checkpoint's own.",
 )
+REDUCE_DTYPE = click.option(
+    "--reduce-dtype",
+    type=click.Choice(["bfloat16"]),
+    help="Send summands of wider activations in this dtype, rounded to it (default: in their own).",
+)
 DEVICE = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),

@@ -16,6 +16,7 @@ from shardkit.cli.options import (
     FOLDER,
     JSON,
     MAX_MEMORY,
+    REDUCE_DTYPE,
     REVISION,
     TIMEOUT,
     block_bar,
@@ -92,6 +93,7 @@ def read_subset(
 @REVISION
 @ALLOW_PICKLE
 @DTYPE
+@REDUCE_DTYPE
 @DEVICE
 @TIMEOUT
 @JSON
@@ -103,6 +105,7 @@ def verify(
     seed: int,
     max_memory: int | None,
     resume: Path | None,
+    reduce_dtype: str | None,
     report_file: Path | None,
     as_json: bool,
     **options: Any,
@@ -122,7 +125,9 @@ def verify(
     quiet_transformers()
     end_on_sigterm()
     with progress_bar("verify") as progress, block_bar() as show:
-        numerics = NumericsOptions(ranks, max_memory, sample, seed, show or ignore_blocks, resume)
+        numerics = NumericsOptions(
+            ranks, max_memory, sample, seed, show or ignore_blocks, resume, reduce_dtype
+        )
         report = verification.verify(
             shards, source, numerics=numerics, progress=progress, **options
         )

@@ -8,7 +8,10 @@ import torch
 
 from shardkit.dtypes import torch_name
 from shardkit.errors import UsageError
+from shardkit.runtime.distributed.rounded_sums import check_reduce_dtype
 from shardkit.runtime.packing import Dequantize, check_dequantize
+
+DTYPES = ("dtype", "reduce_dtype")  # which JSON has by torch's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class LoadOptions:
             are first used: for who trusts the folder. If a file is changed while it is in use, so
             are the weights; if it is cut shorter, the process ends by SIGBUS.
         compile: Whether decoding is compiled.
+        reduce_dtype: torch.bfloat16 to send the summands of wider activations in it, in half the
+            bytes, which rounds them; None for sums in the activations' own dtype.
 
     Raises:
         UsageError: If one is not what it can be, or does not go with another.
@@ -38,9 +43,11 @@ class LoadOptions:
     dequantize: Dequantize = "forward"
     mmap: bool = False
     compile: bool = False
+    reduce_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_dequantize(self.dequantize)
+        check_reduce_dtype(self.reduce_dtype)
         if self.mmap and self.verify:
             raise UsageError(
                 "verify checks what is read, and with mmap nothing is: leave out one of them, or"
@@ -49,10 +56,13 @@ class LoadOptions:
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""
-        return asdict(self) | {"dtype": torch_name(self.dtype) if self.dtype else None}
+        names = {name: getattr(self, name) for name in DTYPES}
+        dtypes = {key: torch_name(each) if each else None for key, each in names.items()}
+        return asdict(self) | dtypes
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LoadOptions":
         """The options of `to_json`."""
-        name = values["dtype"]
-        return cls(**{**values, "dtype": getattr(torch, name) if name else None})
+        names = {name: values[name] for name in DTYPES}
+        dtypes = {key: getattr(torch, name) if name else None for key, name in names.items()}
+        return cls(**{**values, **dtypes})

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from shardkit.dtypes import torch_name
 from shardkit.errors import first_line
 from shardkit.layout.style import ADD_ONCE, EXPERT
 from shardkit.planning import Placement
@@ -18,6 +19,7 @@ from shardkit.runtime.distribute_experts import distribute_experts
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.distributed.input_check import coordinate_calls
+from shardkit.runtime.distributed.rounded_group import round_sums
 from shardkit.runtime.layers.experts import choose_expert_kernel, describe_slow_experts
 from shardkit.runtime.layers.linear import finish_layer
 from shardkit.runtime.load_options import LoadOptions
@@ -52,6 +54,7 @@ def load(
     dequantize: Dequantize = "forward",
     mmap: bool = False,
     compile: bool = False,
+    reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """This rank's part of a model: transformers' own class, with parallel layers.
 
@@ -69,6 +72,7 @@ def load(
         dequantize: When quantized weights are computed: in each "forward", or once, at "load".
         mmap: Whether weights stay in the mapped file, for who trusts that nothing changes it.
         compile: Whether `generate` decodes by compiled steps over a cache of fixed size.
+        reduce_dtype: torch.bfloat16 to send sums of wider activations in it, which rounds them.
 
     Raises:
         RanksError: On every rank alike: if ranks differ, a shard is missing, damaged or of another
@@ -79,7 +83,7 @@ def load(
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
-    options = LoadOptions(dtype, verify, dequantize, mmap, compile)
+    options = LoadOptions(dtype, verify, dequantize, mmap, compile, reduce_dtype)
     group = group or connect(device, timeouts)
     model, slow = load_with_warnings(Path(folder), group, options, check_inputs)
     if slow and group.tp_rank == 0:
@@ -105,12 +109,13 @@ def load_with_warnings(
     except Exception as fault:  # whatever it is, the other ranks must hear of it
         error = str(fault) or type(fault).__name__
     signature = load_signature(shard.manifest, model) if shard and model else {}
+    signature |= {"reduce_dtype": torch_name(options.reduce_dtype)}
     group.all_agree(group.software_versions() | signature, error)
     assert shard is not None
     assert model is not None
     group.set_status("loading")
     try:
-        load_into(model, shard, group, options)
+        load_into(model, shard, round_sums(group, options.reduce_dtype), options)
         slow_experts = choose_expert_kernel(model)
     except Exception as fault:
         error = first_line(fault, 1000)

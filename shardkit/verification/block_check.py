@@ -6,7 +6,7 @@ is large; in float32 routes do not flip, and a wrong layout shows. If ranks alon
 elsewhere in 16 bits, these are set aside there, and the report says how many.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +16,16 @@ import torch
 from shardkit.checkpoint import Checkpoint
 from shardkit.dtypes import torch_name
 from shardkit.errors import CheckpointError, RanksError, RanksLost
-from shardkit.layout.style import PADDED
 from shardkit.output.available_memory import map_large_blocks
-from shardkit.planning import Placement
 from shardkit.runtime.conversion import find_conversions, loaded_shapes
 from shardkit.runtime.materialize import placements_by_parameter
 from shardkit.runtime.model_runner import Tensors
 from shardkit.shards import Manifest
+from shardkit.verification.block_faults import (
+    describe_block_fault,
+    list_counterparts,
+    list_padded,
+)
 from shardkit.verification.block_journal import BlockJournal
 from shardkit.verification.block_notes import CheckNotes
 from shardkit.verification.block_record import (
@@ -83,11 +86,11 @@ def check_blocks(
         dtypes = [REFERENCE, *(each.dtype for each in ranks)]
         unsharded = UnshardedModels(checkpoint, dtypes, counts)
         notes = CheckNotes(counts, options.progress, unsharded.plain_blocks, journal)
-        return _BlockCheck(manifest, unsharded, ranks, own, options, notes).run()
+        return BlockCheck(manifest, unsharded, ranks, own, options, notes).run()
 
 
 @dataclass
-class _BlockCheck:
+class BlockCheck:
     """The models of one check, and the numbers so far."""
 
     manifest: Manifest
@@ -98,6 +101,7 @@ class _BlockCheck:
     notes: CheckNotes
     numbers: dict[str, object] = field(default_factory=dict)
     unsampled: frozenset[str] = frozenset()
+    reduce_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         whole, weights = self.ranks[0].whole, self.manifest.weights
@@ -108,6 +112,7 @@ class _BlockCheck:
         self._partial: set[str] = set()
 
     def run(self) -> Check:
+        """Compare all blocks, without a cache and with one. Raises RanksError, CheckpointError."""
         inputs = self.unsharded.make_inputs()
         reference, calls = self.unsharded.reference, len(self.unsharded.blocks) + 1
         steps = count_steps(reference, inputs) if reference.can_generate() else 0
@@ -150,7 +155,7 @@ class _BlockCheck:
             counts.read, counts.peak, notes.done = start
 
     def _run_pass(self, name: str, action: Action) -> BlockRecord:
-        record = BlockRecord(self.own, self._padded, {*self._partial})
+        record = self._new_record()
         unsharded, model = self.unsharded, self.unsharded.reference
         notes = self.notes.start_run(f"{name} unsharded", record, None, name == CACHED)
         if not notes.is_done:
@@ -172,6 +177,9 @@ class _BlockCheck:
                 notes.end_run()
         record.forget_expected()
         return record
+
+    def _new_record(self) -> BlockRecord:
+        return BlockRecord(self.own, self._padded, {*self._partial}, sent_as=self.reduce_dtype)
 
     def _describe_faults(
         self, record: BlockRecord, inputs: Tensors, action: Action | None = None
@@ -208,7 +216,7 @@ class _BlockCheck:
         self, fault: BlockComparison, action: Action, traced: Sequence[str]
     ) -> Divergence | None:
         """The first of these modules that diverges in the fault's dtype."""
-        record = BlockRecord(self.own, self._padded, {*self._partial})
+        record = self._new_record()
         block_pass = BlockPass(action, record, traced)
         models = self.unsharded.run(block_pass)
         ranks = next(each for each in self.ranks if each.dtype is fault.dtype)
@@ -266,33 +274,3 @@ class _BlockCheck:
         compared = every - len(self.unsampled)
         self.numbers["sample"] = {"blocks": compared, "of": every, "seed": seed}
         return f"a sample of {compared} of {every} blocks, by seed {seed}"
-
-
-def list_counterparts(module: str, block: str, names: Collection[str]) -> list[str]:
-    """The same module in the layers before a block, by their numbers.
-
-    Example:
-        >>> list_counterparts("layers.2.mlp", "layers.2", {"layers.0.mlp", "layers.1.attn"})
-        ['layers.0.mlp']
-    """
-    layers, _, number = block.rpartition(".")
-    if not number.isdecimal():
-        return []
-    rest = module.removeprefix(block)
-    return [name for n in range(int(number)) if (name := f"{layers}.{n}{rest}") in names]
-
-
-def list_padded(placements: Mapping[str, Placement]) -> frozenset[str]:
-    """The modules whose outputs have zeros where other ranks' features are."""
-    names = (name for name, p in placements.items() if p.style is PADDED)
-    return frozenset(name.removesuffix(".weight") for name in names)
-
-
-def describe_block_fault(fault: BlockComparison) -> str:
-    """How far a block is off, in one line."""
-    result = fault.result
-    return (
-        f"{fault.call}, on rank {fault.tp_rank} in {torch_name(fault.dtype)}: error"
-        f" {result.sharded.max:.3g} (rms {result.sharded.rms:.3g}), but the unsharded block's"
-        f" rounding allows {result.allowed.max:.3g} (rms {result.allowed.rms:.3g})"
-    )

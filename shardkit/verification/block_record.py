@@ -48,6 +48,8 @@ class BlockRecord:
 
     Attributes:
         narrowest: The dtype that hidden states are rounded to.
+        sent_as: What ranks round their summands to, if that is narrower than they compute in: so
+            far off may they be, and as in 16 bits a few tokens may be routed elsewhere.
         expected: The reference's outputs of each call, in the order of the calls; none once all
             models have run.
         sizes: The largest and the root-mean-square value of each of them.
@@ -64,6 +66,7 @@ class BlockRecord:
     narrowest: torch.dtype
     skipped: Collection[str] = ()
     partial: Collection[str] = ()
+    sent_as: torch.dtype | None = None
     expected: KeptOutputs = field(default_factory=KeptOutputs)
     sizes: dict[BlockCall, list[Error]] = field(default_factory=dict)
     rounding: dict[torch.dtype, dict[BlockCall, list[Error]]] = field(default_factory=dict)
@@ -119,9 +122,9 @@ class BlockRecord:
                 self.parts.add(call.block)
                 continue
             rounding = typical if output.numel() < FEW_VALUES else 0.0
-            allowed = allow_error(error, size, dtype, rounding)
+            allowed = allow_error(error, size, self.sent_as or dtype, rounding)
             off, rows = measure_error(output, expected), 0
-            if dtype in PROVEN_IN:
+            if dtype in PROVEN_IN or self.sent_as:
                 off, rows = set_rows_aside(output, expected, allowed)
             result = Comparison(off, error, allowed)
             self.comparisons.append(BlockComparison(call, tp_rank, dtype, result, rows))

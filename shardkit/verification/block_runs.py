@@ -19,6 +19,7 @@ from shardkit.errors import (
 )
 from shardkit.output.available_memory import return_free_memory
 from shardkit.runtime.config import read_shard_configs
+from shardkit.runtime.distributed.rounded_group import round_sums
 from shardkit.runtime.distributed.turns import TurnGroup, Turns
 from shardkit.runtime.model_runner import ModelRunner, ModuleOutputs, Tensors
 from shardkit.runtime.rank_shard import RankShard, build_on_meta
@@ -154,13 +155,14 @@ class TurnRanks:
         manifest: Manifest,
         dtype: torch.dtype | None,
         counts: ByteCounts,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """Open their files. Raises ManifestError."""
         configs, self._turns = read_shard_configs(folder, manifest), Turns(manifest.tp_size)
         self._shards = [RankShard(folder, manifest, configs, r) for r in manifest.mesh.ranks()]
         self.whole = build_on_meta(self._shards[0], dtype)
         self.dtype: torch.dtype = self.whole.dtype
-        self._counts = counts
+        self._counts, self._reduce_dtype = counts, reduce_dtype
         self._stack = ExitStack()
         try:
             self._readers = [self._open(shard) for shard in self._shards]
@@ -202,7 +204,7 @@ class TurnRanks:
 
     def _prepare(self, shard: RankShard, reader: RankReader) -> StreamedModel:
         rank, size = shard.rank.tp_rank, shard.manifest.tp_size
-        group = TurnGroup(rank, size, CPU, turns=self._turns)
+        group = round_sums(TurnGroup(rank, size, CPU, turns=self._turns), self._reduce_dtype)
         try:
             return stream_rank(shard, group, reader, self.whole, self._counts)
         except ShardkitError:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from shardkit.verification.block_journal import BlockJournal
 
 NO_SOURCE = "only a comparison with the source shows that: name it with --against"
+NOT_RIGHT = "the shards do not compute what the unsharded model does"
 BAD_FILES = "the files are not what the split wrote"
 
 
@@ -145,7 +146,7 @@ class _Run:
         if request.level != "files":
             yield self._check_weights(passed)
         if request.level == "numerics":
-            yield self._check_numerics() if passed else Check("numerics", "not run", BAD_FILES)
+            yield from self._run_models() if passed else [Check("numerics", "not run", BAD_FILES)]
 
     def _check_weights(self, files_passed: bool) -> Check:
         """The weights, even of damaged files, to tell which bytes differ from the source's."""
@@ -157,6 +158,25 @@ class _Run:
             if files_passed:
                 raise
             return Check("weights", "not run", BAD_FILES)
+
+    def _run_models(self) -> Iterator[Check]:
+        """The numerics; if they are right, and that is asked for, those of rounded sums, too."""
+        numerics = self._check_numerics()
+        yield numerics
+        if self.request.numerics.reduce_dtype is not None:
+            is_right = numerics.verdict == "passed"
+            yield self._check_sums() if is_right else Check("sums", "not run", NOT_RIGHT)
+
+    def _check_sums(self) -> Check:
+        from shardkit.verification.rounded_check import check_rounded_sums
+
+        assert self.source is not None
+        request, options = self.request, self.request.numerics
+        manifest, dtype = read_manifest(request.folder), _to_torch(request.dtype)
+        sent = _to_torch(options.reduce_dtype)
+        assert sent is not None
+        folders = request.folder, manifest, self.source.folder
+        return check_rounded_sums(*folders, sent, dtype, options)
 
     def _check_numerics(self) -> Check:
         if self.source is None:

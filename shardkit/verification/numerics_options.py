@@ -28,6 +28,8 @@ class NumericsOptions:
         progress: Called as blocks are done.
         resume: A file to note what is done in, and to resume from if the verification was stopped;
             ranks take turns then. It is removed when the verification has finished.
+        reduce_dtype: "bfloat16" to also run the shards with sums that are sent in it; ranks take
+            turns for that.
     """
 
     ranks: RankChoice = "auto"
@@ -36,6 +38,7 @@ class NumericsOptions:
     seed: int = 0
     progress: BlockProgress = ignore_blocks
     resume: Path | None = None
+    reduce_dtype: str | None = None
 
 
 DEFAULT_NUMERICS = NumericsOptions()

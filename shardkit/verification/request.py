@@ -12,6 +12,7 @@ from shardkit.verification.scope import Scope
 
 Level = Literal["files", "weights", "numerics"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+REDUCE_DTYPES = ("bfloat16",)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -65,6 +66,7 @@ def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
     if ranks not in get_args(RankChoice):
         raise UsageError(f"ranks {ranks!r}: they must be one of {', '.join(get_args(RankChoice))}")
     is_torchrun = is_rank()
+    _check_reduce_dtype(options, is_torchrun)
     block_options = {"--sample": options.sample, "--resume": options.resume}
     by_block = [name for name, value in block_options.items() if value is not None]
     if by_block and (ranks == "real" or is_torchrun):
@@ -74,6 +76,17 @@ def check_numerics_options(options: NumericsOptions) -> NumericsOptions:
     if is_torchrun:
         return replace(options, ranks="real")
     return replace(options, ranks="turns") if by_block else options
+
+
+def _check_reduce_dtype(options: NumericsOptions, is_torchrun: bool) -> None:
+    """Raise UsageError for a dtype of sums that is none, or with what cannot check it."""
+    if (name := options.reduce_dtype) is None:
+        return
+    if name not in REDUCE_DTYPES:
+        raise UsageError(f"reduce_dtype {name!r}: it must be {' or '.join(REDUCE_DTYPES)}")
+    if options.resume is not None or is_torchrun:
+        other = "torchrun" if is_torchrun else "--resume"
+        raise UsageError(f"--reduce-dtype runs the ranks in turns once more: leave out {other}")
 
 
 def name_dtype(dtype: object) -> str | None:

@@ -14,7 +14,7 @@ from shardkit.recipe.formats import Grouping, group_checkpoint, list_weights
 from shardkit.runtime.config import GENERATION_CONFIG, read_source_config
 from shardkit.runtime.conversion import Conversion, find_conversions
 from shardkit.runtime.dequantize import store_weight
-from shardkit.runtime.distributed.turns import TurnGroup
+from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.experts import choose_expert_kernel
 from shardkit.runtime.loader import finish_rank, list_added_once, prepare_rank
 from shardkit.runtime.materialize import fill_parameters, tie_and_initialize
@@ -173,7 +173,7 @@ def stream_unsharded(source: SourceTensors, dtype: torch.dtype) -> StreamedModel
 
 def stream_rank(
     shard: RankShard,
-    group: TurnGroup,
+    group: TensorParallelGroup,
     reader: RankReader,
     whole: PreTrainedModel,
     counts: ByteCounts,

@@ -121,6 +121,9 @@ def test_collectives_are_timed_and_unchanged() -> None:
         def sum_ranks(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
 
+        def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return 2 * x.to(dtype).to(x.dtype)
+
         def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
             return [x] * size
 
@@ -135,6 +138,9 @@ def test_collectives_are_timed_and_unchanged() -> None:
     assert timer is not None
     ones = torch.ones(3)
     assert torch.equal(group.all_reduce(ones), 2 * ones)
+    assert torch.equal(
+        group.all_reduce(ones / 3, torch.bfloat16), 2 * (ones / 3).bfloat16().float()
+    )
     assert torch.equal(group.all_gather(ones, [3, 3]), torch.ones(6))
     assert torch.equal(group.broadcast(ones), ones)
     assert timer.take_seconds() > 0

@@ -46,6 +46,7 @@ class Workload:
         new_tokens: How many tokens follow the first one.
         dtype: What to compute in; empty for the checkpoint's own.
         device: "cpu" or "cuda"; empty for a GPU if there is one.
+        reduce_dtype: What shards' sums are sent in; empty for the activations' own dtype.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -53,6 +54,7 @@ class Workload:
     new_tokens: int = 32
     dtype: str = ""
     device: str = ""
+    reduce_dtype: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As `read_workload` takes it."""

@@ -45,9 +45,17 @@ def measure_rank(contender: Contender, workload: Workload) -> dict[str, Any]:
 def _load_model(
     contender: Contender, workload: Workload, group: TensorParallelGroup | None
 ) -> PreTrainedModel:
-    dtype = getattr(torch, workload.dtype) if workload.dtype else None
+    dtype, reduce_dtype = (
+        getattr(torch, name) if name else None for name in (workload.dtype, workload.reduce_dtype)
+    )
     if group is not None:
-        return load(contender.folder, group=group, dtype=dtype, compile=contender.compiles)
+        return load(
+            contender.folder,
+            group=group,
+            dtype=dtype,
+            compile=contender.compiles,
+            reduce_dtype=reduce_dtype,
+        )
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if contender.kind == "transformers":
         options["tp_plan"] = "auto"

@@ -40,6 +40,10 @@ class TimedTransport:
         """As `Transport` says."""
         return self._time(lambda: self._transport.sum_ranks(x))
 
+    def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `Transport` says."""
+        return self._time(lambda: self._transport.sum_rounded(x, dtype))
+
     def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
         """As `Transport` says."""
         return self._time(lambda: self._transport.gather_ranks(x, size))

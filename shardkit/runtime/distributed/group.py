@@ -33,6 +33,7 @@ from shardkit.runtime.distributed.diagnosis import (
 from shardkit.runtime.distributed.host_network import INTERFACE, agree_on_network
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.runtime.distributed.rendezvous import connect_store
+from shardkit.runtime.distributed.rounded_sums import is_wider
 from shardkit.runtime.distributed.torch_transport import TorchTransport, Transport
 
 T = TypeVar("T")
@@ -74,11 +75,18 @@ class TensorParallelGroup:
     def __post_init__(self) -> None:
         self.number = register_group(self)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def exact(self) -> "TensorParallelGroup":
+        """The group whose sums are sent as they are: this one."""
+        return self
+
+    def all_reduce(self, x: torch.Tensor, sent_as: torch.dtype | None = None) -> torch.Tensor:
         """Sum a tensor over the ranks.
 
         Args:
             x: This rank's summand, of any shape; it may be overwritten.
+            sent_as: The dtype that a wider `x` is rounded to, to be sent in fewer bytes; it is
+                still added in its own.
 
         Returns:
             The sum of every rank's `x`, on every rank.
@@ -91,6 +99,8 @@ class TensorParallelGroup:
         self.counts["all_reduce"] += 1
         if self.tp_size > 1:
             x, carry = x.contiguous(), self.carrier
+            if sent_as is not None and is_wider(x.dtype, sent_as):
+                return self._run("all_reduce", lambda: carry.sum_rounded(x, sent_as))
             return self._run("all_reduce", lambda: carry.sum_ranks(x))
         return x
 

@@ -25,6 +25,8 @@ from contextlib import suppress
 
 import torch
 
+from shardkit.runtime.distributed.rounded_sums import add_rounded
+
 LINE = 16  # 8-byte words of a rank's line, so that no two lines share a block of the cache
 ARRIVED, CALLS, CLOSED = 0, 1, 3  # words: the exchange, what is exchanged in each slot, the end
 SLOT_BYTES = 1 << 20
@@ -98,6 +100,14 @@ class SharedMemoryTransport:
             _add(self._exchange(SUM, piece), out)
         return total.view(x.shape)
 
+    def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `Transport` has it: in a new tensor."""
+        flat = x.detach().view(-1)
+        sums = [
+            add_rounded(self._exchange(SUM, piece, dtype), x.dtype) for piece in _cut(flat, dtype)
+        ]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums or [flat])).view(x.shape)
+
     def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
         """As `Transport` has it."""
         flat = x.detach().view(-1)
@@ -121,16 +131,20 @@ class SharedMemoryTransport:
                 os.close(process)
         self._processes = {}
 
-    def _exchange(self, call: int, piece: torch.Tensor) -> list[torch.Tensor]:
+    def _exchange(
+        self, call: int, piece: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> list[torch.Tensor]:
         """Every rank's piece, in its slot, to be read before the next exchange but one.
+
+        It is converted to `dtype` as it is copied there.
 
         Raises RuntimeError if a rank is gone, late, or exchanges something else.
         """
         self._turn += 1
         half, words, own = self._turn & 1, self._words, LINE * self._rank
-        slots = self._find_slots(piece.dtype, piece.numel())[half]
-        slots[self._rank].copy_(piece)
-        what = call << 56 | piece.element_size() << 48 | piece.nbytes
+        slots = self._find_slots(dtype or piece.dtype, piece.numel())[half]
+        slot = slots[self._rank].copy_(piece)
+        what = call << 56 | slot.element_size() << 48 | slot.nbytes
         words[own + CALLS + half] = what
         words[own + ARRIVED] = self._turn
         for other in self._others:
@@ -192,9 +206,9 @@ def _find_data(size: int) -> int:
     return -(-(LINE * 8 * size + TOKEN_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _cut(flat: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The pieces of a tensor that fit into slots."""
-    count = SLOT_BYTES // flat.element_size()
+def _cut(flat: torch.Tensor, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+    """The pieces of a tensor that fit into slots, in its own dtype or another."""
+    count = SLOT_BYTES // (dtype or flat.dtype).itemsize
     for start in range(0, flat.numel(), count):
         yield flat[start : start + count]
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from shardkit.runtime.distributed.rounded_sums import add_rounded
+
 
 class Transport(Protocol):
     """What carries the tensors of collectives, which every rank calls in the same order.
@@ -15,6 +17,9 @@ class Transport(Protocol):
 
     def sum_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's contiguous `x`, on every rank; it may be `x`, overwritten."""
+
+    def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `sum_ranks`, of what `add_rounded` adds; ranks send each other a narrower dtype."""
 
     def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
         """Every rank's contiguous `x`, on every rank; they have one shape. `size` is of ranks."""
@@ -36,6 +41,24 @@ class TorchTransport:
         """As `Transport` has it, in place."""
         dist.all_reduce(x, group=self.process_group)
         return x
+
+    def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `Transport` has it, in a new tensor.
+
+        Two ranks send each other everything. More of them each add a part, and send the sum of it:
+        so each sends as few numbers as a ring does (Rabenseifner 2004, reduce-scatter and gather).
+        """
+        flat, size = x.detach().view(-1), dist.get_world_size(self.process_group)
+        if size == 2:
+            return add_rounded(self.gather_ranks(flat.to(dtype), size), x.dtype).view(x.shape)
+        part = -(-flat.numel() // size)
+        sent = flat.new_zeros(part * size, dtype=dtype)
+        sent[: flat.numel()] = flat
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.process_group)
+        own = add_rounded(received.view(size, part).unbind(), x.dtype).to(dtype)
+        total = torch.cat(self.gather_ranks(own, size))[: flat.numel()]
+        return total.to(x.dtype).view(x.shape)
 
     def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
         """As `Transport` has it."""

@@ -13,6 +13,7 @@ import torch
 
 from shardkit.errors import RanksError, RanksLost, first_line
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.distributed.rounded_sums import add_rounded, is_wider
 
 T = TypeVar("T")
 
@@ -188,8 +189,8 @@ class _ThreadState:
 class TurnGroup(TensorParallelGroup):
     """A rank of a group whose ranks take turns on the CPU.
 
-    Sums have the bits that gloo's ring gives on real ranks, the order of its additions included,
-    and the other collectives only copy.
+    Sums have the bits that gloo's ring gives on real ranks, the order of its additions included;
+    rounded ones those that every transport gives; and the other collectives only copy.
 
     Attributes:
         turns: What runs the ranks.
@@ -197,13 +198,19 @@ class TurnGroup(TensorParallelGroup):
 
     turns: Turns = field(default_factory=lambda: Turns(1))
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, sent_as: torch.dtype | None = None) -> torch.Tensor:
         """The sum of every rank's `x`, written over it. Raises RanksError."""
         self.counts["all_reduce"] += 1
         if self.tp_size == 1:
             return x
         x = x.contiguous()
-        self._exchange_tensors("all_reduce", x, lambda parts: [add_in_ring(parts)] * self.tp_size)
+
+        def add(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+            if sent_as is None or not is_wider(x.dtype, sent_as):
+                return [add_in_ring(parts)] * self.tp_size
+            return [add_rounded([p.to(sent_as) for p in parts], x.dtype)] * self.tp_size
+
+        self._exchange_tensors("all_reduce", x, add)
         return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:

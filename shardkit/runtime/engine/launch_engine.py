@@ -33,6 +33,7 @@ def launch(
     dequantize: Dequantize = "forward",
     mmap: bool = False,
     compile: bool = False,
+    reduce_dtype: torch.dtype | None = None,
     limits: Limits | None = None,
 ) -> Engine:
     """Start the ranks of a shard folder on this host, one process each, and load the model.
@@ -49,6 +50,7 @@ def launch(
         dequantize: When quantized weights are computed: "forward" or "load", as `load` has it.
         mmap: Whether weights stay in the mapped files, as `load` has it.
         compile: Whether decoding is compiled, as `load` has it; then sequences do not join others.
+        reduce_dtype: torch.bfloat16 to send sums of wider activations in it, as `load` has it.
         limits: What the engine takes on at once.
 
     Returns:
@@ -65,7 +67,7 @@ def launch(
         ...         print(text, end="", flush=True)
     """
     path = Path(folder)
-    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap, compile))
+    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap, compile, reduce_dtype))
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 

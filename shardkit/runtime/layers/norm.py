@@ -34,7 +34,7 @@ class ShardedRMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         square = wide.square()
         share = self.share.to(x.device, square.dtype)
-        whole = self.group.all_reduce((square * share).sum(-1, keepdim=True)) / self.width
+        whole = self.group.exact.all_reduce((square * share).sum(-1, keepdim=True)) / self.width
         scale = torch.sqrt((square.mean(-1, keepdim=True) + self.epsilon) / (whole + self.epsilon))
         part: torch.Tensor = super().forward(wide)
         return (part * scale).to(x.dtype)
