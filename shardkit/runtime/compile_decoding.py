@@ -19,6 +19,7 @@ from shardkit.runtime.distributed.group import TensorParallelGroup
 
 MIN_LENGTH = 128  # tokens of the smallest cache; larger ones have a power of two
 STEPS = 5  # that a rehearsal generates: enough for CUDA graphs, which are made at the second
+KINDS = 64  # of steps that are compiled at most: by rows, length, and what a sliding window holds
 INDUCTOR = "inductor"
 OWN = ("generate", "_sample", "_prepare_cache_for_generation", "_prepare_static_cache")
 
@@ -76,6 +77,8 @@ def compile_decoding(
     Raises:
         RanksError: On every rank alike: if torch cannot compile it here, or not rightly.
     """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, KINDS)
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = _make_config(group, backend)
     prepare, positions = model._prepare_static_cache, find_positions(model)
@@ -113,6 +116,9 @@ def _make_config(group: TensorParallelGroup, backend: str) -> CompileConfig:
     if group.device.type == "cuda" and (group.tp_size == 1 or GRAPH_TAGS):
         options["triton.cudagraphs"] = True
     config = CompileConfig(backend=backend, options=options if backend == INDUCTOR else None)
+    # What depends on values, as which experts run, would be compiled again and again, on one rank
+    # while others wait: a step is one graph, or is refused.
+    config.fullgraph = True
     config.mode = None  # torch takes either a mode or options
     config._compile_all_devices = True
     return config

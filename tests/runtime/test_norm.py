@@ -21,6 +21,8 @@ class Gated(nn.Module):
 class TwoRanks:
     """What the other rank would send is known, since the whole inputs are."""
 
+    device = torch.device("cpu")
+
     def __init__(self, tp_rank: int, *whole: torch.Tensor) -> None:
         self.tp_rank, self.whole, self.gathers = tp_rank, whole, 0
 

@@ -32,7 +32,8 @@ def coordinate_calls(
     generating = False
 
     def check_forward(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not generating:
+        # A compiled step is a part of a generate, and must not depend on what it was compiled in.
+        if not (torch.compiler.is_compiling() or generating):
             check_same_inputs(group, "forward", args, kwargs)
 
     if check_inputs:

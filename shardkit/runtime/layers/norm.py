@@ -53,7 +53,7 @@ def make_sharded_norm(
             f"{path}: {type(module).__name__} is not an RMS norm; use [gather] for it"
         )
     holders = torch.cat(list(parts)).bincount()
-    share = holders[parts[group.tp_rank]].double().reciprocal()
+    share = holders[parts[group.tp_rank]].double().reciprocal().to(group.device)
     cls = type(f"ShardedRMSNorm[{type(module).__name__}]", (ShardedRMSNorm, type(module)), {})
     convert_class(
         module, cls, group=group, share=share, width=len(holders), epsilon=float(epsilons[0])
@@ -68,11 +68,12 @@ def make_gathered(
     `parts` are the indices of the whole width that each rank holds, in the order it holds them.
     Inputs of one shape (what is normed, and its gate) are gathered together.
     """
-    mine, order = parts[group.tp_rank], torch.cat(list(parts))
+    mine, order = parts[group.tp_rank].to(group.device), torch.cat(list(parts))
     sizes = [len(part) for part in parts]
     first = torch.full((int(order.max()) + 1,), -1)
     for at, index in enumerate(order.tolist()):
         first[index] = at if first[index] < 0 else first[index]
+    first = first.to(group.device)  # once: a copy in each step would have a GPU wait
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = [*args, *kwargs.values()]
