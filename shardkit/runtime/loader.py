@@ -74,8 +74,7 @@ def load(
 ) -> PreTrainedModel:
     """This rank's part of a model, ready for `model(...)` and `model.generate(...)`.
 
-    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. Outputs are the whole
-    model's. Rank 0 warns of what makes it slow here.
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1.
 
     Args:
         folder: A shard folder.
@@ -84,30 +83,25 @@ def load(
         dtype: What to run in; by default the checkpoint's own.
         timeouts: How long ranks wait for each other.
         verify: Whether to check each shard's SHA-256 while loading it.
-        check_inputs: Whether ranks compare their inputs at each call, unless your server does.
-        dequantize: When quantized weights are computed: in the "forward", each time, in the memory
-            of the shard; or once, at "load", for speed, in that of weights in `dtype`.
-        reduce_dtype: torch.bfloat16 to send the summands of wider activations in it, in half the
-            bytes, which rounds them. By default sums are those of the activations' own dtype.
+        check_inputs: Whether ranks compare their inputs at each call.
+        dequantize: Whether quantized weights are computed in each "forward" or, once, at "load".
+        reduce_dtype: torch.bfloat16 to send wider activations' summands in it, which rounds them.
 
     Returns:
         transformers' own model class, with parallel layers.
 
     Raises:
-        RanksError: On every rank alike: if the ranks differ in world size, versions, manifest or
-            inputs, if a shard is missing, damaged or of another split, or if a rank dies or stalls.
-        UsageError: If `dequantize` or `reduce_dtype` is none of those.
+        RanksError: On every rank alike: ranks differ, a shard is damaged, or a rank is lost.
+        UsageError: `dequantize` or `reduce_dtype` is none of those.
 
     Example:
         >>> load("llama-tp4")(input_ids).logits.shape  # doctest: +SKIP
         torch.Size([B, T, V])
     """
     check_dequantize(dequantize)
-    check_reduce_dtype(reduce_dtype)
     group = group or connect(device, timeouts)
-    model, slow = load_with_warnings(
-        Path(folder), group, dtype, verify, check_inputs, dequantize, reduce_dtype
-    )
+    how = dtype, verify, check_inputs, dequantize, reduce_dtype
+    model, slow = load_with_warnings(Path(folder), group, *how)
     if slow and group.tp_rank == 0:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     return model
@@ -123,6 +117,7 @@ def load_with_warnings(
     reduce_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
+    check_reduce_dtype(reduce_dtype)
     group.set_status("preparing to load")
     shard, model, slow_experts, error = None, None, "", ""
     try:

@@ -191,6 +191,7 @@ def test_an_engine_sums_as_it_was_launched(stories_tp2: Path) -> None:
     assert 1e-5 < share < 8 * UNIT
 
 
+@pytest.mark.slow
 @pytest.mark.torchrun
 def test_ranks_that_would_sum_differently_refuse_each_other(
     stories_tp2: Path, tmp_path: Path

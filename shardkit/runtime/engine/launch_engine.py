@@ -65,9 +65,8 @@ def launch(
     """
     check_dequantize(dequantize)
     check_reduce_dtype(reduce_dtype)
-    path = Path(folder)
-    load = load_request(path, dtype, verify, dequantize, reduce_dtype)
-    return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
+    path, how = Path(folder), (dtype, verify, dequantize, reduce_dtype)
+    return Engine(path, _choose_ranks(path, device, timeouts), load_request(path, *how), limits)
 
 
 def _choose_ranks(
