@@ -58,8 +58,7 @@ def load(
 ) -> PreTrainedModel:
     """This rank's part of a model: transformers' own class, with parallel layers.
 
-    Under torchrun each rank calls it; alone it loads a folder of tp_size 1. `model(...)` and
-    `model.generate(...)` return the whole model's. Rank 0 warns of what makes it slow here.
+    Under torchrun each rank calls it; alone it loads a folder of tp_size 1.
 
     Args:
         folder: A shard folder.
@@ -75,8 +74,7 @@ def load(
         reduce_dtype: torch.bfloat16 to send sums of wider activations in it, which rounds them.
 
     Raises:
-        RanksError: On every rank alike: if ranks differ, a shard is missing, damaged or of another
-            split, a rank dies or stalls, or decoding cannot be compiled.
+        RanksError: On every rank alike: ranks differ, or one cannot load its shard, dies or stalls.
         UsageError: If an option is not what it can be; `LoadOptions` has them.
 
     Example:
@@ -98,6 +96,7 @@ def load_with_warnings(
     check_inputs: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
+    check_reduce_dtype(reduce_dtype)
     group.set_status("preparing to load")
     shard, model, slow_experts, error = None, None, "", ""
     try:

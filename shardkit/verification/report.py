@@ -14,7 +14,7 @@ class Check:
     """The result of one level.
 
     Attributes:
-        name: The level: "files", "weights" or "numerics".
+        name: The level: "files", "weights" or "numerics"; "sums" for its rounded sums.
         verdict: "passed", "failed" or "not run".
         summary: One line about it.
         faults: One line for each fault.

@@ -46,12 +46,14 @@ for number in range(int(sys.argv[4])):
     size, scale = group.tp_size, x.abs().double()
     group.transport = shared
     total, parts = group.all_reduce(x.clone()), group._gather_parts(x)
-    first = group.broadcast(x.clone())
+    first, rounded = group.broadcast(x.clone()), group.all_reduce(x.clone(), torch.bfloat16)
     bits = zlib.crc32(total.flatten().view(torch.uint8).numpy().tobytes())
     digests = group._gather_parts(torch.tensor([bits]))
     group.transport = None
     expected, others = group.all_reduce(x.clone()), group._gather_parts(x)
     largest = group.all_reduce(scale)
+    if dtype in (torch.float32, torch.float64):  # added in the order of ranks everywhere
+        same &= torch.equal(rounded, group.all_reduce(x.clone(), torch.bfloat16))
     same &= all(torch.equal(*pair) for pair in zip(parts, others, strict=True))
     same &= torch.equal(first, others[0]) and len({int(each) for each in digests}) == 1
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0

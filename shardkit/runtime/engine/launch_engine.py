@@ -36,7 +36,7 @@ def launch(
     reduce_dtype: torch.dtype | None = None,
     limits: Limits | None = None,
 ) -> Engine:
-    """Start the ranks of a shard folder on this host, one process each, and load the model.
+    """Start the ranks of a shard folder on this host, one process each; use it in a `with`.
 
     The ranks end with this process, however it ends. Under torchrun its ranks are used: rank 0
     returns the engine; any other follows it, and ends by SystemExit(0) once it is closed.
@@ -53,9 +53,6 @@ def launch(
         reduce_dtype: torch.bfloat16 to send sums of wider activations in it, as `load` has it.
         limits: What the engine takes on at once.
 
-    Returns:
-        The running model, to be closed or used in a `with`.
-
     Raises:
         ManifestError: The folder is not a finished split; no process is started.
         UsageError: An option is not what it can be, or does not go with another.
@@ -66,8 +63,8 @@ def launch(
         ...     for text in engine.stream("Once upon a time", max_new_tokens=64):
         ...         print(text, end="", flush=True)
     """
-    path = Path(folder)
-    load = load_request(path, LoadOptions(dtype, verify, dequantize, mmap, compile, reduce_dtype))
+    path, options = Path(folder), (dtype, verify, dequantize, mmap, compile, reduce_dtype)
+    load = load_request(path, LoadOptions(*options))
     return Engine(path, _choose_ranks(path, device, timeouts), load, limits)
 
 
