@@ -96,7 +96,6 @@ def load_with_warnings(
     check_inputs: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """As `load`: the model, and in words, the same on every rank, what makes it slow here."""
-    check_reduce_dtype(reduce_dtype)
     group.set_status("preparing to load")
     shard, model, slow_experts, error = None, None, "", ""
     try:
