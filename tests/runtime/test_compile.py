@@ -122,9 +122,9 @@ def test_ranks_that_compile_are_not_taken_for_lost_ones(stories260k: Path, tmp_p
     ("sample", "tp_size", "rows"),
     [
         ("llama", 2, 2),
-        ("mixtral", 2, 1),
+        ("deepseek_v3", 2, 1),
         ("llama-14-heads-2-kv", 3, 1),
-        ("mixtral-7-heads-7-kv", 3, 1),
+        ("llama-7-heads-7-kv", 3, 1),
     ],
 )
 def test_ranks_compile_to_the_same_tokens(
