@@ -8,6 +8,7 @@ import torch
 
 from shardkit import runtime
 from shardkit.checkpoint.header import read_header
+from shardkit.runtime.batching.batch_runner import BatchRunner, JoiningPrompt
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from tests.helpers.read_counts import count_reads
 from tests.helpers.runtime_helpers import cut
@@ -40,3 +41,15 @@ class AloneOfTwo(TensorParallelGroup):
 
     def all_agree(self, *_arguments: object, **_options: object) -> tuple[str, ...]:
         return ()
+
+
+def test_only_the_last_position_of_a_prompt_has_logits(stories260k: Path, tmp_path: Path) -> None:
+    cut(stories260k, tmp_path / "shards", 1)
+    model, rows = runtime.load(tmp_path / "shards"), list[tuple[int, ...]]()
+    model.lm_head.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[:2]))
+    model.generate(torch.tensor([[1, 403, 407], [1, 261, 5]]), max_new_tokens=2)
+    assert rows == [(2, 1), (2, 1)]
+    batch = BatchRunner(model, torch.device("cpu"), is_sampler=False)
+    rows.clear()
+    batch.run_step({}, [JoiningPrompt(0, [1, 403, 407], {}, None)])
+    assert set(rows) == {(1, 1)}
