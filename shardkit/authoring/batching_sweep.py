@@ -16,9 +16,7 @@ from shardkit.authoring.check import SCRATCH
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, find_samples, make_sample
 from shardkit.authoring.sweep import (
-    AWKWARD_TP_SIZES,
     PAGE,
-    TP_SIZES,
     digest_inputs,
     list_alone,
     list_stale,
@@ -26,6 +24,8 @@ from shardkit.authoring.sweep import (
     render_page,
 )
 from shardkit.recipe import Recipe
+
+BATCH_TP_SIZES = (2, 3, 4)
 
 
 def sweep_batching(
@@ -54,7 +54,7 @@ def _prove_sample(recipe: Recipe, sample: Sample, pool: RankPool) -> Iterator[di
     """A proof over each number of ranks; one alone if the sequences cannot join."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         source = make_sample(sample, Path(folder) / "source")
-        for size in AWKWARD_TP_SIZES if "awkward" in sample.group else TP_SIZES:
+        for size in BATCH_TP_SIZES:
             scratch = Path(folder) / f"tp{size}"
             scratch.mkdir()
             proof = prove_batching(source, recipe, pool.of(size), scratch)
