@@ -12,8 +12,9 @@ from shardkit.authoring.check import SCRATCH
 from shardkit.authoring.column_sweep import ColumnSweep
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import Sample, make_sample
-from shardkit.authoring.sweep import AWKWARD_TP_SIZES, TP_SIZES
 from shardkit.recipe import Recipe
+
+BATCH_TP_SIZES = (2, 3, 4)
 
 
 def prove_sample_batching(
@@ -22,7 +23,7 @@ def prove_sample_batching(
     """A proof over each number of ranks; one alone if the sequences cannot join."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         source = make_sample(sample, Path(folder) / "source")
-        for size in AWKWARD_TP_SIZES if "awkward" in sample.group else TP_SIZES:
+        for size in BATCH_TP_SIZES:
             scratch = Path(folder) / f"tp{size}"
             scratch.mkdir()
             proof = prove_batching(source, recipe, pool.of(size), scratch)

@@ -105,8 +105,9 @@ def _render_recipes(
     yield (
         "*Largest rank*: its share of the bytes of the recipe's first sample, over 2 and 4 ranks."
         " *Share a batch*: of how many samples requests join and leave a running batch, and get,"
-        " token for token, what `generate` gives each alone, over the same numbers of ranks (by"
-        " `shardkit recipes check --batching --write`); or why that is not offered."
+        " token for token, what `generate` gives each alone, over 2 and 4 ranks, and over 3"
+        " if the sample was run over as many (by `shardkit recipes check --batching --write`); or"
+        " why that is not offered."
         " *Same by blocks*: how many verifications block by block, with ranks in turns, came to the"
         " verdict of whole models on real ranks, and blamed the same tensors: of every sample over"
         " 2 ranks, as it is and with injected faults (`shardkit recipes check --blocks --write`);"

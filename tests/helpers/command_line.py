@@ -1,7 +1,9 @@
 """Runs the command line, in this process or in one of its own."""
 
+import getpass
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -19,8 +21,13 @@ def run(*arguments: str | Path) -> Result:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a subprocess: this checkout is importable."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+    """For a subprocess: this checkout is importable.
+
+    torch makes a folder for what it compiles as it is imported; not among what is counted as left.
+    """
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    defaults = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
