@@ -18,8 +18,6 @@ from shardkit.runtime.engine.scheduler import apply_choices
 from shardkit.runtime.engine.sequence import TokenSequence
 
 PROOFS = Path(__file__).resolve().parents[2] / "recipes" / "proofs"
-# Over 3 ranks its plan scales a number of another part, which that many do not divide.
-NOT_OVER_THREE = {"phi4_multimodal"}
 SAMPLES = {sample.name: sample for sample in list_samples()}
 
 
@@ -66,7 +64,7 @@ def test_every_recipe_that_shares_a_batch_has_been_proven_as_it_is() -> None:
         for name, result in results.items()
     }
     lacking = {name for name, found in sizes.items() if found and found != set(BATCH_TP_SIZES)}
-    assert lacking <= NOT_OVER_THREE
+    assert lacking == set()
 
 
 def test_a_summary_says_how_many_can_join_or_why_none_can() -> None:
