@@ -87,5 +87,6 @@ def test_what_cannot_be_combined_is_refused(
     with pytest.raises(UsageError, match="'float16': it must be bfloat16"):
         check_numerics_options(NumericsOptions(reduce_dtype="float16"))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="leave out torchrun"):
         check_numerics_options(NumericsOptions(reduce_dtype="bfloat16"))
