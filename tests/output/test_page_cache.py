@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.output import resume, writer
-from shardkit.output.writer import CACHED_BYTES, FileWriter, drop_pages
+from shardkit.output.writer import CACHED_BYTES, FileWriter
 from tests.helpers.split_helpers import split_folder
 
 CHUNK = 4 << 20
@@ -53,8 +53,9 @@ def has_page_cache(folder: Path) -> bool:
     """Whether the folder is on a disk."""
     path = folder / "probe"
     path.write_bytes(bytes(CHUNK))
-    with path.open("rb") as file:
-        drop_pages(file.fileno(), 0, CHUNK)
+    with path.open("rb") as file:  # not as the package does it, which may be wrong
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, CHUNK, os.POSIX_FADV_DONTNEED)
     return count_cached_bytes(path) == 0
 
 

@@ -61,10 +61,10 @@ def test_a_step_is_one_graph_and_tokens_are_the_same(
         whole = [model.generate(ids, **OPTIONS) for ids in (PROMPTS[:1], PROMPTS)]
         compile_decoding(model, group, "eager")
         compiled = [model.generate(PROMPTS[:1], **OPTIONS)]
-        found = torch._dynamo.utils.counters
-        assert found["stats"]["unique_graphs"] == graphs
+        counters = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] == graphs
         compiled.append(model.generate(PROMPTS, **OPTIONS))
-    assert not found["graph_break"]
+    assert not counters["graph_break"]
     assert all(torch.equal(*pair) for pair in zip(whole, compiled, strict=True))
 
 
@@ -76,7 +76,7 @@ from shardkit.errors import ShardkitError
 from shardkit.runtime.compile_decoding import compile_decoding
 from shardkit.timeouts import Timeouts
 torch.set_num_threads(1)
-rank, graphs, said = int(os.environ["RANK"]), [], {}
+rank, graphs, report = int(os.environ["RANK"]), [], {}
 def compiler(graph, inputs):
     calls = [str(node.target) for node in graph.graph.nodes]
     graphs.append([call for call in calls if "shardkit" in call])
@@ -87,20 +87,20 @@ try:
     model = runtime.load(sys.argv[1], group=group)
     ids = torch.tensor([[1, 403, 407, 261, 378]])
     def run():
-        before, made = dict(group.counts), group.num_collectives
+        before, first_number = dict(group.counts), group.num_collectives
         new = model.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
         counts = {key: count - before[key] for key, count in group.counts.items()}
-        return new, counts, group.num_collectives - made
+        return new, counts, group.num_collectives - first_number
     with torch.inference_mode():
-        said["plain"] = run()
+        report["plain"] = run()
         compile_decoding(model, group, compiler)
-        said["compiled"] = run()
-        said["graphs"] = graphs
-        said["breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
+        report["compiled"] = run()
+        report["graphs"] = graphs
+        report["breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
     code = 0
 except ShardkitError as error:
-    said, code = {"error": str(error)}, error.exit_code
-pathlib.Path(sys.argv[2], f"said-{rank}").write_text(json.dumps(said))
+    report, code = {"error": str(error)}, error.exit_code
+pathlib.Path(sys.argv[2], f"said-{rank}").write_text(json.dumps(report))
 sys.exit(code)
 """
 
@@ -108,12 +108,12 @@ sys.exit(code)
 @pytest.mark.torchrun
 def test_ranks_that_compile_are_not_taken_for_lost_ones(stories260k: Path, tmp_path: Path) -> None:
     cut(stories260k, tmp_path / "shards", 2)
-    code, said = torchrun(2, tmp_path / "shards", tmp_path, PROGRAM)
-    assert code == 0, said
-    for found in said:
-        assert found["compiled"] == found["plain"]  # tokens, and how many collectives of a kind
-        assert not found["breaks"]
-        (calls,) = found["graphs"]
+    code, reports = torchrun(2, tmp_path / "shards", tmp_path, PROGRAM)
+    assert code == 0, reports
+    for report in reports:
+        assert report["compiled"] == report["plain"]  # tokens, and how many collectives of a kind
+        assert not report["breaks"]
+        (calls,) = report["graphs"]
         assert [call.split(".")[-2] for call in calls] == ["all_reduce"] * 11 + ["all_gather"]
 
 
@@ -134,26 +134,26 @@ def test_ranks_compile_to_the_same_tokens(
     shards, ranks = tmp_path / "shards", rank_pool.of(tp_size)
     cut(make(sample, tmp_path / "whole"), shards, tp_size)
     request = generate_request({"input_ids": PROMPTS[:rows]}, OPTIONS)
-    found = []
+    outputs = []
     for compiles in (False, True):
         ranks.request(load_request(shards, LoadOptions(compile=compiles)))
         (first, *_) = ranks.request(request)
-        found.append((first.tensors["ids"].tolist(), first.header["counts"]))
-    assert found[0] == found[1]
+        outputs.append((first.tensors["ids"].tolist(), first.header["counts"]))
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_an_engine_compiles(tp_size: int, stories260k: Path, tmp_path: Path) -> None:
     cut(stories260k, tmp_path / "shards", tp_size)
-    told = []
+    texts_by_way = []
     for compiles in (False, True):
         with runtime.launch(tmp_path / "shards", compile=compiles) as engine:
             obstacle = engine.status().obstacle
             texts = ["".join(engine.stream("Once upon a time", max_new_tokens=30, do_sample=False))]
             texts += [engine.submit("Lily", max_tokens=9, temperature=0.8, seed=3).result().text]
-            told.append(texts)
-    assert told[0] == told[1]
+            texts_by_way.append(texts)
+    assert texts_by_way[0] == texts_by_way[1]
     assert obstacle == "its cache has a fixed size, of one call"
 
 

@@ -46,7 +46,7 @@ def record(name, at):
     setattr(dist, name, run)
 
 record("all_reduce", 0), record("all_gather", 1), record("all_to_all_single", 1)
-shared, said = group.transport, []
+shared, reports = group.transport, []
 for count in COUNTS:
     seed = torch.Generator().manual_seed(count + group.tp_rank)
     x = torch.randn(count, generator=seed)
@@ -55,8 +55,8 @@ for count in COUNTS:
         sent.clear()
         total = group.all_reduce(x.clone(), torch.bfloat16)
         crcs.append(zlib.crc32(total.numpy().tobytes()))
-    said.append({"crcs": crcs, "sent": [*sent]})
-pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(said))
+    reports.append({"crcs": crcs, "sent": [*sent]})
+pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(reports))
 """
 DIFFERENT = """
 import json, os, pathlib, sys, torch
@@ -65,10 +65,10 @@ from shardkit.errors import RanksError
 dtypes = (None, torch.bfloat16)
 try:
     runtime.load(sys.argv[1], reduce_dtype=dtypes[int(os.environ["RANK"])])
-    said = "loaded"
+    outcome = "loaded"
 except RanksError as error:
-    said = str(error)
-pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(said))
+    outcome = str(error)
+pathlib.Path(sys.argv[2], f"said-{os.environ['RANK']}").write_text(json.dumps(outcome))
 """
 
 
@@ -118,16 +118,16 @@ def test_every_way_has_the_same_bits_and_half_the_bytes(
     monkeypatch.setenv("SHARDKIT_SHARED_MEMORY", "1")
     program = SUMS.replace("COUNTS", repr(COUNTS))
     code, outputs = torchrun(ranks, tmp_path, tmp_path, program)
-    said: list[Any] = outputs
+    reports: list[Any] = outputs
     assert code == 0
     for at, count in enumerate(COUNTS):
         in_turns = sum_in_turns(make_parts(count, ranks))[0]
         crc = zlib.crc32(in_turns.numpy().tobytes())
-        assert [each[at]["crcs"] for each in said] == [[crc, crc]] * ranks
+        assert [each[at]["crcs"] for each in reports] == [[crc, crc]] * ranks
         part = -(-count // ranks)
         parts = [["all_to_all_single", 2 * part * ranks], ["all_gather", 2 * part]]
         expected = [["all_gather", 2 * count]] if ranks == 2 else parts
-        assert [each[at]["sent"] for each in said] == [expected] * ranks
+        assert [each[at]["sent"] for each in reports] == [expected] * ranks
 
 
 @pytest.mark.skipif(bool(explain_absence()), reason=explain_absence())
@@ -196,9 +196,9 @@ def test_an_engine_sums_as_it_was_launched(stories_tp2: Path) -> None:
 def test_ranks_that_would_sum_differently_refuse_each_other(
     stories_tp2: Path, tmp_path: Path
 ) -> None:
-    _, said = torchrun(2, stories_tp2, tmp_path, DIFFERENT)
-    assert len(set(map(json.dumps, said))) == 1
-    assert "reduce_dtype" in said[0]
+    _, outcomes = torchrun(2, stories_tp2, tmp_path, DIFFERENT)
+    assert len(set(map(json.dumps, outcomes))) == 1
+    assert "reduce_dtype" in outcomes[0]
 
 
 def test_no_other_dtype_is_taken_for_sums(tmp_path: Path) -> None:

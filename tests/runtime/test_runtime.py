@@ -271,6 +271,8 @@ def test_a_mapped_model_computes_the_same(shards: Path, rank_pool: RankPool) -> 
     ranks, outputs = rank_pool.of(2), []
     for mmap in (False, True):
         ranks.request(load_request(shards, LoadOptions(mmap=mmap)))
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in ranks.pids]
+        assert all((str(shards) in text) == mmap for text in maps)
         outputs.append(
             ranks.request(forward_request({"input_ids": torch.tensor([[1, 403, 407]])}))[0].tensors[
                 "logits"

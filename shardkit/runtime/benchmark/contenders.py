@@ -94,8 +94,8 @@ def list_contenders(
         raise UsageError("--peer needs --against SOURCE, the unsharded checkpoint that it runs")
     contenders = list(_make_contenders(shards, sizes, source, peers))
     if compiles:
-        ours = [each for each in contenders if each.kind != "transformers"]
-        contenders += [replace(each, compiles=True) for each in ours]
+        compilable = [each for each in contenders if each.kind != "transformers"]
+        contenders += [replace(each, compiles=True) for each in compilable]
     return contenders
 
 
