@@ -160,6 +160,7 @@ def _collectives_to_json(collectives: Collectives) -> dict[str, Any]:
         "all_gathers": collectives.all_gathers,
         "row_parallel": collectives.row_parallel,
         "expert_stacks": collectives.expert_stacks,
+        "joint": collectives.joint,
         "embedding": collectives.embedding,
         "output": collectives.output,
         "output_is_tied": collectives.is_tied,
@@ -283,6 +284,8 @@ def _describe_collectives(collectives: Collectives, tp_size: int) -> str:
     if collectives.expert_stacks:
         routed = ", or for each expert in use" if collectives.is_routed else ""
         parts.append(f"{format_count(collectives.expert_stacks, 'stack')} of experts{routed}")
+    if collectives.joint:
+        parts.append(f"{collectives.joint:,} of these summed with another")
     if collectives.embedding:
         parts.append("the vocab-parallel embedding")
     text = f"{format_count(collectives.all_reduces, 'all-reduce')} per token ({', '.join(parts)})"

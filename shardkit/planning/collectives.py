@@ -42,8 +42,9 @@ class Collectives:
     """What the ranks exchange in one forward pass: one per generated token.
 
     Attributes:
-        row_parallel: All-reduces after row-parallel weights, each as often as it is used.
-        expert_stacks: All-reduces after stacks of experts.
+        row_parallel: Sums after row-parallel weights, each as often as it is used.
+        expert_stacks: Sums after stacks of experts.
+        joint: How many of these are added to another first, so that one all-reduce serves both.
         embedding: All-reduces after vocab-parallel embeddings.
         output: All-gathers of a vocab-parallel output layer's logits.
         norms: All-reduces inside norms over a divided width.
@@ -56,6 +57,7 @@ class Collectives:
 
     row_parallel: int = 0
     expert_stacks: int = 0
+    joint: int = 0
     embedding: int = 0
     output: int = 0
     norms: int = 0
@@ -67,7 +69,8 @@ class Collectives:
     @property
     def all_reduces(self) -> int:
         """Sums over ranks."""
-        return self.row_parallel + self.expert_stacks + self.embedding + self.norms
+        sums = self.row_parallel + self.expert_stacks - self.joint
+        return sums + self.embedding + self.norms
 
     @property
     def all_gathers(self) -> int:
@@ -90,6 +93,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     experts = [group for group in plan.loaded_groups if group.layout.style is EXPERT]
     stacks, tower_stacks = map(_find_whole_stacks, _part_towers(experts, makes_text))
     dense, tower_dense = _list_dense_paths(rows), _list_dense_paths(tower_rows)
+    expert_sums = _count_expert_sums(rows, config)
     encoder_sums = _count_encoder_sums(dense)
     encoder_stacks = sum(map(is_encoder, stacks)) if has_both_halves([*dense, *stacks]) else 0
     uses = _count_uses(text, dense)
@@ -101,7 +105,8 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
     recurrent = sum(len(p.spec.shape) > 1 for p in list_placements(plan, RECURRENT))
     return Collectives(
         row_parallel=int((len(dense) - encoder_sums + _count_repeats(dense, text)) * uses),
-        expert_stacks=_count_expert_sums(rows, config) + len(stacks) - encoder_stacks,
+        expert_stacks=sum(expert_sums.values()) + len(stacks) - encoder_stacks,
+        joint=int(_count_joint_sums(plan, dense, expert_sums, stacks) * uses),
         embedding=(min(len(tables), 1) if both else len(tables)) + _count_more_lookups(text),
         output=int(has_output),
         norms=sum(group.count for group in norms),
@@ -109,7 +114,7 @@ def count_collectives(plan: Plan, config: Mapping[str, Any]) -> Collectives:
         + recurrent // MATRICES_PER_CELL,
         encoder=_count_encoder_uses(encoder_sums, text)
         + len(tower_dense)
-        + _count_expert_sums(tower_rows, config)
+        + sum(_count_expert_sums(tower_rows, config).values())
         + encoder_stacks
         + len(tower_stacks)
         + sum(group.count for group in tower_norms)
@@ -151,8 +156,21 @@ def _count_more_lookups(config: Mapping[str, Any]) -> int:
     return functions * len(lengths) - 1 if isinstance(lengths, list) and lengths else 0
 
 
-def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) -> int:
-    """The sums after stacks of experts: one each, or one for each expert that a token uses.
+def _count_joint_sums(
+    plan: Plan, dense: list[Path], expert_sums: Mapping[str, int], stacks: list[Path]
+) -> int:
+    """How many sums are added to another one first: of those of a layer that are made together."""
+    if not plan.joint_sums:
+        return 0
+    once = [stack for stack, count in expert_sums.items() if count == 1]
+    parents = [*(stack.removeprefix(".") for stack in once), *map(".".join, stacks)]
+    paths = [*map(".".join, dense), *(f"{parent}.{fields.EXPERTS_MODULE}" for parent in parents)]
+    matches = (joint.match_summands(paths).values() for joint in plan.joint_sums)
+    return sum(len(names) - 1 for layers in matches for names in layers)
+
+
+def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) -> dict[str, int]:
+    """For each stack of experts its sums: one, or one for each expert that a token uses.
 
     The experts of a stack that is a single matrix run one by one, through one module.
     """
@@ -167,7 +185,7 @@ def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) ->
                 for name in group.tensors.names
             }
             sums |= dict.fromkeys(stacks, count)
-    return sum(sums.values())
+    return sums
 
 
 def _find_whole_stacks(experts: list[PlacementGroup]) -> list[Path]:

@@ -11,7 +11,7 @@ from shardkit.planning.mesh import MAX_TP_SIZE, Mesh, Rank
 from shardkit.planning.placement import Placement
 from shardkit.planning.placement_table import PlacementGroup, PlacementTable
 from shardkit.planning.quantized import view_weights
-from shardkit.recipe import ForwardArgument, ModuleAttribute
+from shardkit.recipe import ForwardArgument, JointSum, ModuleAttribute
 from shardkit.recipe.formats import Grouping
 from shardkit.tensor import byte_view
 
@@ -26,6 +26,7 @@ class Plan:
         units: What is divided, counted.
         module_attributes: Attributes of the model's modules that count units.
         forward_arguments: Arguments of the model's modules that hold units.
+        joint_sums: The model's modules whose outputs are summed over the ranks together.
         model_class: The class of transformers that the checkpoint is of; empty for the one that
             config.json names.
         wrapper_prefix: What training wrappers put before every tensor's name; empty if nothing.
@@ -40,6 +41,7 @@ class Plan:
     model_class: str = ""
     wrapper_prefix: str = ""
     grouping: Grouping = field(default_factory=Grouping)
+    joint_sums: tuple[JointSum, ...] = ()
 
     @property
     def tp_size(self) -> int:

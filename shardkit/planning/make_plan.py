@@ -68,6 +68,7 @@ def make_plan(
         "" if is_stated(loaded.model_class, config) else loaded.model_class,
         prefix,
         grouping,
+        recipe.joint_sums,
     )
     plan.check()
     return plan

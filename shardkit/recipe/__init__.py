@@ -3,6 +3,7 @@
 from shardkit.recipe.catalog import find_recipe, is_bundled, list_recipe_files
 from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
+from shardkit.recipe.joint_sums import JointSum
 from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors, list_words
 from shardkit.recipe.parse import load_recipe, parse_recipe
 from shardkit.recipe.patterns import compile_module_pattern, compile_tensor_pattern
@@ -17,6 +18,7 @@ from shardkit.recipe.recipe import (
 
 __all__ = [
     "ForwardArgument",
+    "JointSum",
     "LoadedTensors",
     "ModuleAttribute",
     "Part",

@@ -16,7 +16,7 @@ from shardkit.errors import RecipeError
 from shardkit.layout import Term
 from shardkit.layout.style import IGNORE, REPLICATE
 from shardkit.recipe.catalog import find_recipe, load_heads
-from shardkit.recipe.counts import read_part_config
+from shardkit.recipe.counts import read_field, read_part_config
 from shardkit.recipe.layer_kinds import number_layers
 from shardkit.recipe.model_classes import list_buffers, read_classes
 from shardkit.recipe.patterns import compile_tensor_pattern
@@ -43,7 +43,7 @@ def compose_recipe(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
         RecipeError: If a part's model_type has no recipe, or that recipe has parts itself.
     """
     model_type = str(config.get("model_type"))
-    recipe = number_layers(recipe, config)
+    recipe = _fit_layers(recipe, config)
     if recipe.parts:
         return add_common_rules(_compose_parts(recipe, config), model_type)
     prefixes = {each.prefix for each in read_classes(model_type)} - {""}
@@ -101,6 +101,7 @@ def _compose_parts(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
         counts={name: count for r in every for name, count in r.counts.items()},
         module_attributes=tuple(a for r in every for a in r.module_attributes),
         forward_arguments=tuple(a for r in every for a in r.forward_arguments),
+        joint_sums=tuple(joint for r in every for joint in r.joint_sums),
         expert_modules=tuple(dict.fromkeys(name for r in every for name in r.expert_modules)),
         parts=(),
     )
@@ -131,7 +132,7 @@ class _Nesting:
             raise RecipeError(
                 f"recipe {self.outer.name!r}: parts.{field}: recipe {inner.name!r} has parts itself"
             )
-        inner = number_layers(inner, part_config or config)
+        inner = _fit_layers(inner, part_config or config)
         table = "" if part_config is None else f"{field}."
         return replace(
             inner,
@@ -145,6 +146,10 @@ class _Nesting:
             ),
             forward_arguments=tuple(
                 self._nest_argument(a, inner.base_model_prefix) for a in inner.forward_arguments
+            ),
+            joint_sums=tuple(
+                replace(joint, module=self._nest_module(joint.module, inner.base_model_prefix))
+                for joint in inner.joint_sums
             ),
         )
 
@@ -207,6 +212,16 @@ class _Nesting:
     def _nest_argument(self, rule: ForwardArgument, prefix: str) -> ForwardArgument:
         module = self._nest_module(rule.module, prefix)
         return replace(rule, module=module, unit=self._nest_name(rule.unit))
+
+
+def _fit_layers(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """The recipe with the numbers of layers, and without joint sums that this config has not."""
+    joint_sums = tuple(
+        replace(joint, when=())
+        for joint in recipe.joint_sums
+        if all(read_field(config, field) == value for field, value in joint.when)
+    )
+    return number_layers(replace(recipe, joint_sums=joint_sums), config)
 
 
 def _counts_heads(config: Mapping[str, Any]) -> bool:

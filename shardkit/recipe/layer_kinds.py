@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from shardkit.config_fields import PREDICTION_LAYERS
 from shardkit.errors import RecipeError
 from shardkit.recipe.counts import read_field
+from shardkit.recipe.joint_sums import JointSum
 from shardkit.recipe.recipe import ForwardArgument, ModuleAttribute, Recipe, Rule
 
 KIND = re.compile(r"\*\[(\w+)\]")
 MAX_FURTHER = 64  # layers: a config is not to be trusted
-T = TypeVar("T", Rule, ModuleAttribute, ForwardArgument)
+T = TypeVar("T", Rule, ModuleAttribute, ForwardArgument, JointSum)
 
 
 def number_layers(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
@@ -45,6 +46,7 @@ def number_layers(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
         ),
         module_attributes=tuple(_number(recipe.module_attributes, "module", layers)),
         forward_arguments=tuple(_number(recipe.forward_arguments, "module", layers)),
+        joint_sums=tuple(_number(recipe.joint_sums, "module", layers)),
         layer_kinds={},
     )
 

@@ -13,6 +13,7 @@ from shardkit.errors import RecipeError
 from shardkit.files import read_small_file
 from shardkit.layout import STYLES, Style, Term, parse_axis
 from shardkit.layout.style import REPLICATE
+from shardkit.recipe.joint_sums import parse_joint_sums
 from shardkit.recipe.layer_kinds import list_kinds
 from shardkit.recipe.parse_counts import (
     FIELD,
@@ -32,6 +33,7 @@ from shardkit.recipe.recipe import (
     UnitRule,
 )
 from shardkit.recipe.toml_values import (
+    check_conditions,
     check_pattern,
     expect_flag,
     expect_string,
@@ -83,6 +85,7 @@ def _parse_table(name: str, sha256: str, table: dict[str, Any]) -> Recipe:
         when=_parse_conditions(expect_table(table, "when"), model_types),
         module_attributes=tuple(_parse_attributes(expect_table(table, "module_attributes"), units)),
         forward_arguments=tuple(_parse_arguments(expect_table(table, "forward_arguments"), units)),
+        joint_sums=tuple(parse_joint_sums(expect_table(table, "joint_sums"))),
         parts=tuple(parse_parts(expect_table(table, "parts"))),
         part_only=part_only,
         layer_kinds=parse_layer_kinds(expect_table(table, "layer_kinds")),
@@ -176,6 +179,7 @@ def _check_kinds(recipe: Recipe) -> None:
     patterns = [rule.pattern for rule in recipe.rules]
     patterns += [rule.module for rule in recipe.module_attributes]
     patterns += [rule.module for rule in recipe.forward_arguments]
+    patterns += [joint.module for joint in recipe.joint_sums]
     named = {kind for pattern in patterns for kind in list_kinds(pattern)}
     if unknown := sorted(named - recipe.layer_kinds.keys()):
         raise RecipeError(f"*[{unknown[0]}]: not one of [layer_kinds]")
@@ -216,9 +220,7 @@ def _parse_conditions(
     for model_type in table:
         if model_type not in model_types:
             raise RecipeError(f"when.{model_type}: not one of model_types")
-        for field, value in expect_table(table, model_type, "when.").items():
-            if type(value) not in (bool, int, str):
-                raise RecipeError(f"when.{model_type}.{field}: {value!r} is not a plain value")
+        check_conditions(expect_table(table, model_type, "when."), f"when.{model_type}")
     return table
 
 

@@ -12,7 +12,7 @@ from shardkit.recipe.toml_values import check_pattern, expect_string
 
 KEYS = {
     "model_types", "when", "notes", "base_model_prefix", "fan_in_fan_out", "units", "counts",
-    "replicated", "module_attributes", "forward_arguments", "parts", "part_only",
+    "replicated", "module_attributes", "forward_arguments", "joint_sums", "parts", "part_only",
     "prediction_layers", "layer_kinds", "expert_modules",
     *(style.name for style in STYLES.values() if style.axis != "experts"),
 }  # fmt: skip

@@ -51,8 +51,8 @@ def _translate_form(pattern: str, base_model_prefix: str, *other_prefixes: str) 
     elif base_model_prefix:
         prefixes.append(base_model_prefix)
         pattern = pattern[len(base_model_prefix) + 1 :]
-    head = rf"(?:(?:{'|'.join(map(_translate_pattern, prefixes))})\.)?" if prefixes else ""
-    return head + _translate_pattern(pattern)
+    head = rf"(?:(?:{'|'.join(map(translate_pattern, prefixes))})\.)?" if prefixes else ""
+    return head + translate_pattern(pattern)
 
 
 def compile_experts_pattern(patterns: Iterable[str]) -> re.Pattern[str]:
@@ -60,18 +60,18 @@ def compile_experts_pattern(patterns: Iterable[str]) -> re.Pattern[str]:
 
     Its group `stack` is the module, and `number` the expert's if each has a module of its own.
     """
-    modules = "|".join(map(_translate_pattern, patterns))
+    modules = "|".join(map(translate_pattern, patterns))
     number = rf"(?:\.(?:{EXPERT_PREFIX})?(?P<number>\d{{1,9}})(?=\.))?"
     return re.compile(rf"(?P<stack>(?:.*\.)?(?:{modules})){number}(?:\..*)?")
 
 
 def compile_module_pattern(pattern: str) -> re.Pattern[str]:
     """The modules that a pattern names, wherever the model nests them; a `?` at its end is left."""
-    return re.compile(r"(?:.*\.)?" + _translate_pattern(pattern.removesuffix("?")))
+    return re.compile(r"(?:.*\.)?" + translate_pattern(pattern.removesuffix("?")))
 
 
-def _translate_pattern(pattern: str) -> str:
-    """`*` is one number and `{a,b}` is either; everything else stands for itself.
+def translate_pattern(pattern: str) -> str:
+    """A pattern as an expression: `*` is one number, `{a,b}` either, all else stands for itself.
 
     `*` is itself too: transformers 5 saves such a name if it undoes a renaming by pattern.
     """

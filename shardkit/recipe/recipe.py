@@ -1,8 +1,8 @@
 """Recipes: which tensors of a model family are column-, row- or vocab-parallel, as data.
 
 `recipes/README.md` describes the format. A recipe names tensors as they are on disk; only
-`[module_attributes]` and `[forward_arguments]`, which the runtime uses, name modules as
-transformers builds them.
+`[module_attributes]`, `[forward_arguments]` and `[joint_sums]`, which the runtime uses, name
+modules as transformers builds them.
 """
 
 import re
@@ -13,6 +13,7 @@ from functools import cached_property
 from shardkit.config_fields import EXPERTS_MODULE
 from shardkit.errors import RecipeError
 from shardkit.layout import Style, Term
+from shardkit.recipe.joint_sums import JointSum
 from shardkit.recipe.patterns import (
     compile_experts_pattern,
     compile_tensor_pattern,
@@ -170,6 +171,7 @@ class Recipe:
     when: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     module_attributes: tuple[ModuleAttribute, ...] = ()
     forward_arguments: tuple[ForwardArgument, ...] = ()
+    joint_sums: tuple[JointSum, ...] = ()
     parts: tuple[Part, ...] = ()
     part_only: bool = False
     prediction_layers: Mapping[str, str] = field(default_factory=dict)

@@ -39,6 +39,14 @@ def expect_flag(table: dict[str, Any], key: str) -> bool:
     return value
 
 
+def check_conditions(table: dict[str, Any], key: str) -> dict[str, object]:
+    """The table itself, of fields and values. Raises RecipeError if a value is itself of others."""
+    for field, value in table.items():
+        if type(value) not in (bool, int, str):
+            raise RecipeError(f"{key}.{field}: {value!r} is not a plain value")
+    return table
+
+
 def check_pattern(key: str, pattern: str) -> str:
     """The pattern itself. Raises RecipeError if it is none."""
     if not PATTERN.fullmatch(pattern):

@@ -8,10 +8,10 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import RecipeError
 from shardkit.layout import STYLES, Section, Unit
 from shardkit.planning import MAX_TP_SIZE, Expert, Layout, Mesh, Placement, Plan
-from shardkit.recipe import ForwardArgument, ModuleAttribute
+from shardkit.recipe import ForwardArgument, JointSum, ModuleAttribute
 from shardkit.recipe.formats import Grouping, Scheme, group_quantized, list_formats
 from shardkit.shards.manifest_check import check_placement, check_section
-from shardkit.strict_json import JsonError, JsonObject, quote, read_integer
+from shardkit.strict_json import JsonError, JsonObject, quote, read_integer, read_string
 from shardkit.tensor import TensorSpec
 
 # Left out if they say what is usual: config.json names the class, no wrapper has left a prefix, and
@@ -19,18 +19,20 @@ from shardkit.tensor import TensorSpec
 PLAN_OPTIONS, IN_MODEL, EXPERT = "model_class wrapper_prefix", "in_model", "expert"
 MESH_KEYS = "tp_size ep_size pp_size"
 SECTION_KEYS = "repeat units size shared_by replicated group_tail"
-BLOCK, BLOCKS, QUANTIZATION = "block", "blocks", "quantization"
+BLOCK, BLOCKS, QUANTIZATION, JOINT_SUMS = "block", "blocks", "quantization", "joint_sums"
 SIZES = ("index_size", "block_size")  # of a tensor that is part of a quantized weight
 TENSOR_KEYS = "dtype shape style dim sections"
 TENSOR_OPTIONS = " ".join((IN_MODEL, EXPERT, *SIZES))
-OPTIONAL_KEYS = f"{PLAN_OPTIONS} {QUANTIZATION}"
+OPTIONAL_KEYS = f"{PLAN_OPTIONS} {QUANTIZATION} {JOINT_SUMS}"
 ATTRIBUTE_KEYS = "module attribute unit per_unit"
 ARGUMENT_KEYS = "module argument dim unit outer"
+JOINT_SUM_KEYS = "module of at"
 
 
 def plan_to_json(plan: Plan) -> dict[str, object]:
     """The keys of a manifest that are its plan's."""
     options = {key: getattr(plan, key) for key in PLAN_OPTIONS.split()}
+    joint_sums = plan.joint_sums
     return {
         **{key: value for key, value in options.items() if value},
         "mesh": fields_to_json(plan.mesh, MESH_KEYS),
@@ -41,6 +43,7 @@ def plan_to_json(plan: Plan) -> dict[str, object]:
         "forward_arguments": [
             fields_to_json(rule, ARGUMENT_KEYS) for rule in plan.forward_arguments
         ],
+        **({JOINT_SUMS: [_joint_sum_to_json(j) for j in joint_sums]} if joint_sums else {}),
         "tensors": {p.spec.name: placement_to_json(p) for p in plan.placements},
         **quantization_to_json(plan.grouping),
     }
@@ -109,6 +112,7 @@ def parse_plan(fields: JsonObject, order: list[str]) -> Plan:
         fields.items("forward_arguments", _parse_argument),
         **{key: fields.string(key) for key in PLAN_OPTIONS.split() if key in fields},
         grouping=grouping,
+        joint_sums=fields.items(JOINT_SUMS, _parse_joint_sum) if JOINT_SUMS in fields else (),
     )
 
 
@@ -198,6 +202,16 @@ def _parse_block(value: Any, where: str) -> tuple[int, int]:
 def _parse_attribute(value: Any, where: str) -> ModuleAttribute:
     fields = JsonObject(value, where, ATTRIBUTE_KEYS)
     return ModuleAttribute(*map(fields.string, ATTRIBUTE_KEYS.split()))
+
+
+def _joint_sum_to_json(joint: JointSum) -> dict[str, object]:
+    return {**fields_to_json(joint, JOINT_SUM_KEYS), "of": [*joint.of]}
+
+
+def _parse_joint_sum(value: Any, where: str) -> JointSum:
+    fields = JsonObject(value, where, JOINT_SUM_KEYS)
+    of = fields.items("of", lambda name, at: read_string(name, f"{where}: {at}"))
+    return JointSum(fields.string("module"), of, fields.string("at"))
 
 
 def _parse_argument(value: Any, where: str) -> ForwardArgument:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers.joint_sum import sum_output
 from shardkit.runtime.layers.linear import convert_class, mix_class
 
 COUNTS = ("num_experts", "num_routed_experts", "total_experts")  # attributes of experts' modules
@@ -166,9 +167,5 @@ def keep_local_experts(
     absent = [expert for name, expert in container.named_children() if name not in local]
     for expert in absent:
         convert_class(expert, mix_class(AbsentExpert, type(expert)))
-
-    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return group.all_reduce(output)
-
-    container.register_forward_hook(hook)
+    sum_output(container, group)
     return absent

@@ -14,6 +14,7 @@ from torch import nn
 
 from shardkit.layout import Span
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.layers.joint_sum import sum_output
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -83,7 +84,7 @@ def make_row_parallel(
         convert_class(module, mix_class(RowParallelSubclass, type(module)), group=group)
         module.register_buffer("summed_bias", None, persistent=False)
     else:
-        module.register_forward_hook(_make_sum_hook(group))
+        sum_output(module, group)
 
 
 def make_column_parallel(module: nn.Module) -> None:
@@ -158,14 +159,3 @@ def convert_class(module: nn.Module, cls: type[nn.Module], **state: object) -> N
 
 def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def _make_sum_hook(group: TensorParallelGroup) -> Any:
-    """A forward hook that sums a module's partial output, the first of several, over the ranks."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (group.all_reduce(output[0]), *output[1:])
-        return group.all_reduce(output)
-
-    return hook
