@@ -17,6 +17,7 @@ from shardkit.layout import Term
 from shardkit.layout.style import IGNORE, REPLICATE
 from shardkit.recipe.catalog import find_recipe, load_heads
 from shardkit.recipe.counts import read_field, read_part_config
+from shardkit.recipe.joint_sums import JointSum
 from shardkit.recipe.layer_kinds import number_layers
 from shardkit.recipe.model_classes import list_buffers, read_classes
 from shardkit.recipe.patterns import compile_tensor_pattern
@@ -148,8 +149,7 @@ class _Nesting:
                 self._nest_argument(a, inner.base_model_prefix) for a in inner.forward_arguments
             ),
             joint_sums=tuple(
-                replace(joint, module=self._nest_module(joint.module, inner.base_model_prefix))
-                for joint in inner.joint_sums
+                self._nest_joint_sum(joint, inner.base_model_prefix) for joint in inner.joint_sums
             ),
         )
 
@@ -212,6 +212,14 @@ class _Nesting:
     def _nest_argument(self, rule: ForwardArgument, prefix: str) -> ForwardArgument:
         module = self._nest_module(rule.module, prefix)
         return replace(rule, module=module, unit=self._nest_name(rule.unit))
+
+    def _nest_joint_sum(self, joint: JointSum, prefix: str) -> JointSum:
+        """The sum of the part's modules, by the model's names of them and by those on disk."""
+        modules = list_alternatives(self.part.module)
+        inside = (m.removeprefix(f"{self.outer.base_model_prefix}.") for m in modules)
+        names = ",".join(f"{name}." for name in dict.fromkeys([*inside, *modules]))
+        nested = f"{{{names}}}{_make_optional([prefix]) if prefix else ''}{joint.module}"
+        return replace(joint, module=nested)
 
 
 def _fit_layers(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
