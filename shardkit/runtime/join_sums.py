@@ -14,6 +14,7 @@ from shardkit.runtime.layers.joint_sum import (
     JointGroup,
     PartialGroup,
     Summands,
+    set_group,
     sum_output,
 )
 
@@ -37,7 +38,7 @@ class Joint:
         return path.startswith(f"{self.place}.")
 
 
-def join_sums(model: nn.Module, plan: Plan, group: TensorParallelGroup) -> list[str]:
+def join_sums(model: nn.Module, plan: Plan, group: TensorParallelGroup) -> None:
     """Give modules that are summed together the groups for it.
 
     Args:
@@ -45,28 +46,20 @@ def join_sums(model: nn.Module, plan: Plan, group: TensorParallelGroup) -> list[
         plan: What the manifest says.
         group: The ranks.
 
-    Returns:
-        The biases inside of modules that sum, which only rank 0 may add.
-
     Raises:
         ManifestError: If the model has modules to be summed together, and none to sum them.
     """
-    biases: list[str] = []
     for joint in find_joints(model, plan) if group.tp_size > 1 else ():
         place = model.get_submodule(joint.place)
         earlier: Summands = {p: None for p in joint.summands if not joint.is_inside(p)}
         for path in joint.summands:
-            module = model.get_submodule(path)
             is_earlier = path in earlier
             partial = EarlierGroup(group, path, earlier) if is_earlier else PartialGroup(group)
-            module.group = partial  # type: ignore[assignment]
-            if not is_earlier and getattr(module, "bias", None) is not None:
-                biases.append(f"{path}.bias")
+            set_group(model.get_submodule(path), partial)
         if sums_over_ranks(place):
-            place.group = JointGroup(group, earlier)  # type: ignore[assignment]
+            set_group(place, JointGroup(group, group, earlier))
         else:
-            sum_output(place, JointGroup(group, earlier))
-    return biases
+            sum_output(place, JointGroup(group, PartialGroup(group), earlier))
 
 
 def find_joints(model: nn.Module, plan: Plan) -> Iterator[Joint]:

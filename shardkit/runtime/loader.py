@@ -134,7 +134,6 @@ class RankParts:
         conversions: How tensors on disk become tensors of the model.
         placements: Of each of the model's tensors that the shards make, what it is made of.
         missing: The model's tensors that no shard makes.
-        added_once: The model's tensors that only rank 0 adds; they are zero on the others.
         excerpts: What the rank computes of weights that share blocks with other ranks.
         weights_by_part: For each stored tensor of a quantized weight, the weight.
         stored_names: The tensors of the rank's file that the model is made of.
@@ -144,7 +143,6 @@ class RankParts:
     conversions: list[Conversion]
     placements: dict[str, Placement]
     missing: set[str]
-    added_once: set[str]
     excerpts: dict[str, Excerpt]
     weights_by_part: dict[str, QuantizedWeight]
     stored_names: set[str]
@@ -178,7 +176,7 @@ def prepare_rank(model: PreTrainedModel, shard: RankShard, group: TensorParallel
     tied = find_tied_placements(model, placements, missing)
     parallelize_model(model, plan, {**placements, **tied}, group)
     distribute_experts(model, matched, weights, rank, group)
-    joint_biases = join_sums(model, plan, group)
+    join_sums(model, plan, group)
     local = {name for name, p in weights.items() if p.spans(rank)}
     conversions = [c for each in conversions if (c := each.select_sources(local)).sources]
     names = {name for conversion in conversions for name, _ in conversion.sources}
@@ -195,10 +193,7 @@ def prepare_rank(model: PreTrainedModel, shard: RankShard, group: TensorParallel
 
     stored = names | by_part.keys()
     excerpts = find_excerpts(plan, rank)
-    once = {name for name, p in placements.items() if p.style is ADD_ONCE}.union(joint_biases)
-    return RankParts(
-        conversions, placements, missing, once, excerpts, by_part, stored, count_lengths
-    )
+    return RankParts(conversions, placements, missing, excerpts, by_part, stored, count_lengths)
 
 
 def finish_rank(
@@ -206,10 +201,15 @@ def finish_rank(
 ) -> None:
     """Once the model is filled: make what no shard stores, and keep what is this rank's."""
     if not shard.rank.is_first:
-        zero_tensors(model, parts.added_once)
+        zero_tensors(model, list_added_once(parts))
     tie_and_initialize(model, parts.missing, device)
     keep_local_units(model, shard.manifest.plan, parts.placements, shard.rank)
     for module in model.modules():
         finish_layer(module)
     if model.can_generate() and shard.configs.generation is not None:
         model.generation_config = GenerationConfig.from_dict(shard.configs.generation)
+
+
+def list_added_once(parts: RankParts) -> list[str]:
+    """The model's tensors that only rank 0 adds; they are zero on the others."""
+    return [name for name, p in parts.placements.items() if p.style is ADD_ONCE]

@@ -18,6 +18,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
+from shardkit.runtime.layers.joint_sum import SeparateSums
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -139,11 +141,16 @@ class ModelRunner:
 
 
 class ModuleOutputs:
-    """In a `with`, `tensors` collects the first output tensor of each named module, by name."""
+    """In a `with`, `tensors` collects the first output tensor of each named module, by name.
+
+    If there are any, modules whose outputs are summed over the ranks together are so one by one.
+    """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        names = [*names]
         modules = dict(model.named_modules())
+        self._separate = SeparateSums(model.modules() if names else ())
         self._hooks = [
             modules[name].register_forward_hook(self._recorder(name))
             for name in names
@@ -151,6 +158,7 @@ class ModuleOutputs:
         ]
 
     def __enter__(self) -> "ModuleOutputs":
+        self._separate.__enter__()
         return self
 
     def __exit__(
@@ -159,6 +167,7 @@ class ModuleOutputs:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._separate.__exit__(kind, error, traceback)
         for hook in self._hooks:
             hook.remove()
 

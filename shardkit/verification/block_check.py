@@ -37,8 +37,8 @@ from shardkit.verification.block_record import (
 from shardkit.verification.block_runs import Action, BlockPass, TurnRanks, UnshardedModels
 from shardkit.verification.cached_steps import CACHED_STEPS, make_cached_action
 from shardkit.verification.divergence import (
-    NO_MODULE,
     Divergence,
+    describe_no_module,
     find_divergence,
     list_comparable,
 )
@@ -208,7 +208,8 @@ class BlockCheck:
         inside = [n for n in names if f"{n}.".startswith(blocks)]
         first = self._trace(fault, action, inside)
         if first is None:
-            return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {NO_MODULE}"
+            reason = describe_no_module(self.manifest.plan)
+            return f"first diverging block: {fault.call}, on rank {fault.tp_rank}; {reason}"
         before = list_counterparts(first.module, block, names)
         return ((before and self._trace(fault, action, before)) or first).text
 

@@ -37,7 +37,13 @@ def describe_divergence(
     conversions = find_conversions(unsharded.model, shapes, manifest.plan.wrapper_prefix)
     placements = placements_by_parameter(unsharded.model, manifest.weights, conversions)
     divergence = find_divergence(placements, manifest.mesh, expected, rounded, ranks)
-    return NO_MODULE if divergence is None else divergence.text
+    return describe_no_module(manifest.plan) if divergence is None else divergence.text
+
+
+def describe_no_module(plan: Plan) -> str:
+    """Why no module may have diverged, each of which summed for itself as they were compared."""
+    joint = "; or `joint_sums` add up what the model does not just add" if plan.joint_sums else ""
+    return f"{NO_MODULE}{joint}"
 
 
 def list_comparable(model: nn.Module, plan: Plan) -> list[str]:
@@ -45,10 +51,8 @@ def list_comparable(model: nn.Module, plan: Plan) -> list[str]:
 
     Not those without tensors: what they output follows from others, may be a rank's part, and is of
     another call if a class calls them in an order that each process draws anew. Nor those of a list
-    of which a rank keeps its own, under other numbers; nor those of which a joint sum takes the
-    output, as a rank has its part of it, or what another one added.
+    of which a rank keeps its own, under other numbers.
     """
-    joint = list_joint_modules(model, plan)
     cut = [
         f"{path}.{name}."
         for rule in plan.module_attributes
@@ -62,23 +66,8 @@ def list_comparable(model: nn.Module, plan: Plan) -> list[str]:
         for name, module in model.named_modules()
         if name
         and next(module.parameters(), None) is not None
-        and name not in joint
         and not f"{name}.".startswith((*cut,))
     ]
-
-
-def list_joint_modules(model: nn.Module, plan: Plan) -> set[str]:
-    """The modules around some of what is summed together, and not around all of it."""
-    paths = [path for path, _ in model.named_modules()] if plan.joint_sums else []
-    joint: set[str] = set()
-    for rule in plan.joint_sums:
-        for layer, names in rule.match_summands(paths).items():
-            summands = [f"{layer}.{name}" for name in names] if len(names) > 1 else []
-            for path in (path for path in paths if path.startswith(f"{layer}.")):
-                around = [f"{summand}.".startswith(f"{path}.") for summand in summands]
-                if any(around) and not all(around):
-                    joint.add(path)
-    return joint
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +157,6 @@ def _list_tensors(module: str, placements: Mapping[str, Placement]) -> str:
     used = [p for name, p in placements.items() if name.startswith(f"{module}.")]
     if not used or used[0].style.is_summed:
         used = [p for name, p in placements.items() if name.startswith(f"{parent}.")]
-    summed_first = sorted(used, key=lambda p: (not p.style.is_summed, p.spec.name))
-    names = [f"{p.spec.name} ({p.style.name})" for p in summed_first if p.style is not REPLICATE]
-    names = list(dict.fromkeys(names))
+    names = sorted({f"{p.spec.name} ({p.style.name})" for p in used if p.style is not REPLICATE})
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return (", ".join(names[:MAX_LISTED]) or module) + more

@@ -16,7 +16,7 @@ from shardkit.runtime.conversion import Conversion, find_conversions
 from shardkit.runtime.dequantize import store_weight
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.experts import choose_expert_kernel
-from shardkit.runtime.loader import finish_rank, prepare_rank
+from shardkit.runtime.loader import finish_rank, list_added_once, prepare_rank
 from shardkit.runtime.materialize import fill_parameters, tie_and_initialize
 from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.packed import compute_tensor
@@ -212,7 +212,7 @@ def stream_rank(
             pack_excerpt(store_weight(weight, stored), dtype, parts.excerpts.get(name))
         )
 
-    zeros = frozenset() if shard.rank.is_first else frozenset(parts.added_once)
+    zeros = frozenset() if shard.rank.is_first else frozenset(list_added_once(parts))
     maker = _Maker(whole, by_target, read_tensor, parts.count_lengths, zeros)
     return _finish_streamed(model, tensors, maker, counts)
 

@@ -14,3 +14,12 @@ LAYOUT_FAULTS = {
         "phi3", '"2 ffn"', '"ffn 2"', "model.layers.0.mlp.down_proj", "gate_up_proj.weight",
     ),
 }  # fmt: skip
+
+# Of a Llama, whose layers run their MLP on what they have added their attention to.
+SEQUENTIAL_SUMS_JOINED = (
+    "[module_attributes]",
+    """[joint_sums]
+"layers.*" = { of = ["self_attn.o_proj", "mlp.down_proj"], at = "mlp.down_proj" }
+
+[module_attributes]""",
+)

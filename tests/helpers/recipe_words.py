@@ -18,6 +18,7 @@ def list_words(recipe: Recipe) -> set[str]:
         tensor = "tensor" if attribute.is_counted_by_tensor else "unit"
         words.add(f"attribute {tensor} {bool(attribute.per_unit)}")
     words.update(f"argument {each.outer}" for each in recipe.forward_arguments)
+    words.update(f"joint sum {each.at in each.of}" for each in recipe.joint_sums)
     return words
 
 

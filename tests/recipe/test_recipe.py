@@ -46,6 +46,9 @@ FAULTS = {
     "argument-keys": "forward_arguments.self_attn.alibi: must be",
     "argument-dim": "forward_arguments.self_attn.alibi: dim is -1",
     "argument-axis": "forward_arguments.self_attn.alibi: 'heads *' is not a unit",
+    "joint-sum-keys": "joint_sums.layers.*: must be { of = [MODULE, …], at = MODULE }",
+    "joint-sum-of-one": "joint_sums.layers.*: of has 1 modules, not two or more",
+    "joint-sum-condition": "joint_sums.layers.*.when.parallel: [True] is not a plain value",
     "pattern-braces": "replicate: 'model.{input,output_norm'",
     "not-toml": "line 2",
 }

@@ -32,7 +32,7 @@ from shardkit.verification.blocks import (
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
 from shardkit.verification.rank_choice import check_on_ranks
-from tests.helpers.layout_faults import LAYOUT_FAULTS
+from tests.helpers.layout_faults import LAYOUT_FAULTS, SEQUENTIAL_SUMS_JOINED
 from tests.helpers.model_samples import VARIANTS, make
 from tests.helpers.runtime_helpers import altered, cut
 
@@ -129,6 +129,13 @@ def test_a_wrong_layout_is_named_by_block_module_and_tensor(
     assert found.faults[0].startswith(f"{block}, on rank ")
     assert f"first diverging module: {module}" in found.faults[1]
     assert tensor in found.faults[1]
+
+
+def test_sums_made_together_of_what_a_model_does_not_just_add_fail(tmp_path: Path) -> None:
+    found = split_sample("llama", tmp_path, 2, "float32", SEQUENTIAL_SUMS_JOINED).check()
+    assert found.verdict == "failed"
+    assert found.faults[0].startswith("model.layers.0, on rank ")
+    assert "`joint_sums` add up what the model does not just add" in found.faults[1]
 
 
 HEAD_VECTOR = (

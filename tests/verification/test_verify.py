@@ -19,7 +19,7 @@ from shardkit.shards.reader import ShardedCheckpoint
 from shardkit.verification import Check, check_files, check_weights
 from shardkit.verification.models import ShardedModel
 from shardkit.verification.numerics import check_numerics
-from tests.helpers.layout_faults import LAYOUT_FAULTS
+from tests.helpers.layout_faults import LAYOUT_FAULTS, SEQUENTIAL_SUMS_JOINED
 from tests.helpers.model_samples import SampleFolder, make
 from tests.helpers.runtime_helpers import altered, cut
 
@@ -73,6 +73,16 @@ def test_a_wrong_layout_passes_as_bytes_and_fails_as_numbers(
     assert found.verdict == "failed"
     assert f"first diverging module: {module}" in found.faults[1]
     assert tensor in found.faults[1]
+
+
+def test_sums_made_together_of_what_a_model_does_not_just_add_fail(
+    models: SampleFolder, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    recipe = altered("llama", tmp_path, SEQUENTIAL_SUMS_JOINED)
+    cut(models("llama"), tmp_path / "shards", 2, recipe)
+    found = numerics(tmp_path / "shards", models("llama"), ranks)
+    assert found.verdict == "failed"
+    assert "`joint_sums` add up what the model does not just add" in found.faults[1]
 
 
 ROW_BIAS_ON_EVERY_RANK = """

@@ -104,6 +104,10 @@ class TensorParallelGroup:
             return self._run("all_reduce", lambda: carry.sum_ranks(x))
         return x
 
+    def add_once(self, y: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+        """A sum over the ranks with a term that each rank has added to it: `y + term`."""
+        return y + term
+
     def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Concatenate the ranks' tensors along the last dimension.
 

@@ -4,6 +4,8 @@ A row-parallel module sums by its group. In a joint sum it has a group of one of
 instead, so no form of a layer knows of joint sums.
 """
 
+from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,27 +14,44 @@ from torch import nn
 from shardkit.errors import ManifestError
 from shardkit.runtime.distributed.group import TensorParallelGroup
 
-Summands = dict[str, torch.Tensor | None]
+Summands = dict[str, torch.Tensor | None]  # what earlier modules have left, by their names
 
 
-class PartialGroup(TensorParallelGroup):
-    """The group as a module has it around which another module sums: each rank keeps its part."""
+class SummandGroup(TensorParallelGroup):
+    """The group as a module has it that takes part in a joint sum.
+
+    Attributes:
+        separate: The group that the module has if each module sums for itself.
+    """
+
+    def __init__(self, group: TensorParallelGroup, separate: TensorParallelGroup) -> None:
+        """See `group`, of which other sums may be made."""
+        super().__init__(group.tp_rank, group.tp_size, group.device, counts=group.counts)
+        self.separate = separate
+
+
+class PartialGroup(SummandGroup):
+    """The group as a module has it around which another one sums: each rank keeps its part."""
 
     def __init__(self, group: TensorParallelGroup) -> None:
         """See `group` without its sums."""
-        super().__init__(group.tp_rank, group.tp_size, group.device, counts=group.counts)
+        super().__init__(group, group)
 
     def all_reduce(self, x: torch.Tensor, sent_as: torch.dtype | None = None) -> torch.Tensor:
         """This rank's summand itself."""
         return x
 
+    def add_once(self, y: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+        """On rank 0 `y + term`, since the others' are summed with it; on these `y`."""
+        return y + term if self.tp_rank == 0 else y
 
-class EarlierGroup(PartialGroup):
+
+class EarlierGroup(SummandGroup):
     """The group as a module has it whose summand is added to that of a later one."""
 
     def __init__(self, group: TensorParallelGroup, name: str, summands: Summands) -> None:
         """Leave what is to be summed in `summands`, under `name`."""
-        super().__init__(group)
+        super().__init__(group, group)
         self._name, self._summands = name, summands
 
     def all_reduce(self, x: torch.Tensor, sent_as: torch.dtype | None = None) -> torch.Tensor:
@@ -41,12 +60,14 @@ class EarlierGroup(PartialGroup):
         return torch.zeros_like(x)
 
 
-class JointGroup(TensorParallelGroup):
+class JointGroup(SummandGroup):
     """The group as the module has it that sums: its own summand and those of earlier ones."""
 
-    def __init__(self, group: TensorParallelGroup, summands: Summands) -> None:
+    def __init__(
+        self, group: TensorParallelGroup, separate: TensorParallelGroup, summands: Summands
+    ) -> None:
         """Sum over `group` what is in `summands`, too, by the names of its keys."""
-        super().__init__(group.tp_rank, group.tp_size, group.device, counts=group.counts)
+        super().__init__(group, separate)
         self._group, self._summands = group, summands
 
     def all_reduce(self, x: torch.Tensor, sent_as: torch.dtype | None = None) -> torch.Tensor:
@@ -72,11 +93,43 @@ def sum_output(module: nn.Module, group: TensorParallelGroup) -> None:
     """Have a module's output, or the first of several, summed by the group that it has."""
 
     def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
-        group = module.group
-        assert isinstance(group, TensorParallelGroup)
         if isinstance(output, tuple):
-            return (group.all_reduce(output[0]), *output[1:])
-        return group.all_reduce(output)
+            return (find_group(module).all_reduce(output[0]), *output[1:])
+        return find_group(module).all_reduce(output)
 
-    module.group = group  # type: ignore[assignment]
+    set_group(module, group)
     module.register_forward_hook(hook)
+
+
+def find_group(module: nn.Module) -> TensorParallelGroup:
+    """The group that a module sums over."""
+    group = module.group
+    assert isinstance(group, TensorParallelGroup)
+    return group
+
+
+def set_group(module: nn.Module, group: TensorParallelGroup) -> None:
+    """Give a module the group that it sums over."""
+    module.group = group  # type: ignore[assignment]
+
+
+class SeparateSums:
+    """In a `with`, each of a model's modules sums for itself: what it outputs can be compared."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """Take those of the modules that are summed together."""
+        every = ((module, getattr(module, "group", None)) for module in modules)
+        self._joint = [(m, group) for m, group in every if isinstance(group, SummandGroup)]
+
+    def __enter__(self) -> None:
+        for module, group in self._joint:
+            set_group(module, group.separate)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for module, group in self._joint:
+            set_group(module, group)

@@ -32,7 +32,7 @@ class RowParallelLinear(nn.Linear):
         if x.shape[-1] != self.weight.shape[-1]:
             x = torch.cat([x[..., start:stop] for start, stop in self.spans], -1)
         y = self.group.all_reduce(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else self.group.add_once(y, self.bias)
 
 
 class RowParallelConv1D(nn.Module):
@@ -44,7 +44,8 @@ class RowParallelConv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., rank's in]` to `[..., out]`, the same on every rank."""
-        return self.group.all_reduce(torch.matmul(x, self.weight)) + self.bias
+        y = self.group.all_reduce(torch.matmul(x, self.weight))
+        return self.group.add_once(y, self.bias)
 
 
 class RowParallelSubclass(nn.Linear):
@@ -59,7 +60,7 @@ class RowParallelSubclass(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., rank's in]` to `[..., out]`, the same on every rank."""
         y = self.group.all_reduce(super().forward(x))
-        return y if self.summed_bias is None else y + self.summed_bias
+        return y if self.summed_bias is None else self.group.add_once(y, self.summed_bias)
 
     def detach_bias(self) -> None:
         """Move the bias, if there is one, to where the class's own forward does not see it."""

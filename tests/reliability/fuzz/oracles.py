@@ -156,6 +156,8 @@ def check_recipe(data: bytes) -> bool:
     arguments = [argument.module for argument in recipe.forward_arguments]
     for module in attributes + arguments:
         compile_module_pattern(module)
+    for joint in recipe.joint_sums:
+        joint.match_summands(["l.0.o", "l.0.p"])
     units = refused(lambda: resolve_units(recipe, CONFIG), RecipeError)
     counts = refused(lambda: resolve_counts(recipe, CONFIG), RecipeError)
     if units is None or counts is None:

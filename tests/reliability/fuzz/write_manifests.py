@@ -35,6 +35,8 @@ RULES = """
 "l.*" = { groups = "heads/kv", size = "heads", width = "q.weight" }
 [forward_arguments]
 "l.*" = { alibi = { dim = 1, axis = "* heads" } }
+[joint_sums]
+"l.*" = { of = ["o", "p"], at = "p" }
 """
 
 
