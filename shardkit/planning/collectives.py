@@ -26,6 +26,7 @@ from shardkit.planning.parts import (
 )
 from shardkit.planning.placement import Placement
 from shardkit.planning.placement_table import PlacementGroup
+from shardkit.recipe import match_joint_sums
 from shardkit.tensor import TensorSpec
 
 OUTPUT_MODULES = (
@@ -165,8 +166,7 @@ def _count_joint_sums(
     once = [stack for stack, count in expert_sums.items() if count == 1]
     parents = [*(stack.removeprefix(".") for stack in once), *map(".".join, stacks)]
     paths = [*map(".".join, dense), *(f"{parent}.{fields.EXPERTS_MODULE}" for parent in parents)]
-    matches = (joint.match_summands(paths).values() for joint in plan.joint_sums)
-    return sum(len(names) - 1 for layers in matches for names in layers)
+    return sum(len(names) - 1 for _, _, names in match_joint_sums(plan.joint_sums, paths))
 
 
 def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from shardkit.recipe.catalog import find_recipe, is_bundled, list_recipe_files
 from shardkit.recipe.compose import compose_recipe
 from shardkit.recipe.counts import matches_config, resolve_counts, resolve_units
-from shardkit.recipe.joint_sums import JointSum
+from shardkit.recipe.joint_sums import JointSum, match_joint_sums
 from shardkit.recipe.model_classes import LoadedTensors, find_loaded_tensors, list_words
 from shardkit.recipe.parse import load_recipe, parse_recipe
 from shardkit.recipe.patterns import compile_module_pattern, compile_tensor_pattern
@@ -34,6 +34,7 @@ __all__ = [
     "list_recipe_files",
     "list_words",
     "load_recipe",
+    "match_joint_sums",
     "matches_config",
     "parse_recipe",
     "resolve_counts",

@@ -7,7 +7,7 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.planning import Plan
-from shardkit.recipe import JointSum
+from shardkit.recipe import JointSum, match_joint_sums
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.joint_sum import (
     EarlierGroup,
@@ -70,11 +70,10 @@ def find_joints(model: nn.Module, plan: Plan) -> Iterator[Joint]:
     if not plan.joint_sums:
         return
     paths = {path for path, module in model.named_modules() if sums_over_ranks(module)}
-    for rule in plan.joint_sums:
-        for layer, names in rule.match_summands(paths).items():
-            names = {name for name in names if f"{layer}.{name}" in paths}
-            if len(names) > 1:
-                yield _find_joint(model, rule, layer, names)
+    for rule, layer, names in match_joint_sums(plan.joint_sums, paths):
+        names &= {path.removeprefix(f"{layer}.") for path in paths}
+        if len(names) > 1:
+            yield _find_joint(model, rule, layer, names)
 
 
 def _find_joint(model: nn.Module, rule: JointSum, layer: str, names: set[str]) -> Joint:

@@ -10,7 +10,7 @@ import pytest
 import shardkit
 from shardkit.authoring.samples import list_samples, make_sample
 from shardkit.planning import Plan, count_collectives, make_plan
-from shardkit.recipe import JointSum, compose_recipe, find_recipe
+from shardkit.recipe import JointSum, compose_recipe, find_recipe, match_joint_sums
 from shardkit.tensor import TensorSpec
 
 PARALLEL = {"model_type": "cohere2", "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -54,18 +54,22 @@ def test_a_layer_without_shared_experts_has_nothing_to_join() -> None:
 
 def test_summands_are_those_of_one_layer_and_by_their_whole_names() -> None:
     joint = JointSum("layers.*", ("attn.o", "mlp.{o,w2}"), "mlp")
-    paths = [
-        "h.layers.0.attn.o",
-        "h.layers.0.mlp.w2.weight",
-        "h.layers.1.attn.o",
-        "layers.1.mlp.ox",
-    ]
-    assert joint.match_summands(paths) == {
-        "h.layers.0": {"attn.o", "mlp.w2"},
-        "h.layers.1": {"attn.o"},
-    }
+    paths = ["h.layers.0.attn.o", "h.layers.0.mlp.w2.weight", "h.layers.1.attn.o"]
+    paths += ["h.layers.1.mlp.ox", "layers.1.mlp.o"]
+    assert [*match_joint_sums([joint], paths)] == [(joint, "h.layers.0", {"attn.o", "mlp.w2"})]
     assert joint.match_place("mlp")
     assert not joint.match_place("mlp.o")
+
+
+def test_a_summand_counts_for_the_first_sum_that_has_two() -> None:
+    every, some = JointSum("layers.*", ("o", "e", "s"), "s"), JointSum("layers.*", ("e", "s"), "s")
+    paths = [f"layers.0.{name}" for name in "oes"] + ["layers.1.e", "layers.1.s"]
+    assert [*match_joint_sums([some, every], paths)] == [
+        (some, "layers.0", {"e", "s"}), (some, "layers.1", {"e", "s"}),
+    ]  # fmt: skip
+    assert [*match_joint_sums([every, some], paths)] == [
+        (every, "layers.0", {*"oes"}), (every, "layers.1", {"e", "s"}),
+    ]  # fmt: skip
 
 
 def test_a_part_s_joint_sums_are_in_its_own_module() -> None:
@@ -75,7 +79,8 @@ def test_a_part_s_joint_sums_are_in_its_own_module() -> None:
     names = ("self_attn.o_proj", "mlp.down_proj")
     text = [f"model.language_model.layers.0.{name}" for name in names]
     tower = [f"model.vision_tower.layers.0.{name}" for name in names]
-    assert joint.match_summands([*text, *tower]) == {"model.language_model.layers.0": {*names}}
+    matches = [*match_joint_sums([joint], [*text, *tower])]
+    assert matches == [(joint, "model.language_model.layers.0", {*names})]
     assert joint == replace(joint, when=())
 
 

@@ -20,7 +20,7 @@ from shardkit.checkpoint.header import Header, parse_header, parse_header_length
 from shardkit.checkpoint.index import encode_index, parse_index
 from shardkit.errors import LayoutError, RecipeError
 from shardkit.planning import Mesh, Plan, place_tensor
-from shardkit.recipe import Recipe, compile_module_pattern
+from shardkit.recipe import Recipe, compile_module_pattern, match_joint_sums
 from shardkit.recipe.counts import resolve_counts, resolve_units
 from shardkit.recipe.parse import parse_recipe
 from shardkit.shards import encode_manifest
@@ -156,8 +156,7 @@ def check_recipe(data: bytes) -> bool:
     arguments = [argument.module for argument in recipe.forward_arguments]
     for module in attributes + arguments:
         compile_module_pattern(module)
-    for joint in recipe.joint_sums:
-        joint.match_summands(["l.0.o", "l.0.p"])
+    [*match_joint_sums(recipe.joint_sums, ["l.0.o", "l.0.p"])]
     units = refused(lambda: resolve_units(recipe, CONFIG), RecipeError)
     counts = refused(lambda: resolve_counts(recipe, CONFIG), RecipeError)
     if units is None or counts is None:
