@@ -123,6 +123,8 @@ def test_ranks_that_compile_are_not_taken_for_lost_ones(stories260k: Path, tmp_p
     [
         ("llama", 2, 2),
         ("deepseek_v3", 2, 1),
+        ("phi", 2, 2),
+        ("qwen2_moe", 2, 1),
         ("llama-14-heads-2-kv", 3, 1),
         ("llama-7-heads-7-kv", 3, 1),
     ],
