@@ -164,8 +164,8 @@ def _count_joint_sums(
     if not plan.joint_sums:
         return 0
     once = [stack for stack, count in expert_sums.items() if count == 1]
-    parents = [*(stack.removeprefix(".") for stack in once), *map(".".join, stacks)]
-    paths = [*map(".".join, dense), *(f"{parent}.{fields.EXPERTS_MODULE}" for parent in parents)]
+    experts = (f"{stack}.{fields.EXPERTS_MODULE}".removeprefix(".") for stack in once)
+    paths = [*map(".".join, [*dense, *stacks]), *experts]
     return sum(len(names) - 1 for _, _, names in match_joint_sums(plan.joint_sums, paths))
 
 
@@ -189,11 +189,11 @@ def _count_expert_sums(rows: list[PlacementGroup], config: Mapping[str, Any]) ->
 
 
 def _find_whole_stacks(experts: list[PlacementGroup]) -> list[Path]:
-    """The modules with a stack of which each rank has whole experts, and sums once.
+    """The modules around stacks of which each rank has whole experts, and sums once.
 
     Each tensor of a stack may be that of a module of its own.
     """
-    parents: dict[tuple[str, ...], None] = {}
+    modules: dict[tuple[str, ...], Path] = {}  # by what they are in
     for group in experts:
         expert = group.layout.expert
         for name in group.tensors.names if expert is None or expert.number == 0 else ():
@@ -201,8 +201,8 @@ def _find_whole_stacks(experts: list[PlacementGroup]) -> list[Path]:
             end = len(path) - 1 - (path[-1] in ("weight", "bias"))
             if expert is not None:
                 end = max(at for at, word in enumerate(path) if word in expert.module_names)
-            parents.setdefault(tuple(path[: end - 1]))
-    return [[*parent] for parent in parents]
+            modules.setdefault(tuple(path[: end - 1]), path[:end])
+    return [*modules.values()]
 
 
 def read_experts_per_token(config: Mapping[str, Any]) -> int | None:
