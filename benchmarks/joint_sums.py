@@ -98,8 +98,8 @@ class OverlappedSums:
         for module, _, overlapped in self._kept:
             set_group(module, overlapped)
 
-    def __exit__(self, *_: object) -> None:
-        for module, own, _ in self._kept:
+    def __exit__(self, *_exception: object) -> None:
+        for module, own, _overlapped in self._kept:
             set_group(module, own)
 
 
