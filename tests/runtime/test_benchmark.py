@@ -17,8 +17,11 @@ from shardkit.runtime.benchmark.contenders import (
     list_contenders,
     read_workload,
 )
+from shardkit.runtime.benchmark.measure_rank import _run_batch
 from shardkit.runtime.benchmark.timed_transport import TimedTransport
 from shardkit.runtime.distributed.group import TensorParallelGroup
+from shardkit.runtime.distributed.torch_transport import TorchTransport
+from shardkit.runtime.loader import load
 from tests.helpers.command_line import run
 from tests.helpers.real_inputs import shared
 from tests.helpers.runtime_helpers import cut
@@ -146,6 +149,19 @@ def test_collectives_are_timed_and_unchanged() -> None:
     assert timer.take_seconds() > 0
     assert timer.take_seconds() == 0
     assert TimedTransport.install(TensorParallelGroup(0, 1, torch.device("meta"))) is None
+
+
+def test_collectives_are_those_of_a_new_token_alone(shards: dict[int, Path]) -> None:
+    """Not those of the prompt, nor of what ran before: here each forward counts for a second."""
+
+    class ForwardCount(TimedTransport):
+        def add(self, *_: object) -> None:
+            self._seconds += 1
+
+    model, count = load(shards[1]), ForwardCount(TorchTransport(None))
+    model.register_forward_hook(count.add)
+    run = _run_batch(model, 2, Workload((2,), 4, 3), count)
+    assert run["collective_seconds"] == 1
 
 
 def test_the_command_measures_a_model(shards: dict[int, Path], tmp_path: Path) -> None:

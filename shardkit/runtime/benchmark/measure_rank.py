@@ -85,6 +85,8 @@ def _run_batch(
         counts = (1, 1 + workload.new_tokens)
         for count in counts:
             _generate(model, ids, count)  # a first time, for what is made on first use
+        if timer:
+            timer.take_seconds()  # those of the first time
         with _stopwatch(seconds, "first_token_seconds", model.device):
             _generate(model, ids, 1)
         first_collectives = timer.take_seconds() if timer else None
