@@ -46,7 +46,7 @@ def run_rank(folder: Path, device: str) -> dict[str, Any]:
         backend, x = dist.get_backend(), torch.arange(5.0, device=group.device)
         carrier = group.carrier
         results = [carrier.sum_ranks(x.clone()), carrier.copy_first(x.clone())]
-        results += carrier.gather_ranks(x, 1)
+        results.append(carrier.gather_ranks(x, [len(x)]))
         right = all(torch.equal(result, x) for result in results)
     return {"ids": new, "backend": backend, "right": right}
 

@@ -4,11 +4,12 @@ transformers compiles the steps of a `generate` over a static cache, on a CPU on
 to. Here it is asked to, and told which size to give the cache, so that few are compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.utils import GenerationMixin
 
@@ -174,9 +175,9 @@ class LoneTransport:
         """As `Transport` says."""
         return x.to(dtype).to(x.dtype)
 
-    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """As `Transport` says."""
-        return [x] * size
+    def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """As `Transport` says; longer ones are padded, and shorter ones cut."""
+        return torch.cat([F.pad(x, (0, size - x.shape[-1])) for size in sizes], -1)
 
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """As `Transport` says."""

@@ -1,6 +1,7 @@
 """`shardkit bench`: what it runs, how it sums up, and what it refuses."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -127,8 +128,8 @@ def test_collectives_are_timed_and_unchanged() -> None:
         def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             return 2 * x.to(dtype).to(x.dtype)
 
-        def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
-            return [x] * size
+        def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+            return torch.cat([x] * len(sizes), -1)
 
         def copy_first(self, x: torch.Tensor) -> torch.Tensor:
             return x

@@ -45,17 +45,22 @@ for number in range(int(sys.argv[4])):
     x = (torch.randn(shape, generator=seed) * 50).to(dtype)
     size, scale = group.tp_size, x.abs().double()
     group.transport = shared
-    total, parts = group.all_reduce(x.clone()), group._gather_parts(x)
+    sizes = [choose.choice((0, 1, x.shape[-1])) for _ in range(group.tp_size)]
+    part, equal = x[..., :sizes[group.tp_rank]], [x.shape[-1]] * group.tp_size
+    uneven = max(sizes) > 0 and group.all_gather(part, sizes)
+    total, parts = group.all_reduce(x.clone()), group.all_gather(x, equal)
     first, rounded = group.broadcast(x.clone()), group.all_reduce(x.clone(), torch.bfloat16)
     bits = zlib.crc32(total.flatten().view(torch.uint8).numpy().tobytes())
-    digests = group._gather_parts(torch.tensor([bits]))
+    digests = group.all_gather(torch.tensor([bits]), [1] * group.tp_size)
     group.transport = None
-    expected, others = group.all_reduce(x.clone()), group._gather_parts(x)
+    expected, others = group.all_reduce(x.clone()), group.all_gather(x, equal)
+    if uneven is not False:
+        same &= torch.equal(uneven, group.all_gather(part, sizes))
     largest = group.all_reduce(scale)
     if dtype in (torch.float32, torch.float64):  # added in the order of ranks everywhere
         same &= torch.equal(rounded, group.all_reduce(x.clone(), torch.bfloat16))
-    same &= all(torch.equal(*pair) for pair in zip(parts, others, strict=True))
-    same &= torch.equal(first, others[0]) and len({int(each) for each in digests}) == 1
+    same &= torch.equal(parts, others) and len(set(digests.tolist())) == 1
+    same &= torch.equal(first, others[..., : x.shape[-1]])
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     error = (total.double() - expected.double()).abs()
     worst = max(worst, float((error - size * eps * largest).max()))
@@ -101,14 +106,13 @@ def run_both(
 def test_sums_gathers_and_copies_of_any_length(memory: int, count: int) -> None:
     def work(side: SharedMemoryTransport) -> tuple[torch.Tensor, ...]:
         own = torch.arange(count, dtype=torch.float32) + side._rank * 0.5
-        parts = side.gather_ranks(own.view(1, -1), 2)
-        return side.sum_ranks(own), *parts, side.copy_first(own.clone())
+        parts = side.gather_ranks(own.view(1, -1), [count, count])
+        return side.sum_ranks(own), parts, side.copy_first(own.clone())
 
     expected = torch.arange(count, dtype=torch.float32)
-    for total, first, second, copied in run_both(memory, work):
+    for total, parts, copied in run_both(memory, work):
         assert torch.equal(total, 2 * expected + 0.5)
-        assert torch.equal(first, expected.view(1, -1))
-        assert torch.equal(second, expected.view(1, -1) + 0.5)
+        assert torch.equal(parts, torch.stack([expected, expected + 0.5]).view(1, -1))
         assert torch.equal(copied, expected)
 
 
@@ -130,9 +134,10 @@ def test_a_slot_is_not_written_before_it_is_read(memory: int) -> None:
 
 def test_nothing_is_exchanged_for_no_elements(memory: int) -> None:
     def work(side: SharedMemoryTransport) -> list[int]:
-        return list(side.sum_ranks(torch.empty(0, 4)).shape)
+        parts = side.gather_ranks(torch.empty(0, 2), [2, 2])
+        return [*side.sum_ranks(torch.empty(0, 4)).shape, *parts.shape]
 
-    assert run_both(memory, work) == [[0, 4]] * 2
+    assert run_both(memory, work) == [[0, 4, 0, 4]] * 2
 
 
 def test_results_may_be_written_to_in_any_mode(memory: int) -> None:

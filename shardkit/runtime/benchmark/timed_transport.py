@@ -1,7 +1,7 @@
 """Times the collectives of a group."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -44,9 +44,9 @@ class TimedTransport:
         """As `Transport` says."""
         return self._time(lambda: self._transport.sum_rounded(x, dtype))
 
-    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
+    def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """As `Transport` says."""
-        return self._time(lambda: self._transport.gather_ranks(x, size))
+        return self._time(lambda: self._transport.gather_ranks(x, sizes))
 
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """As `Transport` says."""

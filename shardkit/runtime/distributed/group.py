@@ -13,7 +13,6 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from shardkit import __version__
 from shardkit.errors import RanksError, RanksLost
@@ -126,9 +125,7 @@ class TensorParallelGroup:
         self.counts["all_gather"] += 1
         if self.tp_size == 1:
             return x
-        padded = F.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
-        parts = self._gather_parts(padded)
-        return torch.cat([p[..., :size] for p, size in zip(parts, sizes, strict=True)], -1)
+        return self._concatenate(x.contiguous(), sizes)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`, on every rank, which passes a tensor of the same shape and dtype.
@@ -260,12 +257,13 @@ class TensorParallelGroup:
         if self.tp_size == 1:
             return {0: text}
         padded = bytearray(text.encode().ljust(REPORT_BYTES))
-        parts = self._gather_parts(torch.frombuffer(padded, dtype=torch.uint8).to(self.device))
-        return {rank: bytes(part.cpu().tolist()).decode() for rank, part in enumerate(parts)}
+        own = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
+        parts = self._concatenate(own, [REPORT_BYTES] * self.tp_size).cpu().split(REPORT_BYTES)
+        return {rank: bytes(part.tolist()).decode() for rank, part in enumerate(parts)}
 
-    def _gather_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _concatenate(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         carry = self.carrier
-        return self._run("all_gather", lambda: carry.gather_ranks(x, self.tp_size))
+        return self._run("all_gather", lambda: carry.gather_ranks(x, sizes))
 
     def _open(self, interface: str) -> None:
         assert self.link is not None

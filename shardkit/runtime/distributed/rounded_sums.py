@@ -30,14 +30,16 @@ def is_wider(dtype: torch.dtype, sent: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > sent.itemsize
 
 
-def add_rounded(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The sum of every rank's rounded summand, in a new tensor of a wider dtype.
+def add_rounded(
+    parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The sum of every rank's rounded summand, in a wider dtype, in a new tensor or in `out`.
 
     Example:
         >>> add_rounded([torch.ones(1, dtype=torch.bfloat16)] * 3, torch.float32)
         tensor([3.])
     """
-    total = parts[0].to(dtype)
+    total = parts[0].to(dtype) if out is None else out.copy_(parts[0])
     for part in parts[1:]:
         total += part
-    return total.to(parts[0].dtype).to(dtype) if len(parts) > 2 else total
+    return total.copy_(total.to(parts[0].dtype)) if len(parts) > 2 else total

@@ -14,6 +14,7 @@ it, and Python has no fences, so they use gloo.
 The memory has no name: the kernel frees it with its last process, however that ends.
 """
 
+import math
 import mmap
 import os
 import platform
@@ -94,33 +95,40 @@ class SharedMemoryTransport:
         """As `Transport` has it: in a new tensor, added in the order of ranks on every rank."""
         flat = x.detach().view(-1)
         if 0 < flat.nbytes <= SLOT_BYTES:
-            return _add(self._exchange(SUM, flat)).view(x.shape)
+            return _add(self._exchange(SUM, flat, flat.dtype, flat.numel())).view(x.shape)
         total = torch.empty_like(flat)
         for piece, out in zip(_cut(flat), _cut(total), strict=True):
-            _add(self._exchange(SUM, piece), out)
+            _add(self._exchange(SUM, piece, piece.dtype, piece.numel()), out)
         return total.view(x.shape)
 
     def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As `Transport` has it: in a new tensor."""
         flat = x.detach().view(-1)
-        sums = [
-            add_rounded(self._exchange(SUM, piece, dtype), x.dtype) for piece in _cut(flat, dtype)
-        ]
-        return (sums[0] if len(sums) == 1 else torch.cat(sums or [flat])).view(x.shape)
+        total = torch.empty_like(flat)
+        for piece, out in zip(_cut(flat, dtype), _cut(total, dtype), strict=True):
+            add_rounded(self._exchange(SUM, piece, dtype, piece.numel()), x.dtype, out)
+        return total.view(x.shape)
 
-    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """As `Transport` has it."""
-        flat = x.detach().view(-1)
-        parts = [torch.empty_like(flat) for _ in range(size)]
-        for piece, *outs in zip(_cut(flat), *map(_cut, parts), strict=True):
-            for out, slot in zip(outs, self._exchange(GATHER, piece), strict=True):
-                out.copy_(slot)
-        return [part.view(x.shape) for part in parts]
+    def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """As `Transport` has it: each rank's part is copied into its slot, and from there once."""
+        rows, widest = math.prod(x.shape[:-1]), max(sizes)
+        own, total = x.detach().view(rows, x.shape[-1]), x.new_empty(rows, sum(sizes))
+        parts = total.split(list(sizes), -1)
+        for area in _cut_area(rows, widest, SLOT_BYTES // x.element_size()):
+            count = math.prod(edge.stop - edge.start for edge in area)
+            slots = self._exchange(GATHER, own[area], x.dtype, count)
+            for part, slot in zip(parts, slots, strict=True):
+                piece = part[area]
+                piece.copy_(slot[: piece.numel()].view(piece.shape))
+        return total.view(*x.shape[:-1], sum(sizes))
 
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """As `Transport` has it, in place."""
         for piece in _cut(x.detach().view(-1)):
-            piece.copy_(self._exchange(COPY, piece)[0])
+            given = None if self._rank else piece
+            slots = self._exchange(COPY, given, piece.dtype, piece.numel())
+            if self._rank:
+                piece.copy_(slots[0])
         return x
 
     def close(self) -> None:
@@ -132,18 +140,22 @@ class SharedMemoryTransport:
         self._processes = {}
 
     def _exchange(
-        self, call: int, piece: torch.Tensor, dtype: torch.dtype | None = None
+        self, call: int, piece: torch.Tensor | None, dtype: torch.dtype, count: int
     ) -> list[torch.Tensor]:
-        """Every rank's piece, in its slot, to be read before the next exchange but one.
+        """Every rank's slot with its piece, to be read before the next exchange but one.
 
-        It is converted to `dtype` as it is copied there.
+        A rank's own is converted to `dtype` as it is copied there. It may have fewer numbers than
+        the `count` that is the same for all, or be none.
 
         Raises RuntimeError if a rank is gone, late, or exchanges something else.
         """
         self._turn += 1
         half, words, own = self._turn & 1, self._words, LINE * self._rank
-        slots = self._find_slots(dtype or piece.dtype, piece.numel())[half]
-        slot = slots[self._rank].copy_(piece)
+        slots = self._find_slots(dtype, count)[half]
+        slot = slots[self._rank]
+        if piece is not None:
+            room = slot if piece.ndim == 1 else slot[: piece.numel()].view(piece.shape)
+            room.copy_(piece)
         what = call << 56 | slot.element_size() << 48 | slot.nbytes
         words[own + CALLS + half] = what
         words[own + ARRIVED] = self._turn
@@ -211,6 +223,15 @@ def _cut(flat: torch.Tensor, dtype: torch.dtype | None = None) -> Iterator[torch
     count = SLOT_BYTES // (dtype or flat.dtype).itemsize
     for start in range(0, flat.numel(), count):
         yield flat[start : start + count]
+
+
+def _cut_area(rows: int, columns: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Areas of at most `count` numbers: whole rows, unless one has more."""
+    wide = min(columns, count)
+    tall = count // wide if wide else 1
+    for top in range(0, rows, tall):
+        for left in range(0, columns, wide or 1):
+            yield slice(top, min(top + tall, rows)), slice(left, min(left + wide, columns))
 
 
 def _add(parts: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:

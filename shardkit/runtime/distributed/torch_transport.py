@@ -1,10 +1,12 @@
 """How tensors travel between ranks: through torch.distributed, over gloo or NCCL."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from shardkit.runtime.distributed.rounded_sums import add_rounded
 
@@ -21,8 +23,8 @@ class Transport(Protocol):
     def sum_rounded(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As `sum_ranks`, of what `add_rounded` adds; ranks send each other a narrower dtype."""
 
-    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """Every rank's contiguous `x`, on every rank; they have one shape. `size` is of ranks."""
+    def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Every rank's contiguous `x`, side by side in the last dimension; `sizes` are of that."""
 
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous `x`, on every rank; it may be `x`, overwritten."""
@@ -50,21 +52,21 @@ class TorchTransport:
         """
         flat, size = x.detach().view(-1), dist.get_world_size(self.process_group)
         if size == 2:
-            return add_rounded(self.gather_ranks(flat.to(dtype), size), x.dtype).view(x.shape)
+            return add_rounded(self._gather(flat.to(dtype), size), x.dtype).view(x.shape)
         part = -(-flat.numel() // size)
         sent = flat.new_zeros(part * size, dtype=dtype)
         sent[: flat.numel()] = flat
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.process_group)
         own = add_rounded(received.view(size, part).unbind(), x.dtype).to(dtype)
-        total = torch.cat(self.gather_ranks(own, size))[: flat.numel()]
+        total = torch.cat(self._gather(own, size))[: flat.numel()]
         return total.to(x.dtype).view(x.shape)
 
-    def gather_ranks(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """As `Transport` has it."""
-        parts = [torch.empty_like(x) for _ in range(size)]
-        dist.all_gather(parts, x, group=self.process_group)
-        return parts
+    def gather_ranks(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """As `Transport` has it: tensors of one shape travel, the shorter ones padded."""
+        lacking = max(sizes) - x.shape[-1]
+        parts = self._gather(F.pad(x, (0, lacking)) if lacking else x, len(sizes))
+        return torch.cat([p[..., :size] for p, size in zip(parts, sizes, strict=True)], -1)
 
     def copy_first(self, x: torch.Tensor) -> torch.Tensor:
         """As `Transport` has it, in place."""
@@ -74,3 +76,8 @@ class TorchTransport:
 
     def close(self) -> None:
         """As `Transport` has it: the process group is its maker's to end."""
+
+    def _gather(self, x: torch.Tensor, size: int) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x, group=self.process_group)
+        return parts

@@ -229,13 +229,14 @@ class TurnGroup(TensorParallelGroup):
         what = f"{name} #{self.num_collectives} of {x.dtype} {list(x.shape)}"
         x.copy_(self.turns.exchange(self.tp_rank, what, x, combine))
 
-    def _gather_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _concatenate(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         self.num_collectives += 1
-        what = f"all_gather #{self.num_collectives} of {x.dtype} {list(x.shape)}"
+        shape = [*x.shape[:-1], *sizes]
+        what = f"all_gather #{self.num_collectives} of {x.dtype} {shape}"
         parts: list[torch.Tensor] = self.turns.exchange(
             self.tp_rank, what, x, lambda parts: [parts] * self.tp_size
         )
-        return parts
+        return torch.cat(parts, -1)
 
 
 def add_in_ring(parts: Sequence[torch.Tensor]) -> torch.Tensor:
