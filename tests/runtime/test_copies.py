@@ -24,7 +24,7 @@ ONE_SLOT, MANY_SLOTS = 6 * 64, 3 * SLOT_BYTES // 4 + 12
 pytestmark = pytest.mark.skipif(bool(explain_absence()), reason=explain_absence())
 
 
-class WrittenBytes(TorchDispatchMode):
+class WrittenBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of what every operation of torch's writes; a view or an empty tensor: 0."""
 
     total = 0
@@ -49,7 +49,7 @@ def count_written(size: int, call: Callable[[TensorParallelGroup], Any]) -> list
         side = SharedMemoryTransport(memory, rank, [os.getpid()] * size, 20.0)
         group = TensorParallelGroup(rank, size, torch.device("cpu"), transport=side)
         call(group)
-        with WrittenBytes() as written:
+        with WrittenBytes() as written:  # type: ignore[no-untyped-call]
             call(group)
         counts[rank] = written.total
 

@@ -258,7 +258,8 @@ class TensorParallelGroup:
             return {0: text}
         padded = bytearray(text.encode().ljust(REPORT_BYTES))
         own = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
-        parts = self._concatenate(own, [REPORT_BYTES] * self.tp_size).cpu().split(REPORT_BYTES)
+        every = self._concatenate(own, [REPORT_BYTES] * self.tp_size).cpu()
+        parts = torch.split(every, REPORT_BYTES)
         return {rank: bytes(part.tolist()).decode() for rank, part in enumerate(parts)}
 
     def _concatenate(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -113,7 +113,7 @@ class SharedMemoryTransport:
         """As `Transport` has it: each rank's part is copied into its slot, and from there once."""
         rows, widest = math.prod(x.shape[:-1]), max(sizes)
         own, total = x.detach().view(rows, x.shape[-1]), x.new_empty(rows, sum(sizes))
-        parts = total.split(list(sizes), -1)
+        parts = torch.split(total, list(sizes), -1)
         for area in _cut_area(rows, widest, SLOT_BYTES // x.element_size()):
             count = math.prod(edge.stop - edge.start for edge in area)
             slots = self._exchange(GATHER, own[area], x.dtype, count)
