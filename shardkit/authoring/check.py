@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from shardkit.authoring.mutations import Mutant, list_mutants
 from shardkit.authoring.proof import Proof, prove_recipe
 from shardkit.authoring.rank_pool import RankPool
 from shardkit.authoring.samples import find_samples, make_sample, save_random_model
-from shardkit.checkpoint import read_config
+from shardkit.checkpoint import Checkpoint, read_config
 from shardkit.errors import MODEL_ERRORS, CheckpointError, RecipeError
+from shardkit.planning import make_plan
 from shardkit.recipe import Recipe, compose_recipe
 from shardkit.runtime.config import read_model_config
 from shardkit.runtime.rank_shard import resolve_model_class
@@ -167,7 +168,21 @@ def run_mutants(
                 proof = prove_recipe(source, mutant.recipe, pool.of(tp_size), Path(scratch))
             if not proof.passed:
                 break  # some models have no bias, and many need no attribute
+        if proof.passed and all(plans_alike(s, recipe, mutant.recipe, tp_size) for s in sources):
+            mutant = replace(mutant, must_be_detected=False)
         yield MutantResult(mutant, proof)
+
+
+def plans_alike(source: Path, recipe: Recipe, other: Recipe, tp_size: int) -> bool:
+    """Whether two recipes place every tensor of a checkpoint alike.
+
+    A rule that is left out may be one too many: a tensor that no rule names goes by that for its
+    other name.
+    """
+    with Checkpoint(source) as checkpoint:
+        specs, config = checkpoint.specs(), checkpoint.config
+        first, second = (make_plan(specs, each, config, tp_size) for each in (recipe, other))
+    return [*first.placements] == [*second.placements]
 
 
 def run_expert_faults(
