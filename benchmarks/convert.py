@@ -4,11 +4,11 @@
 
 Every round runs each command once, in a process of its own, on warm files and into a new folder,
 which is synced to disk within the time and removed before the next.  Before each, as much memory
-as an output takes is used and freed, as for `benchmarks.split`.  Baselines are of the same round:
-a durable copy (`cp -r`, then `sync -f`), and a floor, which a program that takes these digests can
-hardly beat: the sha256 of as many bytes as the command has to hash, by `openssl dgst` over the same
-shards, a process for each core, beside the durable copy if the command writes.  A reshard has to
-hash twice: what it reads and what it writes.
+as an output takes is used and freed, and bytecode is kept, as for `benchmarks.split`.  Baselines
+are of the same round: a durable copy (`cp -r`, then `sync -f`), and a floor, which a program that
+takes these digests can hardly beat: the sha256 of as many bytes as the command has to hash, by
+`openssl dgst` over the same shards, a process for each core, beside the durable copy if the command
+writes.  A reshard has to hash twice: what it reads and what it writes.
 """
 
 import argparse

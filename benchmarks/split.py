@@ -6,7 +6,8 @@ Every round runs each contender once, in a process of its own, on the same warm 
 new folder, removed before the next; the output is synced to disk within the time.  What counts is
 the ratio to the durable copy (`cp -r`, then `sync -f`) of the same run.  Before each, as much
 memory as an output takes is used and freed: a virtual machine gets memory that has long been free
-from its host, which can take longer than all else.
+from its host, which can take longer than all else.  Commands keep and find their bytecode, as those
+of an installed package do, whatever PYTHONDONTWRITEBYTECODE says.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def time_command(arguments: list[str], out: Path, size: int) -> tuple[float, flo
     """
     free_pages(out.parent, size)
     started = time.perf_counter()
-    pid = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=QUIET)
+    pid = os.posix_spawnp(arguments[0], arguments, ENVIRONMENT, file_actions=QUIET)
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
     if status:
@@ -109,6 +110,7 @@ def time_command(arguments: list[str], out: Path, size: int) -> tuple[float, flo
     return seconds, usage.ru_maxrss / 1024
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 QUIET = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 
 

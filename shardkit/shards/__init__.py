@@ -22,6 +22,7 @@ from shardkit.shards.manifest_json import (
     parse_manifest,
     read_manifest,
 )
+from shardkit.shards.rank_digest import RankDigest
 from shardkit.shards.reader import ShardedCheckpoint, find_first_difference, open_shard
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Digest",
     "Manifest",
     "Piece",
+    "RankDigest",
     "RankFile",
     "RankReader",
     "ShardedCheckpoint",

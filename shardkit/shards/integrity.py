@@ -17,7 +17,8 @@ from shardkit.shards.rank_digest import RankDigest
 from shardkit.shards.reader import ShardedCheckpoint, open_shard
 from shardkit.tensor import TensorSpec
 
-READ_BYTES = 4 << 20  # read, then hashed while they are still in a core's cache
+READ_BYTES = 4 << 20  # read at once
+HASHED_BYTES = 512 << 10  # read, then hashed while they are still in a core's own cache
 THREADS = 8
 
 
@@ -49,8 +50,10 @@ class RankReader:
         self.specs = manifest.stored_specs(rank)  # in the order of the file
         self._pieces = manifest.ranks[rank.index].pieces
         self._name = f"{folder / manifest.ranks[rank.index].name}: rank {rank.index}"
-        self._fd = open_shard(folder, manifest, rank)
-        self._digest = RankDigest(folder, manifest, rank) if check_sha256 else None
+        # Made once: that of another rank, in another thread, takes its place in the manifest.
+        header = manifest.rank_header(rank, self.specs)
+        self._fd = open_shard(folder, manifest, rank, header)
+        self._digest = RankDigest(folder, manifest, rank, header) if check_sha256 else None
         self._pool = ThreadPoolExecutor(threads, "shardkit") if threads > 1 else None
 
     def __enter__(self) -> "RankReader":
@@ -134,7 +137,7 @@ def check_rank(folder: Path, manifest: Manifest, rank: Rank, progress: Progress)
         VerifyError: Naming the tensor in which damage begins.
         ManifestError: If the file is missing, of another size, or its header is not the split's.
     """
-    buffer = memoryview(bytearray(READ_BYTES))
+    buffer = memoryview(bytearray(HASHED_BYTES))
     with RankReader(folder, manifest, rank) as reader:
         for spec in reader.specs:
             reader.read(spec, reuse_buffer(buffer, spec.nbytes, progress))

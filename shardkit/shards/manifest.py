@@ -117,15 +117,16 @@ class Manifest:
         shards = (placement.shard_spec(rank) for placement in self.storage_order)
         return [shard for shard in shards if shard is not None]
 
-    def rank_header(self, rank: Rank) -> bytes:
+    def rank_header(self, rank: Rank, specs: Sequence[TensorSpec] | None = None) -> bytes:
         """The exact first bytes of a rank's file, which follow from the layout. The last is kept.
 
-        One of 200,000 tensors takes a second to make, and 30 MB.
+        One of 200,000 tensors takes a second to make, and 30 MB. `specs` is what `stored_specs`
+        lists, if the caller has it.
         """
         index, header = self._last_header[0]
         if index != rank.index:
             header = encode_header(
-                self.stored_specs(rank), make_shard_metadata(self.split_id, rank)
+                specs or self.stored_specs(rank), make_shard_metadata(self.split_id, rank)
             )
             self._last_header[0] = rank.index, header
         return header

@@ -15,13 +15,16 @@ class RankDigest:
         folder: The shard folder.
         manifest: Its manifest.
         rank: Whose file; its header is hashed already, as the manifest makes it.
+        header: That header, if the caller has it.
 
     Attributes:
         offset: The byte of the file that is to be hashed next.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, rank: Rank) -> None:
-        header = manifest.rank_header(rank)
+    def __init__(
+        self, folder: Path, manifest: Manifest, rank: Rank, header: bytes | None = None
+    ) -> None:
+        header = header or manifest.rank_header(rank)
         self.offset = len(header)
         self._file = manifest.ranks[rank.index]
         self._name = f"{folder / self._file.name}: rank {rank.index}"

@@ -211,16 +211,17 @@ def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:
         at += len(views)
 
 
-def open_shard(folder: Path, manifest: Manifest, rank: Rank) -> int:
+def open_shard(folder: Path, manifest: Manifest, rank: Rank, header: bytes | None = None) -> int:
     """A descriptor of a rank's file, its size and header exactly the manifest's.
 
+    `header` is what `Manifest.rank_header` makes, if the caller has it.
     Raises ManifestError naming the file: missing, cut short, of another split, or changed.
     """
     rank_file = manifest.ranks[rank.index]
     path = folder / rank_file.name
     if not path.exists():
         raise ManifestError(f"{path}: missing; the manifest lists it for rank {rank.index}")
-    header = manifest.rank_header(rank)
+    header = header or manifest.rank_header(rank)
     _check_header_size(path, manifest, rank, len(header))
     fd = open_regular_file(path, ManifestError)
     try:
@@ -246,8 +247,10 @@ def find_first_difference(actual: bytes, expected: bytes) -> int:
 
 def _check_header_size(path: Path, manifest: Manifest, rank: Rank, size: int) -> None:
     """The pieces begin where the header ends, which reading the manifest leaves open."""
-    data = sum(spec.nbytes for spec in manifest.stored_specs(rank))
-    stated = manifest.ranks[rank.index].digest.size
+    rank_file = manifest.ranks[rank.index]
+    stated = rank_file.digest.size
+    # They cover the file from the first one on: that was checked when the manifest was read.
+    data = stated - min((piece.offset for piece in rank_file.pieces.values()), default=stated)
     if size + data != stated:
         raise ManifestError(
             f"{path}: the manifest says {stated} bytes, but its layout makes {size + data}"

@@ -28,25 +28,34 @@ FILE_KINDS = {
 }
 
 
-def check_files(folder: Path, progress: Progress, scope: Scope = EVERYTHING) -> Check:
+def check_files(
+    folder: Path,
+    progress: Progress,
+    scope: Scope = EVERYTHING,
+    manifest: Manifest | None = None,
+    is_hashed: bool = False,
+) -> Check:
     """Check presence, sizes, headers, `split_id`, digests, and that the layout covers every tensor.
 
     Args:
         folder: The shard folder.
         progress: Is called with the number of bytes read since the last call.
         scope: Which files to check.
+        manifest: The folder's manifest, if it has been read.
+        is_hashed: Whether the files in scope have been read already, and are what was written.
 
     Raises:
         LayoutError: The folder has no such rank or subset.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = manifest or read_manifest(folder)
     except ManifestError as error:
         return Check("files", "failed", "the manifest cannot be trusted", (str(error),))
     checked, read = scope.ranks_checked(manifest.tp_size), scope.ranks_read(manifest.tp_size)
+    unread = () if is_hashed else map(manifest.mesh.rank, read)
     faults = [
         *_find_header_faults(folder, manifest, [rank for rank in checked if rank not in read]),
-        *find_rank_faults(folder, manifest, map(manifest.mesh.rank, read), progress),
+        *find_rank_faults(folder, manifest, unread, progress),
         *_find_companion_faults(folder, manifest),
         *_find_stray_files(
             folder, {MANIFEST_NAME, *manifest.companion_files, *(r.name for r in manifest.ranks)}

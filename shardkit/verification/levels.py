@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from shardkit.errors import (
     RanksLost,
     ShardkitError,
 )
-from shardkit.files import ProgressCallback, track_progress
+from shardkit.files import Progress, ProgressCallback, ignore_progress, track_progress
 from shardkit.runtime.distributed.rank_environment import is_follower, is_rank
 from shardkit.shards.manifest import Manifest
 from shardkit.shards.manifest_json import read_manifest
@@ -34,7 +34,7 @@ from shardkit.verification.request import (
     name_dtype,
 )
 from shardkit.verification.scope import Scope
-from shardkit.verification.weights import check_weights
+from shardkit.verification.weights import check_weights, prove_weights
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ def _run_request(request: Request, progress: ProgressCallback | None) -> Report 
             _open_journal(request, manifest, checkpoint) as journal,
         ):
             advance = track_progress(_count_bytes(request, manifest), progress)
-            run = _Run(request, checkpoint, is_real, ranks, journal, advance)
+            run = _Run(request, manifest, checkpoint, is_real, ranks, journal, advance)
             if checkpoint is not None:
                 checkpoint.check_download(advance)
             checks = tuple(run.checks())
@@ -131,29 +131,49 @@ class _Run:
     """
 
     request: Request
+    manifest: Manifest | None
     source: Checkpoint | None
     is_real: bool
     ranks: TorchrunRanks | None
     journal: BlockJournal | None
-    advance: Callable[[int], object]
+    advance: Progress
 
     def checks(self) -> Iterator[Check]:
         """Each level that was asked for, in order."""
-        request = self.request
-        files = check_files(request.folder, self.advance, request.scope)
+        request, weights = self.request, self._prove_weights()
+        is_proven = weights is not None
+        # What is wrong is looked for anew, level by level, beyond what was said to be read.
+        progress = ignore_progress if self._is_one_pass else self.advance
+        files = check_files(request.folder, progress, request.scope, self.manifest, is_proven)
         yield files
         passed = files.verdict == "passed"
         if request.level != "files":
-            yield self._check_weights(passed)
+            yield weights or self._check_weights(passed)
         if request.level == "numerics":
             yield from self._run_models() if passed else [Check("numerics", "not run", BAD_FILES)]
+
+    @property
+    def _is_one_pass(self) -> bool:
+        """Whether files and weights are tried in one pass: most often nothing is wrong."""
+        has_both = self.source is not None and self.manifest is not None
+        return has_both and self.request.level != "files"
+
+    def _prove_weights(self) -> Check | None:
+        """The level weights, and the digests of files, in one pass; None if anything is wrong."""
+        if not self._is_one_pass:
+            return None
+        assert self.manifest is not None
+        assert self.source is not None
+        folder, scope = self.request.folder, self.request.scope
+        return prove_weights(folder, self.manifest, self.source, self.advance, scope)
 
     def _check_weights(self, files_passed: bool) -> Check:
         """The weights, even of damaged files, to tell which bytes differ from the source's."""
         if self.source is None:
             return Check("weights", "not run", NO_SOURCE if files_passed else BAD_FILES)
+        folder, scope = self.request.folder, self.request.scope
         try:
-            return check_weights(self.request.folder, self.source, self.advance, self.request.scope)
+            return check_weights(folder, self.source, ignore_progress, scope)
         except ManifestError:
             if files_passed:
                 raise
@@ -267,7 +287,7 @@ def _count_bytes(request: Request, manifest: Manifest | None) -> int:
     if request.source is None or request.level == "files":
         return total
     source_bytes = sum(placement.spec.nbytes for placement in manifest.plan.placements)
-    return total * 2 + (0 if Path(request.source).is_dir() else source_bytes)
+    return total + (0 if Path(request.source).is_dir() else source_bytes)
 
 
 def _to_torch(name: str | None) -> torch.dtype | None:
