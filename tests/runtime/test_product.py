@@ -47,20 +47,20 @@ def test_every_form_multiplies_by_what_the_processor_prefers(
 
 def test_columns_of_an_input_are_taken_as_they_are(prefers: bool) -> None:
     layer, x = nn.Linear(8, 5).requires_grad_(False), torch.randn(4, 6, 16)[:, ::2, :8]
-    torch.testing.assert_close(product.multiply(x, layer.weight, layer.bias), layer(x))
+    torch.testing.assert_close(product.multiply_weight(x, layer.weight, layer.bias), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_as_torch_has_them(dtype: torch.dtype, prefers: bool) -> None:
     layer, x = nn.Linear(8, 5, dtype=dtype).requires_grad_(False), torch.randn(3, 8, dtype=dtype)
     with RecordNames() as seen:
-        assert torch.equal(product.multiply(x, layer.weight), F.linear(x, layer.weight))
+        assert torch.equal(product.multiply_weight(x, layer.weight), F.linear(x, layer.weight))
     assert ONEDNN not in seen.names
 
 
 def test_gradients_pass(prefers: bool) -> None:
     layer, x = nn.Linear(8, 5), torch.randn(3, 8, requires_grad=True)
-    total = product.multiply(x, layer.weight, layer.bias).sum()
+    total = product.multiply_weight(x, layer.weight, layer.bias).sum()
     (gradient,) = torch.autograd.grad(total, x)
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 8))
 
@@ -70,7 +70,7 @@ def test_who_turns_onednn_off_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with RecordNames() as seen:
-        product.multiply(x, layer.weight)
+        product.multiply_weight(x, layer.weight)
     assert ONEDNN not in seen.names
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from shardkit.layout import Span
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.joint_sum import sum_output
-from shardkit.runtime.layers.product import OneProductLinear, multiply
+from shardkit.runtime.layers.product import OneProductLinear, multiply_weight
 
 
 class ColumnParallelLinear(OneProductLinear):
@@ -31,7 +31,7 @@ class RowParallelLinear(nn.Linear):
         """`[..., rank's in]`, or `[..., in]`, to `[..., out]`, the same on every rank."""
         if x.shape[-1] != self.weight.shape[-1]:
             x = torch.cat([x[..., start:stop] for start, stop in self.spans], -1)
-        y = self.group.all_reduce(multiply(x, self.weight))
+        y = self.group.all_reduce(multiply_weight(x, self.weight))
         return y if self.bias is None else self.group.add_once(y, self.bias)
 
 

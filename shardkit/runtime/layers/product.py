@@ -16,20 +16,20 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 class OneProductLinear(nn.Linear):
-    """A linear layer of `multiply`."""
+    """A linear layer of `multiply_weight`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
-        return multiply(x, self.weight, self.bias)
+        return multiply_weight(x, self.weight, self.bias)
 
 
-def multiply(
+def multiply_weight(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As `F.linear`: `x W^T + b`.
 
     Example:
-        >>> multiply(torch.ones(1, 2), torch.ones(3, 2))
+        >>> multiply_weight(torch.ones(1, 2), torch.ones(3, 2))
         tensor([[2., 2., 2.]])
     """
     if x.dtype is weight.dtype is torch.float32 and _is_for_onednn(x, weight):
