@@ -28,6 +28,7 @@ def prefers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whether this processor has oneDNN's products."""
     chosen: bool = request.param
     monkeypatch.setattr(product, "prefers_onednn", lambda: chosen)
+    monkeypatch.setattr(product, "MIN_PRODUCTS", 1)
     return chosen
 
 
@@ -65,13 +66,23 @@ def test_gradients_pass(prefers: bool) -> None:
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 8))
 
 
-def test_who_turns_onednn_off_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "prefers_onednn", lambda: True)
+def test_who_turns_onednn_off_has_none(prefers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with RecordNames() as seen:
         product.multiply_weight(x, layer.weight)
     assert ONEDNN not in seen.names
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(7, False), (8, True)])
+def test_a_small_product_is_not_worth_a_beginning(
+    rows: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "prefers_onednn", lambda: True)
+    layer, x = nn.Linear(256, 256).requires_grad_(False), torch.randn(rows, 256)
+    with RecordNames() as seen:
+        torch.testing.assert_close(product.multiply_weight(x, layer.weight, layer.bias), layer(x))
+    assert (ONEDNN in seen.names) == expected
 
 
 @pytest.mark.parametrize(
