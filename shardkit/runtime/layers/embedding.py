@@ -11,7 +11,8 @@ from torch import nn
 
 from shardkit.errors import ManifestError
 from shardkit.runtime.distributed.group import TensorParallelGroup
-from shardkit.runtime.layers.linear import convert_class, mix_class
+from shardkit.runtime.layers.linear import convert_class, is_plain_linear, mix_class
+from shardkit.runtime.layers.product import OneProductLinear
 
 
 class ParallelLMHead(nn.Linear):
@@ -71,7 +72,8 @@ def make_vocab_parallel(
         cls = mix_class(VocabParallelEmbedding, type(module))
         convert_class(module, cls, group=group, first_row=first_row, rows=sum(sizes))
     elif isinstance(module, nn.Linear):
-        cls = mix_class(ParallelLMHead, type(module))
+        plain = OneProductLinear if is_plain_linear(module) else type(module)
+        cls = mix_class(ParallelLMHead, plain)
         convert_class(module, cls, group=group, sizes=tuple(sizes))
     elif isinstance(getattr(module, "weight", None), torch.Tensor):
         raise ManifestError(f"{type(module).__name__}: a layer with no vocab-parallel form")

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from shardkit.layout import Span
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.joint_sum import sum_output
+from shardkit.runtime.layers.product import OneProductLinear, multiply_weight
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(OneProductLinear):
     """Each rank has its own output features, `y[..., rank's] = x W^T + b`; no collective."""
 
 
@@ -31,7 +31,7 @@ class RowParallelLinear(nn.Linear):
         """`[..., rank's in]`, or `[..., in]`, to `[..., out]`, the same on every rank."""
         if x.shape[-1] != self.weight.shape[-1]:
             x = torch.cat([x[..., start:stop] for start, stop in self.spans], -1)
-        y = self.group.all_reduce(F.linear(x, self.weight))
+        y = self.group.all_reduce(multiply_weight(x, self.weight))
         return y if self.bias is None else self.group.add_once(y, self.bias)
 
 
@@ -77,7 +77,7 @@ def make_row_parallel(
 
     `spans` are the rank's features of all ranks'.
     """
-    if _is_plain_linear(module):
+    if is_plain_linear(module):
         convert_class(module, RowParallelLinear, group=group, spans=spans)
     elif is_conv1d(module):
         convert_class(module, RowParallelConv1D, group=group)
@@ -90,7 +90,7 @@ def make_row_parallel(
 
 def make_column_parallel(module: nn.Module) -> None:
     """Name a plain linear layer for what it now is."""
-    if _is_plain_linear(module):
+    if is_plain_linear(module):
         convert_class(module, ColumnParallelLinear)
 
 
@@ -158,5 +158,7 @@ def convert_class(module: nn.Module, cls: type[nn.Module], **state: object) -> N
         setattr(module, name, value)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies as torch's linear layer does."""
+    forwards = nn.Linear.forward, OneProductLinear.forward
+    return isinstance(module, nn.Linear) and type(module).forward in forwards
