@@ -4,6 +4,7 @@ No memory map unless it is asked for: a shard that is truncated or changed while
 end in an error, or nowhere, but not in a crash or in other weights.
 """
 
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError
 from shardkit.files import ignore_progress
 from shardkit.planning import Rank
-from shardkit.runtime.huge_pages import advise_huge_pages
+from shardkit.runtime.huge_pages import HUGE_PAGE, PageChoice, advise_huge_pages
 from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer, split_blocks
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
+_pages = PageChoice()  # of this process: what is faster here stays so
 READS_AT_ONCE = 4  # of a large tensor: a disk answers several at once faster than in turn
 
 
@@ -50,9 +52,7 @@ def read_tensors(
     with RankReader(folder, manifest, rank, verify, threads) as reader:
         for spec in reader.specs:
             if spec.name in names:
-                tensor, view = allocate_tensor(spec)
-                reader.read(spec, split_blocks(view))
-                yield spec.name, tensor
+                yield spec.name, read_new_tensor(reader, spec)
             elif verify:
                 reader.read(spec, reuse_buffer(buffer, spec.nbytes, ignore_progress))
         reader.finish()
@@ -77,14 +77,28 @@ def map_tensors(
                 flat = torch.frombuffer(memory, dtype=torch.uint8, count=spec.nbytes, offset=offset)
                 yield spec.name, flat.view(dtype).reshape(spec.shape)
             else:
-                tensor, view = allocate_tensor(spec)
-                reader.read(spec, split_blocks(view))
-                yield spec.name, tensor
+                yield spec.name, read_new_tensor(reader, spec)
 
 
-def allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
-    """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks."""
+def read_new_tensor(reader: RankReader, spec: TensorSpec) -> torch.Tensor:
+    """A tensor of a rank's file in memory of its own. Raises ManifestError or VerifyError."""
+    is_huge, start = _pages.has_huge_pages, time.perf_counter()
+    tensor, view = allocate_tensor(spec, is_huge)
+    reader.read(spec, split_blocks(view))
+    if len(view) > HUGE_PAGE:
+        _pages.record(is_huge, len(view), time.perf_counter() - start)
+    return tensor
+
+
+def allocate_tensor(
+    spec: TensorSpec, has_huge_pages: bool | None = None
+) -> tuple[torch.Tensor, memoryview]:
+    """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks.
+
+    Unless it is said, it has huge pages if tensors that were read were faster with them.
+    """
     dtype = require_torch_dtype(spec)
     flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
-    advise_huge_pages(flat)
+    if _pages.has_huge_pages if has_huge_pages is None else has_huge_pages:
+        advise_huge_pages(flat)
     return flat.view(dtype).reshape(spec.shape), flat.numpy().data

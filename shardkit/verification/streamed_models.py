@@ -22,8 +22,8 @@ from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.packed import compute_tensor
 from shardkit.runtime.packing import pack_excerpt, pack_weights
 from shardkit.runtime.rank_shard import RankShard, build_on_meta, resolve_model_class
-from shardkit.runtime.weights import allocate_tensor, find_torch_dtype
-from shardkit.shards.integrity import RankReader, split_blocks
+from shardkit.runtime.weights import allocate_tensor, find_torch_dtype, read_new_tensor
+from shardkit.shards.integrity import RankReader
 from shardkit.tensor import TensorSpec
 from shardkit.verification.models import PromotedArguments
 from shardkit.verification.plain_weights import compute_weight
@@ -218,9 +218,8 @@ def stream_rank(
 
 
 def _read_part(reader: RankReader, spec: TensorSpec, counts: ByteCounts) -> torch.Tensor:
-    tensor, view = allocate_tensor(spec)
-    reader.read(spec, split_blocks(view))
-    counts.read += len(view)
+    tensor = read_new_tensor(reader, spec)
+    counts.read += spec.nbytes
     return tensor
 
 

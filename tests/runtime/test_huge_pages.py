@@ -1,15 +1,23 @@
 """Huge pages are asked for inside of a tensor, and nowhere else."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardkit.runtime.huge_pages import HUGE_PAGE, advise_huge_pages
+from shardkit.authoring.samples import make_sample
+from shardkit.runtime import weights
+from shardkit.runtime.huge_pages import HUGE_PAGE, TRIED_BYTES, PageChoice, advise_huge_pages
 from shardkit.runtime.weights import allocate_tensor
+from shardkit.shards import read_manifest
 from shardkit.tensor import TensorSpec
+from tests.helpers.model_samples import VARIANTS
+from tests.helpers.runtime_helpers import cut
 
+LLAMA = VARIANTS["llama"]
+WIDE = replace(LLAMA, config={**LLAMA.config, "vocab_size": 4 * HUGE_PAGE // 64})
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -34,12 +42,43 @@ def test_whole_pages_inside_of_a_tensor_are_asked_for(nbytes: int) -> None:
 
 @pytest.mark.skipif(not ENABLED.exists(), reason="this kernel has no transparent huge pages")
 def test_the_kernel_notes_it_of_weights_that_are_read() -> None:
-    tensor, view = allocate_tensor(TensorSpec("weight", "F32", (4, HUGE_PAGE)))
+    tensor, view = allocate_tensor(TensorSpec("weight", "F32", (4, HUGE_PAGE)), True)
     assert "hg" in flags_at(tensor.data_ptr() + tensor.nbytes // 2)
     view[:] = bytes([7]) * len(view)
     assert bool((tensor.view(torch.uint8) == 7).all())
-    small, _ = allocate_tensor(TensorSpec("bias", "F32", (8,)))
+    small, _ = allocate_tensor(TensorSpec("bias", "F32", (8,)), True)
     assert "hg" not in flags_at(small.data_ptr())
+
+
+@pytest.mark.parametrize(("small", "huge", "expected"), [(2.0, 1.0, True), (1.0, 2.0, False)])
+def test_the_faster_pages_are_chosen_once_both_are_tried(
+    small: float, huge: float, expected: bool
+) -> None:
+    tried: list[bool] = []
+    pages = PageChoice()
+    while len(tried) < 6:
+        tried.append(pages.has_huge_pages)
+        pages.record(tried[-1], TRIED_BYTES // 2 + 1, huge if tried[-1] else small)
+    assert tried == [False, False, True, True, expected, expected]
+
+
+@pytest.mark.parametrize("huge", [True, False])
+@pytest.mark.skipif(not ENABLED.exists(), reason="this kernel has no transparent huge pages")
+def test_weights_are_read_into_pages_as_chosen(
+    huge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = PageChoice()
+    monkeypatch.setattr(weights, "_pages", pages)
+    if huge:
+        pages.record(False, TRIED_BYTES, 1.0)
+    before = dict(pages.bytes)
+    cut(make_sample(WIDE, tmp_path / "source"), tmp_path / "shards", 1)
+    manifest = read_manifest(tmp_path / "shards")
+    name = "model.embed_tokens.weight"
+    read = weights.read_tensors(tmp_path / "shards", manifest, manifest.mesh.rank(0), {name}, False)
+    ((_, tensor),) = read
+    assert ("hg" in flags_at(tensor.data_ptr() + tensor.nbytes // 2)) == huge
+    assert pages.bytes == before | {huge: before[huge] + tensor.nbytes}
 
 
 def test_other_devices_are_let_alone() -> None:
