@@ -1,7 +1,8 @@
 """Asks Linux for huge pages: first touch of large memory is most of what reading into it costs.
 
-With them, first touch takes half the time where the memory is there, and four times as long on a
-virtual machine whose host has to find it first. So what reads tries both, and keeps to the faster.
+With them, first touch takes a tenth of the time where the memory is there, and twice as long where
+a virtual machine's host has to find it first, which it may have to from some tensor on. So what
+reads tries both, and goes by how long each took last.
 """
 
 import ctypes
@@ -15,44 +16,39 @@ MADV_HUGEPAGE = 14  # linux/mman.h; glibc's madvise(2) fails if the kernel has n
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)
 
 
-TRIED_BYTES = 64 << 20  # read into pages of each kind before one is chosen
+LEAST_BYTES = 2 * HUGE_PAGE  # of a read that tells how fast pages of a kind are
+TRIED_BYTES = 16 * HUGE_PAGE  # at most, of a read that tries huge pages first
 
 
 @dataclass(slots=True)
 class PageChoice:
-    """Whether memory that is read into has huge pages: tried without, then with, then the faster.
+    """Whether memory that is read into has huge pages: those of the kind that was faster last.
 
     Attributes:
-        bytes: How many were read so far, without huge pages and with.
-        seconds: In how long.
+        rates: The bytes a second of the last read without huge pages, and of the last with.
     """
 
-    bytes: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
-    seconds: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    rates: dict[bool, float] = field(default_factory=dict)
 
-    @property
-    def has_huge_pages(self) -> bool:
-        """Whether to ask for them next.
+    def choose(self, nbytes: int) -> bool:
+        """Whether to ask for them for so many bytes: first not, then once, then if faster.
 
         Example:
             >>> pages = PageChoice()
-            >>> for is_huge, seconds in ((False, 0.04), (True, 0.02)):
-            ...     assert pages.has_huge_pages == is_huge
-            ...     pages.record(is_huge, TRIED_BYTES, seconds)
-            >>> pages.has_huge_pages
+            >>> for is_huge, seconds in ((False, 0.02), (True, 0.01)):
+            ...     assert pages.choose(32 << 20) == is_huge
+            ...     pages.record(is_huge, 32 << 20, seconds)
+            >>> pages.choose(32 << 20)
             True
         """
-        for is_huge, count in self.bytes.items():
-            if count < TRIED_BYTES:
-                return is_huge
-        rates = [self.bytes[kind] / max(self.seconds[kind], 1e-9) for kind in (False, True)]
-        return rates[True] > rates[False]
+        if len(self.rates) < 2:
+            return False in self.rates and nbytes <= TRIED_BYTES
+        return self.rates[True] > self.rates[False]
 
     def record(self, is_huge: bool, nbytes: int, seconds: float) -> None:
-        """Note how long a read took into new memory, with huge pages or without, until both are."""
-        if self.bytes[is_huge] < TRIED_BYTES:
-            self.bytes[is_huge] += nbytes
-            self.seconds[is_huge] += seconds
+        """Note how long a read took into new memory, with huge pages or without."""
+        if nbytes >= LEAST_BYTES:
+            self.rates[is_huge] = nbytes / max(seconds, 1e-9)
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> int:

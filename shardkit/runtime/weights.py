@@ -14,7 +14,7 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError
 from shardkit.files import ignore_progress
 from shardkit.planning import Rank
-from shardkit.runtime.huge_pages import HUGE_PAGE, PageChoice, advise_huge_pages
+from shardkit.runtime.huge_pages import PageChoice, advise_huge_pages
 from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer, split_blocks
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
@@ -82,11 +82,10 @@ def map_tensors(
 
 def read_new_tensor(reader: RankReader, spec: TensorSpec) -> torch.Tensor:
     """A tensor of a rank's file in memory of its own. Raises ManifestError or VerifyError."""
-    is_huge, start = _pages.has_huge_pages, time.perf_counter()
+    is_huge, start = _pages.choose(spec.nbytes), time.perf_counter()
     tensor, view = allocate_tensor(spec, is_huge)
     reader.read(spec, split_blocks(view))
-    if len(view) > HUGE_PAGE:
-        _pages.record(is_huge, len(view), time.perf_counter() - start)
+    _pages.record(is_huge, len(view), time.perf_counter() - start)
     return tensor
 
 
@@ -99,6 +98,6 @@ def allocate_tensor(
     """
     dtype = require_torch_dtype(spec)
     flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
-    if _pages.has_huge_pages if has_huge_pages is None else has_huge_pages:
+    if _pages.choose(spec.nbytes) if has_huge_pages is None else has_huge_pages:
         advise_huge_pages(flat)
     return flat.view(dtype).reshape(spec.shape), flat.numpy().data

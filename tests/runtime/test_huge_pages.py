@@ -9,7 +9,13 @@ import torch
 
 from shardkit.authoring.samples import make_sample
 from shardkit.runtime import weights
-from shardkit.runtime.huge_pages import HUGE_PAGE, TRIED_BYTES, PageChoice, advise_huge_pages
+from shardkit.runtime.huge_pages import (
+    HUGE_PAGE,
+    LEAST_BYTES,
+    TRIED_BYTES,
+    PageChoice,
+    advise_huge_pages,
+)
 from shardkit.runtime.weights import allocate_tensor
 from shardkit.shards import read_manifest
 from shardkit.tensor import TensorSpec
@@ -50,16 +56,20 @@ def test_the_kernel_notes_it_of_weights_that_are_read() -> None:
     assert "hg" not in flags_at(small.data_ptr())
 
 
-@pytest.mark.parametrize(("small", "huge", "expected"), [(2.0, 1.0, True), (1.0, 2.0, False)])
-def test_the_faster_pages_are_chosen_once_both_are_tried(
-    small: float, huge: float, expected: bool
-) -> None:
-    tried: list[bool] = []
-    pages = PageChoice()
-    while len(tried) < 6:
-        tried.append(pages.has_huge_pages)
-        pages.record(tried[-1], TRIED_BYTES // 2 + 1, huge if tried[-1] else small)
-    assert tried == [False, False, True, True, expected, expected]
+def test_pages_of_the_kind_that_was_faster_last_are_chosen() -> None:
+    pages, tried = PageChoice(), []
+    for seconds in (3.0, 1.0, 2.0, 5.0, 3.0, 3.0):  # from the fourth on, huge ones are slower
+        tried.append(pages.choose(LEAST_BYTES))
+        pages.record(tried[-1], LEAST_BYTES, seconds)
+        pages.record(not tried[-1], LEAST_BYTES - 1, 1e-6)  # too little to tell
+    assert tried == [False, True, True, True, False, False]
+
+
+def test_huge_pages_are_not_tried_for_a_large_tensor() -> None:
+    pages = PageChoice({False: 1.0})
+    assert [pages.choose(nbytes) for nbytes in (TRIED_BYTES, TRIED_BYTES + 1)] == [True, False]
+    pages.record(True, LEAST_BYTES, 1e-6)
+    assert pages.choose(TRIED_BYTES + 1)
 
 
 @pytest.mark.parametrize("huge", [True, False])
@@ -70,15 +80,14 @@ def test_weights_are_read_into_pages_as_chosen(
     pages = PageChoice()
     monkeypatch.setattr(weights, "_pages", pages)
     if huge:
-        pages.record(False, TRIED_BYTES, 1.0)
-    before = dict(pages.bytes)
+        pages.record(False, LEAST_BYTES, 1.0)
     cut(make_sample(WIDE, tmp_path / "source"), tmp_path / "shards", 1)
     manifest = read_manifest(tmp_path / "shards")
     name = "model.embed_tokens.weight"
     read = weights.read_tensors(tmp_path / "shards", manifest, manifest.mesh.rank(0), {name}, False)
     ((_, tensor),) = read
     assert ("hg" in flags_at(tensor.data_ptr() + tensor.nbytes // 2)) == huge
-    assert pages.bytes == before | {huge: before[huge] + tensor.nbytes}
+    assert pages.rates.keys() == {False, huge}
 
 
 def test_other_devices_are_let_alone() -> None:
