@@ -75,7 +75,8 @@ def _summarize_mutants(mutants: Sequence[Mapping[str, Any]]) -> str:
         f"{len(mutants)} faults were injected into the recipes (mutants), one at a time, and"
         f" {sum(by_check.values())} were detected: {checks}. {len(undetected) - missed} others"
         " change nothing: each leaves an attribute or argument whole that the attention functions"
-        f" of these models do not read. {missed} were missed."
+        " of these models do not read, or leaves out a rule of tensors that another one places"
+        f" alike. {missed} were missed."
     )
 
 

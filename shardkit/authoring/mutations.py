@@ -47,7 +47,8 @@ class Mutant:
         pattern: The pattern of the rule that is wrong.
         recipe: The wrong recipe.
         must_be_detected: Whether the checks must fail. Some attention functions never read the
-            attribute or argument that a mutant leaves whole; the model then computes the same.
+            attribute or argument that a mutant leaves whole; the model then computes the same. Nor
+            need one be if every tensor is placed as by the right recipe.
     """
 
     fault: str
