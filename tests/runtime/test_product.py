@@ -103,13 +103,3 @@ def test_processors_that_mkl_serves_well_keep_it(
     assert product.prefers_onednn.__wrapped__() is expected
     monkeypatch.setattr(product, "CPU_INFO", tmp_path / "absent")
     assert not product.prefers_onednn.__wrapped__()
-
-
-def test_a_tensor_that_computes_its_own_products_is_asked(prefers: bool) -> None:
-    class Packed(torch.Tensor):
-        """Stands for weights that are stored in another form."""
-
-    layer, x = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8)
-    with RecordNames() as seen:
-        product.multiply_weight(x, layer.weight.as_subclass(Packed))
-    assert ONEDNN not in seen.names

@@ -43,8 +43,6 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether its product can be taken: it has no gradient, and torch.compile chooses its own."""
     if not x.is_cpu or not weight.is_cpu or torch.compiler.is_compiling():
         return False
-    if type(x) is not torch.Tensor or type(weight) not in (torch.Tensor, nn.Parameter):
-        return False  # one that computes its products itself
     if x.numel() * weight.shape[0] < MIN_PRODUCTS:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

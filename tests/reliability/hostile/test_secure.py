@@ -40,6 +40,7 @@ OPENED = {
     "shardkit/runtime/distributed/choose_transport.py": "the kernel's quota of processors",
     "shardkit/runtime/distributed/shared_memory.py": "memory of another rank, by the kernel",
     "shardkit/runtime/engine/rank_output.py": "a pipe that a rank writes to",
+    "shardkit/runtime/layers/product.py": "the kernel's description of the processor",
     "shardkit/checkpoint/pickled/convert.py": "the converted file: exclusive, in its own folder",
     UNPICKLER: "a descriptor that the safe opener opened, and the process's own statm",
     "shardkit/shards/integrity.py": "a map, only if asked for, of what the safe opener opened",
