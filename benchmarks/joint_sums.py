@@ -34,8 +34,8 @@ from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.layers.joint_sum import (
     EarlierGroup,
     JointGroup,
-    SeparateSums,
     find_group,
+    separate_sums,
     set_group,
 )
 from shardkit.runtime.loader import load
@@ -111,7 +111,7 @@ def run_rank(folder: Path, batch: int, rounds: int) -> dict[str, dict[str, list[
     shared = group.transport
     ways: Ways = {
         JOINT: nullcontext,
-        SEPARATE: lambda: SeparateSums(model.modules()),
+        SEPARATE: lambda: separate_sums(model.modules()),
         OVERLAPPED: lambda: OverlappedSums(model, group),
     }
     compare_ways(model, ways, batch)

@@ -64,15 +64,15 @@ def match_joint_sums(
         >>> match[1], sorted(match[2])
         ('layers.0', ['attn.dense', 'mlp.fc2'])
     """
-    left = [*paths]
+    rest = [*paths]
     for rule in rules:
         summands: dict[str, set[str]] = {}
-        matches = [rule.pattern.fullmatch(path) for path in left]
+        matches = [rule.pattern.fullmatch(path) for path in rest]
         for match in filter(None, matches):
             summands.setdefault(match[1], set()).add(match[2])
-        joined = {module for module, names in summands.items() if len(names) > 1}
-        yield from ((rule, module, summands[module]) for module in summands if module in joined)
-        left = [p for p, m in zip(left, matches, strict=True) if m is None or m[1] not in joined]
+        layers = {module for module, names in summands.items() if len(names) > 1}
+        yield from ((rule, module, summands[module]) for module in summands if module in layers)
+        rest = [p for p, m in zip(rest, matches, strict=True) if m is None or m[1] not in layers]
 
 
 def parse_joint_sums(table: dict[str, Any]) -> Iterator[JointSum]:

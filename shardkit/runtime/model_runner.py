@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
-from shardkit.runtime.layers.joint_sum import SeparateSums
+from shardkit.runtime.layers.joint_sum import separate_sums
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -150,7 +150,7 @@ class ModuleOutputs:
         self.tensors: dict[str, torch.Tensor] = {}
         names = [*names]
         modules = dict(model.named_modules())
-        self._separate = SeparateSums(model.modules() if names else ())
+        self._separate = separate_sums(model.modules() if names else ())
         self._hooks = [
             modules[name].register_forward_hook(self._recorder(name))
             for name in names

@@ -93,10 +93,10 @@ NOTHING_TO_JOIN = {  # of a recipe whose other samples have: no shared experts
 
 @pytest.mark.slow
 def test_every_joint_sum_of_a_recipe_saves_a_sum(tmp_path: Path) -> None:
-    joined = {}
+    joint_sums = {}
     for sample in list_samples():
         config = sample.stored_config
         if compose_recipe(find_recipe(config), config).joint_sums:
             folder = make_sample(sample, tmp_path / sample.name)
-            joined[sample.name] = shardkit.plan(str(folder), 2).collectives.joint
-    assert {name for name, joint in joined.items() if not joint} == NOTHING_TO_JOIN
+            joint_sums[sample.name] = shardkit.plan(str(folder), 2).collectives.joint
+    assert {name for name, joint in joint_sums.items() if not joint} == NOTHING_TO_JOIN

@@ -14,7 +14,7 @@ from shardkit.planning import Mesh, Plan
 from shardkit.recipe import JointSum
 from shardkit.runtime.distributed.group import TensorParallelGroup
 from shardkit.runtime.join_sums import find_joints, join_sums
-from shardkit.runtime.layers.joint_sum import SeparateSums
+from shardkit.runtime.layers.joint_sum import separate_sums
 from shardkit.runtime.layers.linear import make_row_parallel
 from tests.helpers.model_samples import make
 from tests.helpers.runtime_helpers import cut
@@ -90,20 +90,20 @@ def stack(layer: nn.Module) -> Any:
 
 
 def make_parallel(
-    layer: nn.Module, rule: JointSum, tp_rank: int = 0, joined: bool = True
+    layer: nn.Module, rule: JointSum, tp_rank: int = 0, is_joint: bool = True
 ) -> tuple[Any, TwoRanks]:
     """A stack of one layer, its linear layers row-parallel, with one sum or two."""
     model, group = stack(layer), TwoRanks(tp_rank)
     for module in [each for each in model.modules() if isinstance(each, nn.Linear)]:
         make_row_parallel(module, group)
-    if joined:
+    if is_joint:
         join_sums(model, Plan(Mesh(2), (), {}, joint_sums=(rule,)), group)
     return model["layers"][0], group
 
 
 @pytest.mark.parametrize(("make_layer", "rule"), [(Layer, PARALLEL), (Mixture, AROUND)])
 def test_one_sum_gives_what_two_give(make_layer: Any, rule: JointSum) -> None:
-    apart, two = make_parallel(make_layer(), rule, joined=False)
+    apart, two = make_parallel(make_layer(), rule, is_joint=False)
     together, one = make_parallel(make_layer(), rule)
     expected = apart(TOKENS)
     if rule is AROUND:  # on ranks alike a bias that rank 0 alone adds counts twice here
@@ -125,9 +125,9 @@ def test_a_bias_inside_of_what_is_summed_is_added_by_rank_0_alone() -> None:
 
 @pytest.mark.parametrize(("make_layer", "rule"), [(Layer, PARALLEL), (Mixture, AROUND)])
 def test_each_module_sums_for_itself_if_they_are_compared(make_layer: Any, rule: JointSum) -> None:
-    apart, _ = make_parallel(make_layer(), rule, joined=False)
+    apart, _ = make_parallel(make_layer(), rule, is_joint=False)
     together, group = make_parallel(make_layer(), rule)
-    with SeparateSums(together.modules()):
+    with separate_sums(together.modules()):
         assert torch.equal(together(TOKENS), apart(TOKENS))
     assert group.counts["all_reduce"] == 2
     together(TOKENS)

@@ -11,17 +11,17 @@ from shardkit.serve.run_server import bind_socket
 
 def test_each_piece_of_an_answer_is_sent_at_once() -> None:
     async def accept_one() -> int:
-        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        no_delay: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def read_option(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             sock = writer.get_extra_info("socket")
-            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            no_delay.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
         with bind_socket("127.0.0.1", 0) as sock:
             async with await asyncio.start_server(read_option, sock=sock):
                 _, writer = await asyncio.open_connection(*sock.getsockname())
-                option = await found
+                option = await no_delay
                 writer.close()
         return option
 

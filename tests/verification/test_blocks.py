@@ -132,10 +132,10 @@ def test_a_wrong_layout_is_named_by_block_module_and_tensor(
 
 
 def test_sums_made_together_of_what_a_model_does_not_just_add_fail(tmp_path: Path) -> None:
-    found = split_sample("llama", tmp_path, 2, "float32", SEQUENTIAL_SUMS_JOINED).check()
-    assert found.verdict == "failed"
-    assert found.faults[0].startswith("model.layers.0, on rank ")
-    assert "`joint_sums` add up what the model does not just add" in found.faults[1]
+    check = split_sample("llama", tmp_path, 2, "float32", SEQUENTIAL_SUMS_JOINED).check()
+    assert check.verdict == "failed"
+    assert check.faults[0].startswith("model.layers.0, on rank ")
+    assert "`joint_sums` add up what the model does not just add" in check.faults[1]
 
 
 HEAD_VECTOR = (

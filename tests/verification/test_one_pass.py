@@ -87,10 +87,10 @@ def test_bytes_of_another_source_are_found_though_their_digests_are_right(
     (entry,) = (entry for entry in read_header(path).entries if entry.spec.name == DOWN)
     for rank, at in enumerate((entry.start, entry.start + entry.spec.nbytes - 1)):
         with written(path, at, bytes([path.read_bytes()[at] ^ 1])):
-            files, found = verify_weights(shards, source)
+            files, comparison = verify_weights(shards, source)
         assert files.verdict == "passed"
-        assert found.verdict == "failed"
-        (fault,) = found.faults
+        assert comparison.verdict == "failed"
+        (fault,) = comparison.faults
         assert fault.startswith(f"rank {rank}: {DOWN}: differs from the source at byte ")
 
 
@@ -102,10 +102,10 @@ def test_the_digest_of_a_whole_file_counts_though_all_bytes_are_the_source_s(
     wrong = replace(first, digest=Digest(first.digest.size, "0" * 64))
     altered = replace(manifest, ranks=(wrong, *manifest.ranks[1:]))
     (shards / MANIFEST_NAME).write_bytes(encode_manifest(altered))
-    files, found = verify_weights(shards, source)
+    files, comparison = verify_weights(shards, source)
     assert files.verdict == "failed"
     assert "sha256" in files.faults[0]
-    assert found.verdict == "passed"
+    assert comparison.verdict == "passed"
 
 
 def test_memory_is_compared_to_its_last_byte() -> None:

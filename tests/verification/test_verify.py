@@ -80,9 +80,9 @@ def test_sums_made_together_of_what_a_model_does_not_just_add_fail(
 ) -> None:
     recipe = altered("llama", tmp_path, SEQUENTIAL_SUMS_JOINED)
     cut(models("llama"), tmp_path / "shards", 2, recipe)
-    found = numerics(tmp_path / "shards", models("llama"), ranks)
-    assert found.verdict == "failed"
-    assert "`joint_sums` add up what the model does not just add" in found.faults[1]
+    check = numerics(tmp_path / "shards", models("llama"), ranks)
+    assert check.verdict == "failed"
+    assert "`joint_sums` add up what the model does not just add" in check.faults[1]
 
 
 ROW_BIAS_ON_EVERY_RANK = """

@@ -4,8 +4,8 @@ A row-parallel module sums by its group. In a joint sum it has a group of one of
 instead, so no form of a layer knows of joint sums.
 """
 
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,23 +113,15 @@ def set_group(module: nn.Module, group: TensorParallelGroup) -> None:
     module.group = group  # type: ignore[assignment]
 
 
-class SeparateSums:
+@contextmanager
+def separate_sums(modules: Iterable[nn.Module]) -> Iterator[None]:
     """In a `with`, each of a model's modules sums for itself: what it outputs can be compared."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        """Take those of the modules that are summed together."""
-        every = ((module, getattr(module, "group", None)) for module in modules)
-        self._joint = [(m, group) for m, group in every if isinstance(group, SummandGroup)]
-
-    def __enter__(self) -> None:
-        for module, group in self._joint:
-            set_group(module, group.separate)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for module, group in self._joint:
+    every = ((module, getattr(module, "group", None)) for module in modules)
+    joint = [(module, group) for module, group in every if isinstance(group, SummandGroup)]
+    for module, group in joint:
+        set_group(module, group.separate)
+    try:
+        yield
+    finally:
+        for module, group in joint:
             set_group(module, group)
