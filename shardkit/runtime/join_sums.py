@@ -24,12 +24,10 @@ class Joint:
     """Modules of one model that are summed together.
 
     Attributes:
-        layer: The path of the module that they are in.
         summands: The paths of those that leave their summands to another.
         place: The path of the one whose output is the sum.
     """
 
-    layer: str
     summands: tuple[str, ...]
     place: str
 
@@ -82,7 +80,7 @@ def _find_joint(model: nn.Module, rule: JointSum, layer: str, names: set[str]) -
     if not place:
         raise ManifestError(f"joint_sums: {layer} has no module {rule.at!r}")
     others = sorted(f"{layer}.{name}" for name in names - {place})
-    return Joint(layer, tuple(others), f"{layer}.{place}")
+    return Joint(tuple(others), f"{layer}.{place}")
 
 
 def sums_over_ranks(module: nn.Module) -> bool:
