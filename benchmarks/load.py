@@ -5,9 +5,10 @@
 Ranks are processes of their own, as torchrun starts them. Each first imports all that a load needs
 and joins the others; then it loads its shard, reading or mapping it, or reads its file into a new
 tensor of as many bytes, all ranks at once. All run in every round, on files in the page cache and
-on files that have been dropped from it. The slowest rank counts. Memory is the peak (VmHWM) over
-what was resident before, and bytes are what the process read meanwhile (/proc/PID/io), both over
-the file's size.
+on files that have been dropped from it. Before each, as much memory as they take is used and freed,
+as for `benchmarks.split`. The slowest rank counts. Memory is the peak (VmHWM) over what was
+resident before, and bytes are what the process read meanwhile (/proc/PID/io), both over the file's
+size.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from transformers.models.llama import modeling_llama  # noqa: F401 - a load would import it
 
-from benchmarks.split import make_source, warm
+from benchmarks.split import free_pages, make_source, warm
 from shardkit.files import read_exactly
 from shardkit.runtime.distributed.connect import connect
 from shardkit.runtime.huge_pages import advise_huge_pages
@@ -110,11 +111,14 @@ def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, An
     split = [sys.executable, "-m", "shardkit", "split", str(folder / "source"), str(shards)]
     subprocess.run([*split, "--tp", str(tp_size)], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, list[dict[str, float]]] = {}
+    paths = list(shards.glob("*.safetensors"))
+    size = 2 * sum(path.stat().st_size for path in paths)  # a cold file takes as much once more
     for _ in range(rounds):
         for state, prepare in (("warm", warm), ("cold", drop)):
             for way in WAYS:
-                for path in shards.glob("*.safetensors"):
+                for path in paths:
                     prepare(path)
+                free_pages(folder, size)
                 used = run_ranks(way, shards, tp_size)
                 results.setdefault(f"{way}, {state}", []).append(used)
     report: dict[str, Any] = {"tp_size": tp_size, "rounds": rounds}

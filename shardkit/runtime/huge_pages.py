@@ -17,7 +17,7 @@ _madvise = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 LEAST_BYTES = 2 * HUGE_PAGE  # of a read that tells how fast pages of a kind are
-TRIED_BYTES = 16 * HUGE_PAGE  # at most, of a read that tries huge pages first
+TRIED_BYTES = 32 * HUGE_PAGE  # at most, of a read that tries huge pages first
 
 
 @dataclass(slots=True)

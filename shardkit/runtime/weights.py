@@ -5,7 +5,8 @@ end in an error, or nowhere, but not in a crash or in other weights.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError
 from shardkit.files import ignore_progress
 from shardkit.planning import Rank
+from shardkit.runtime.distributed.cores import count_rank_cores
 from shardkit.runtime.huge_pages import PageChoice, advise_huge_pages
-from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer, split_blocks
+from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
 _pages = PageChoice()  # of this process: what is faster here stays so
-READS_AT_ONCE = 4  # of a large tensor: a disk answers several at once faster than in turn
+MAX_THREADS = 4  # that read at once, if the rank has cores for them: new memory takes longest
+READ_TOGETHER = 32 << 20  # bytes of small tensors: a disk answers one large read faster
 
 
 def find_torch_dtype(name: str) -> torch.dtype | None:
@@ -47,15 +50,46 @@ def read_tensors(
     right, and the iterator ends without an error once the file's sha256 is. Raises ManifestError
     or VerifyError.
     """
-    buffer = memoryview(bytearray(READ_BYTES if verify else 0))
-    threads = 1 if verify else READS_AT_ONCE
-    with RankReader(folder, manifest, rank, verify, threads) as reader:
+    if verify:
+        yield from _read_hashed(folder, manifest, rank, names)
+        return
+    threads = min(MAX_THREADS, count_rank_cores())
+    with RankReader(folder, manifest, rank, check_sha256=False, threads=threads) as reader:
+        for batch in batch_specs(reader.specs, names):
+            tensors = deque(read_new_tensors(reader, batch))
+            for spec in batch:  # which is let go of once it is taken
+                yield spec.name, tensors.popleft()
+
+
+def _read_hashed(
+    folder: Path, manifest: Manifest, rank: Rank, names: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    buffer = memoryview(bytearray(READ_BYTES))
+    with RankReader(folder, manifest, rank) as reader:
         for spec in reader.specs:
             if spec.name in names:
-                yield spec.name, read_new_tensor(reader, spec)
-            elif verify:
+                yield spec.name, read_new_tensors(reader, [spec])[0]
+            else:
                 reader.read(spec, reuse_buffer(buffer, spec.nbytes, ignore_progress))
         reader.finish()
+
+
+def batch_specs(specs: Iterable[TensorSpec], names: Collection[str]) -> Iterator[list[TensorSpec]]:
+    """The tensors of these names, in batches that are read together.
+
+    A batch follows in the file without a gap, and ends once it has READ_TOGETHER bytes.
+    """
+    batch: list[TensorSpec] = []
+    nbytes = 0
+    for spec in specs:
+        if is_named := spec.name in names:
+            batch.append(spec)
+            nbytes += spec.nbytes
+        if batch and (not is_named or nbytes >= READ_TOGETHER):
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
 
 
 def map_tensors(
@@ -77,16 +111,20 @@ def map_tensors(
                 flat = torch.frombuffer(memory, dtype=torch.uint8, count=spec.nbytes, offset=offset)
                 yield spec.name, flat.view(dtype).reshape(spec.shape)
             else:
-                yield spec.name, read_new_tensor(reader, spec)
+                yield spec.name, read_new_tensors(reader, [spec])[0]
 
 
-def read_new_tensor(reader: RankReader, spec: TensorSpec) -> torch.Tensor:
-    """A tensor of a rank's file in memory of its own. Raises ManifestError or VerifyError."""
-    is_huge, start = _pages.choose(spec.nbytes), time.perf_counter()
-    tensor, view = allocate_tensor(spec, is_huge)
-    reader.read(spec, split_blocks(view))
-    _pages.record(is_huge, len(view), time.perf_counter() - start)
-    return tensor
+def read_new_tensors(reader: RankReader, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    """Tensors that follow each other in a rank's file, each in memory of its own.
+
+    Raises ManifestError or VerifyError.
+    """
+    nbytes = sum(spec.nbytes for spec in specs)
+    is_huge, start = _pages.choose(nbytes), time.perf_counter()
+    allocated = [allocate_tensor(spec, is_huge) for spec in specs]
+    reader.read(specs[0], [view for _, view in allocated])
+    _pages.record(is_huge, nbytes, time.perf_counter() - start)
+    return [tensor for tensor, _ in allocated]
 
 
 def allocate_tensor(

@@ -1,16 +1,16 @@
 """Is a rank's file, byte for byte, the one that the split wrote? Digests only, no torch."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, chain
 from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 
 from shardkit.checkpoint import MAX_COMPANION
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
-from shardkit.files import Progress, read_exactly, read_small_file
+from shardkit.files import Progress, read_small_file, read_views
 from shardkit.planning import Rank
 from shardkit.shards.manifest import Digest, Manifest
 from shardkit.shards.rank_digest import RankDigest
@@ -33,7 +33,7 @@ class RankReader:
         manifest: Its manifest.
         rank: Whose file to open.
         check_sha256: Whether to hash what is read.
-        threads: How many parts of a piece that is not hashed are read at once.
+        threads: How many parts of what is not hashed are read at once.
 
     Raises:
         ManifestError: Unless the file's size and header are the split's.
@@ -54,6 +54,7 @@ class RankReader:
         header = manifest.rank_header(rank, self.specs)
         self._fd = open_shard(folder, manifest, rank, header)
         self._digest = RankDigest(folder, manifest, rank, header) if check_sha256 else None
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "shardkit") if threads > 1 else None
 
     def __enter__(self) -> "RankReader":
@@ -76,29 +77,35 @@ class RankReader:
             raise ManifestError(f"{self._name}: cannot be mapped: {failure.strerror}") from None
 
     def read(self, spec: TensorSpec, views: Iterable[memoryview]) -> None:
-        """Fill the views, which together are as long as the piece, and check it.
+        """Fill the views with a piece, and with those that follow it, and check it.
 
-        Pieces that are hashed are read in the file's order, none left out.
+        Pieces that are hashed are read in the file's order, none left out. The views may then be
+        the same memory again and again.
 
         Raises:
             ManifestError: If the file cannot be read or became shorter.
             VerifyError: If the bytes are not the split's.
         """
         at = self.offset(spec)
-        if self._pool and not self._digest and spec.nbytes > READ_BYTES:
-            parts = list(views)
-            starts = accumulate(map(len, parts), initial=at)
-            list(self._pool.map(self._fill, parts, starts))  # raises what a read raised
+        if not self._digest:
+            self._read_parts(list(views), at)
             return
-        for view in views:
-            self._fill(view, at)
-            at += len(view)
-            if self._digest:
-                self._digest.update(view)
+        for block in chain.from_iterable(map(split_blocks, views)):
+            self._fill([block], at)
+            at += len(block)
+            self._digest.update(block)
 
-    def _fill(self, view: memoryview, at: int) -> None:
+    def _read_parts(self, views: list[memoryview], at: int) -> None:
+        if self._pool is None or sum(map(len, views)) < self._threads * READ_BYTES:
+            self._fill(views, at)
+            return
+        parts = split_evenly(views, self._threads)
+        starts = accumulate((sum(map(len, part)) for part in parts), initial=at)
+        list(self._pool.map(self._fill, parts, starts))  # raises what a read raised
+
+    def _fill(self, views: list[memoryview], at: int) -> None:
         try:
-            read_exactly(self._fd, view, at)
+            read_views(self._fd, views, at)
         except OSError as failure:
             raise ManifestError(f"{self._name}: cannot be read: {failure.strerror}") from None
 
@@ -112,6 +119,27 @@ def split_blocks(view: memoryview) -> Iterator[memoryview]:
     """A view in parts of at most READ_BYTES."""
     for at in range(0, len(view), READ_BYTES):
         yield view[at : at + READ_BYTES]
+
+
+def split_evenly(views: Sequence[memoryview], count: int) -> list[list[memoryview]]:
+    """Views in so many parts of about as many bytes each, in order, a view cut where they meet.
+
+    Example:
+        >>> parts = split_evenly([memoryview(b"abc"), memoryview(b"defgh")], 2)
+        >>> [[bytes(view) for view in part] for part in parts]
+        [[b'abc', b'd'], [b'efgh']]
+    """
+    limit = max(1, -(-sum(map(len, views)) // count))
+    parts: list[list[memoryview]] = [[]]
+    room = limit
+    for view in views:
+        while view:
+            if not room:
+                parts.append([])
+                room = limit
+            parts[-1].append(view[:room])
+            view, room = view[len(parts[-1][-1]) :], room - len(parts[-1][-1])
+    return parts
 
 
 def reuse_buffer(buffer: memoryview, nbytes: int, progress: Progress) -> Iterator[memoryview]:

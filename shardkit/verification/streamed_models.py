@@ -22,7 +22,7 @@ from shardkit.runtime.model_runner import ModelRunner
 from shardkit.runtime.packed import compute_tensor
 from shardkit.runtime.packing import pack_excerpt, pack_weights
 from shardkit.runtime.rank_shard import RankShard, build_on_meta, resolve_model_class
-from shardkit.runtime.weights import allocate_tensor, find_torch_dtype, read_new_tensor
+from shardkit.runtime.weights import allocate_tensor, find_torch_dtype, read_new_tensors
 from shardkit.shards.integrity import RankReader
 from shardkit.tensor import TensorSpec
 from shardkit.verification.models import PromotedArguments
@@ -218,7 +218,7 @@ def stream_rank(
 
 
 def _read_part(reader: RankReader, spec: TensorSpec, counts: ByteCounts) -> torch.Tensor:
-    tensor = read_new_tensor(reader, spec)
+    (tensor,) = read_new_tensors(reader, [spec])
     counts.read += spec.nbytes
     return tensor
 

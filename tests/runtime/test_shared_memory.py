@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shardkit.runtime.distributed import choose_transport, shared_memory
-from shardkit.runtime.distributed.choose_transport import count_cores
+from shardkit.runtime.distributed.cores import count_cores
 from shardkit.runtime.distributed.shared_memory import (
     SLOT_BYTES,
     TOKEN_BYTES,

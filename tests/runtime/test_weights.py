@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from shardkit.dtypes import DTYPES
 from shardkit.errors import ManifestError, VerifyError
 from shardkit.recipe.parse import load_recipe
+from shardkit.runtime import weights
 from shardkit.runtime.rank_shard import choose_dtype
 from shardkit.runtime.weights import map_tensors, read_tensors
-from shardkit.shards.integrity import READ_BYTES, RankReader, split_blocks
+from shardkit.shards.integrity import READ_BYTES, RankReader
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.tensor import TensorSpec
 from tests.helpers.damage import Split, written
@@ -91,23 +92,65 @@ def test_a_mapped_tensor_is_the_file_and_what_is_written_to_it_stays_in_the_proc
     assert split.path(0).name not in Path("/proc/self/maps").read_text()
 
 
-def test_a_large_tensor_is_read_by_several_threads_into_its_own_memory(tmp_path: Path) -> None:
-    """Each byte once, in blocks; and a file that is cut short meanwhile is an error."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_large_tensor_is_read_once_by_each_thread(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte once; and a file that is cut short meanwhile is an error."""
     spec = TensorSpec("large", "U8", (3 * READ_BYTES + 5,))
     write_source(tmp_path / "source", {"model_type": "plain"}, [spec])
     (tmp_path / "plain.toml").write_text('model_types = ["plain"]\nreplicate = ["large"]\n')
     split_folder(tmp_path / "source", tmp_path / "shards", 1, load_recipe(tmp_path / "plain.toml"))
     manifest = read_manifest(tmp_path / "shards")
     rank = manifest.mesh.rank(0)
+    monkeypatch.setattr(weights, "count_rank_cores", lambda: threads)
+    reads = record_reads(monkeypatch)
     ((_, tensor),) = read_tensors(tmp_path / "shards", manifest, rank, ["large"], False)
-    with safe_open(tmp_path / "shards" / manifest.ranks[0].name, "pt") as file:
+    assert (len(reads), sum(reads)) == (threads, spec.nbytes)
+    path = tmp_path / "shards" / manifest.ranks[0].name
+    with safe_open(path, "pt") as file:
         assert raw(tensor) == raw(file.get_tensor("large"))
-    with RankReader(tmp_path / "shards", manifest, rank, False, threads=4) as reader:
-        path = tmp_path / "shards" / manifest.ranks[0].name
+    with RankReader(tmp_path / "shards", manifest, rank, False, threads) as reader:
         os.truncate(path, path.stat().st_size - 1)
-        blocks = split_blocks(memoryview(bytearray(spec.nbytes)))
         with pytest.raises(ManifestError, match="became shorter"):
-            reader.read(spec, blocks)
+            reader.read(spec, [memoryview(bytearray(spec.nbytes))])
+
+
+def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each vectored read that follows."""
+    reads: list[int] = []
+
+    def read(fd: int, views: list[memoryview], offset: int) -> int:
+        reads.append(preadv(fd, views, offset))
+        return reads[-1]
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", read)
+    return reads
+
+
+def test_small_tensors_are_read_together(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read for those that follow each other, each byte once, and none of what is not loaded."""
+    rank, every = split.manifest.mesh.rank(0), names(split)
+    reads = record_reads(monkeypatch)
+    list(read_tensors(split.folder, split.manifest, rank, every, False))
+    whole = len(split.sound[0]) - split.headers[0]
+    assert reads == [whole]
+    reads.clear()
+    skipped = every[4]
+    read = dict(read_tensors(split.folder, split.manifest, rank, set(every) - {skipped}, False))
+    spec = next(spec for spec in split.manifest.stored_specs(rank) if spec.name == skipped)
+    assert (len(reads), sum(reads)) == (2, whole - spec.nbytes)
+    assert read.keys() == set(every) - {skipped}
+
+
+def test_batches_end_where_they_are_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "READ_TOGETHER", 8)
+    specs = [TensorSpec(str(n), "U8", (n,)) for n in (3, 4, 5, 0, 9, 1, 2)]
+    batches = weights.batch_specs(specs, {"3", "4", "5", "0", "9", "2"})
+    assert [[spec.name for spec in batch] for batch in batches] == [
+        ["3", "4", "5"], ["0", "9"], ["2"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -125,8 +168,9 @@ def test_what_was_read_does_not_change_with_the_file(split: Split, verify: bool)
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(
-    split: Split, verify: bool
+    split: Split, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(weights, "READ_TOGETHER", 1)
     reading = read_tensors(
         split.folder, split.manifest, split.manifest.mesh.rank(0), names(split), verify
     )

@@ -18,7 +18,7 @@ from typing import Any
 from shardkit import __version__
 from shardkit.errors import RanksError
 from shardkit.runtime.benchmark.contenders import Contender, Workload
-from shardkit.runtime.distributed.choose_transport import count_cores
+from shardkit.runtime.distributed.cores import count_cores
 
 WORKER = "shardkit.runtime.benchmark.worker"
 LIMIT = 3600.0  # seconds for one round of one contender

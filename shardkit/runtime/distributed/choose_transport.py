@@ -4,9 +4,9 @@ import json
 import os
 import secrets
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from shardkit.runtime.distributed.cores import count_cores
 from shardkit.runtime.distributed.liveness import Link
 from shardkit.runtime.distributed.shared_memory import (
     TOKEN_BYTES,
@@ -17,7 +17,6 @@ from shardkit.runtime.distributed.shared_memory import (
 )
 
 SWITCH = "SHARDKIT_SHARED_MEMORY"  # 0: never; 1: even if there are fewer cores than ranks
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and of how many
 
 
 def share_memory(link: Link) -> SharedMemoryTransport | None:
@@ -68,12 +67,3 @@ def _explain_refusal(size: int) -> str:
     if switch != "1" and cores < size:
         return f"{cores} cores for {size} ranks"
     return ""
-
-
-def count_cores(quota: Path = CPU_QUOTA) -> int:
-    """The cores that this process may use: of its affinity, and of its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    with suppress(OSError, ValueError):
-        used, period = quota.read_text().split()
-        cores = min(cores, int(used) // int(period))
-    return cores

@@ -37,7 +37,7 @@ OPENED = {
     "shardkit/runtime/benchmark/measure_rank.py": "the unsharded model, by transformers, headers"
     " checked, and the kernel's own files about this process",
     "shardkit/runtime/benchmark/run_contenders.py": "what the benchmark's ranks have measured",
-    "shardkit/runtime/distributed/choose_transport.py": "the kernel's quota of processors",
+    "shardkit/runtime/distributed/cores.py": "the kernel's quota of processors",
     "shardkit/runtime/distributed/shared_memory.py": "memory of another rank, by the kernel",
     "shardkit/runtime/engine/rank_output.py": "a pipe that a rank writes to",
     "shardkit/runtime/layers/product.py": "the kernel's description of the processor",
