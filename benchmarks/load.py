@@ -29,7 +29,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - a load woul
 from benchmarks.split import free_pages, make_source, warm
 from shardkit.files import read_exactly
 from shardkit.runtime.distributed.connect import connect
-from shardkit.runtime.huge_pages import advise_huge_pages
+from shardkit.runtime.first_touch import MADV_HUGEPAGE, advise_kernel, find_huge_pages
 from shardkit.runtime.load_options import LoadOptions
 from shardkit.runtime.loader import load_with_warnings
 from shardkit.timeouts import Timeouts
@@ -53,7 +53,8 @@ def run_rank(way: str, folder: Path) -> dict[str, float]:
     else:
         kept = torch.empty(size, dtype=torch.uint8)
         if way == HUGE:
-            advise_huge_pages(kept)
+            start, stop = find_huge_pages(kept)
+            advise_kernel(start, stop - start, MADV_HUGEPAGE)
         with path.open("rb", buffering=0) as file:
             read_exactly(file.fileno(), memoryview(kept.numpy()), 0)
     seconds = time.perf_counter() - start

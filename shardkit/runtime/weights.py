@@ -4,7 +4,6 @@ No memory map unless it is asked for: a shard that is truncated or changed while
 end in an error, or nowhere, but not in a crash or in other weights.
 """
 
-import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from shardkit.errors import ManifestError
 from shardkit.files import ignore_progress
 from shardkit.planning import Rank
 from shardkit.runtime.distributed.cores import count_rank_cores
-from shardkit.runtime.huge_pages import PageChoice, advise_huge_pages
+from shardkit.runtime.first_touch import FirstTouch
 from shardkit.shards.integrity import READ_BYTES, RankReader, reuse_buffer
 from shardkit.shards.manifest import Manifest
 from shardkit.tensor import TensorSpec
 
-_pages = PageChoice()  # of this process: what is faster here stays so
+_first_touch = FirstTouch()  # of this process: what was faster is so for the next tensor, too
 MAX_THREADS = 4  # that read at once, if the rank has cores for them: new memory takes longest
 READ_TOGETHER = 32 << 20  # bytes of small tensors: a disk answers one large read faster
 
@@ -119,23 +118,17 @@ def read_new_tensors(reader: RankReader, specs: Sequence[TensorSpec]) -> list[to
 
     Raises ManifestError or VerifyError.
     """
+    allocated = [allocate_tensor(spec) for spec in specs]
     nbytes = sum(spec.nbytes for spec in specs)
-    is_huge, start = _pages.choose(nbytes), time.perf_counter()
-    allocated = [allocate_tensor(spec, is_huge) for spec in specs]
+    is_touched_first = reader.threads == 1 and reader.is_cached(specs[0], nbytes)
+    for tensor, _ in allocated:
+        _first_touch.touch_memory(tensor, is_touched_first)
     reader.read(specs[0], [view for _, view in allocated])
-    _pages.record(is_huge, nbytes, time.perf_counter() - start)
     return [tensor for tensor, _ in allocated]
 
 
-def allocate_tensor(
-    spec: TensorSpec, has_huge_pages: bool | None = None
-) -> tuple[torch.Tensor, memoryview]:
-    """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks.
-
-    Unless it is said, it has huge pages if tensors that were read were faster with them.
-    """
+def allocate_tensor(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
+    """An uninitialized tensor, and its bytes. Raises ManifestError for a dtype torch lacks."""
     dtype = require_torch_dtype(spec)
     flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
-    if _pages.choose(spec.nbytes) if has_huge_pages is None else has_huge_pages:
-        advise_huge_pages(flat)
     return flat.view(dtype).reshape(spec.shape), flat.numpy().data

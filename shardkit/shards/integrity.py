@@ -13,6 +13,7 @@ from shardkit.errors import ManifestError, ShardkitError, VerifyError
 from shardkit.files import Progress, read_small_file, read_views
 from shardkit.planning import Rank
 from shardkit.shards.manifest import Digest, Manifest
+from shardkit.shards.page_cache import count_cached_bytes
 from shardkit.shards.rank_digest import RankDigest
 from shardkit.shards.reader import ShardedCheckpoint, open_shard
 from shardkit.tensor import TensorSpec
@@ -54,7 +55,7 @@ class RankReader:
         header = manifest.rank_header(rank, self.specs)
         self._fd = open_shard(folder, manifest, rank, header)
         self._digest = RankDigest(folder, manifest, rank, header) if check_sha256 else None
-        self._threads = threads
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "shardkit") if threads > 1 else None
 
     def __enter__(self) -> "RankReader":
@@ -68,6 +69,10 @@ class RankReader:
     def offset(self, spec: TensorSpec) -> int:
         """Where a piece begins in the file."""
         return self._pieces[spec.name].offset
+
+    def is_cached(self, spec: TensorSpec, nbytes: int) -> bool:
+        """Whether most of so many bytes from a piece on are in memory; False if nobody knows."""
+        return 2 * count_cached_bytes(self._fd, self.offset(spec), nbytes) > nbytes
 
     def map_memory(self) -> mmap:
         """The file as memory: what is written to it stays in this process. Raises ManifestError."""
@@ -96,10 +101,10 @@ class RankReader:
             self._digest.update(block)
 
     def _read_parts(self, views: list[memoryview], at: int) -> None:
-        if self._pool is None or sum(map(len, views)) < self._threads * READ_BYTES:
+        if self._pool is None or sum(map(len, views)) < self.threads * READ_BYTES:
             self._fill(views, at)
             return
-        parts = split_evenly(views, self._threads)
+        parts = split_evenly(views, self.threads)
         starts = accumulate((sum(map(len, part)) for part in parts), initial=at)
         list(self._pool.map(self._fill, parts, starts))  # raises what a read raised
 
