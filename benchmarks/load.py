@@ -53,8 +53,8 @@ def run_rank(way: str, folder: Path) -> dict[str, float]:
     else:
         kept = torch.empty(size, dtype=torch.uint8)
         if way == HUGE:
-            start, stop = find_huge_pages(kept)
-            advise_kernel(start, stop - start, MADV_HUGEPAGE)
+            first, last = find_huge_pages(kept)
+            advise_kernel(first, last - first, MADV_HUGEPAGE)
         with path.open("rb", buffering=0) as file:
             read_exactly(file.fileno(), memoryview(kept.numpy()), 0)
     seconds = time.perf_counter() - start
@@ -113,7 +113,7 @@ def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, An
     subprocess.run([*split, "--tp", str(tp_size)], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, list[dict[str, float]]] = {}
     paths = list(shards.glob("*.safetensors"))
-    size = 2 * sum(path.stat().st_size for path in paths)  # a cold file takes as much once more
+    size = 3 * sum(path.stat().st_size for path in paths)  # of weights, of cold files, of imports
     for _ in range(rounds):
         for state, prepare in (("warm", warm), ("cold", drop)):
             for way in WAYS:

@@ -16,6 +16,7 @@ from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec, byte_view
 
 IOV_MAX = 1024
+JOINED_BYTES = 128 << 10  # at once, to stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +129,15 @@ class ShardedCheckpoint:
         """
         stored, at = self.find_rows(name), 0
         first, count = offset // stored.row, len(view) // stored.row
+        parts = []
         for index, width in enumerate(stored.rank_rows):
-            part = packed[at : at + count * width]
-            at += len(part)
-            if part:
-                run = Run(index, stored.starts[index] + first * width, (part,), len(part))
+            parts.append(packed[at : at + count * width])
+            at += len(parts[-1])
+            if parts[-1]:
+                run = Run(index, stored.starts[index] + first * width, (parts[-1],), len(parts[-1]))
                 self.read_run(run)
-                _spread_rows(stored, index, part, view)
                 yield run
+        _join_rows(stored, parts, view)
 
     def _plan_reads(self, name: str, offset: int, view: memoryview) -> list[list[_Read]]:
         """For each rank, where in its file the wanted bytes lie, and where they go."""
@@ -186,14 +188,23 @@ class ShardedCheckpoint:
             raise ManifestError(f"{path}: became shorter while it was read")
 
 
-def _spread_rows(stored: StoredRows, index: int, part: memoryview, view: memoryview) -> None:
-    """Copy a rank's rows to where they lie in whole rows."""
-    width = stored.rank_rows[index]
-    for start, stop, owner, local in stored.tiles:
-        if owner == index:
-            length, places = stop - start, range(start, len(view), stored.row)
-            for to, at in zip(places, range(local, len(part), width), strict=True):
-                view[to : to + length] = part[at : at + length]
+def _join_rows(stored: StoredRows, parts: Sequence[memoryview], view: memoryview) -> None:
+    """Fill `view` with whole rows, of the rows of each rank.
+
+    Many stretches are joined at once: to assign each takes three times as long.
+    """
+    tiles = [
+        (parts[index], stored.rank_rows[index], local, local + stop - start)
+        for start, stop, index, local in stored.tiles
+    ]
+    count = len(view) // stored.row
+    step = max(1, JOINED_BYTES // stored.row)
+    for first in range(0, count, step):
+        rows = range(first, min(first + step, count))
+        stretches = [
+            p[row * width + a : row * width + b] for row in rows for p, width, a, b in tiles
+        ]
+        view[first * stored.row : rows.stop * stored.row] = b"".join(stretches)
 
 
 def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:

@@ -86,17 +86,21 @@ def test_a_ceiling_is_kept_or_refused_with_the_number_that_would_do(
 def test_buffers_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_memory, "measure_resident_memory", lambda: 50 * MIB)
     monkeypatch.setattr(copy_memory, "THREADS", 0)
+    largest, count = stream.BUFFER_BYTES, stream.NUM_BUFFERS
     fixed = 50 * MIB + copy_memory.SPARE_BYTES
 
     def choose(limit: int, growth: float = 1.0) -> int:
         return copy_memory.choose_buffer_bytes("split", 0, growth, limit)
 
-    assert choose(fixed + 32 * MIB) == stream.BUFFER_BYTES == 2 * MIB
-    assert choose(fixed + 32 * MIB - 1) == MIB
-    assert choose(fixed + 32 * MIB, 3.0) == MIB
-    assert choose(fixed + MIB) == copy_memory.SMALLEST_BUFFER
+    assert count * largest <= 20 * MIB
+    assert choose(fixed + 2 * count * largest) == largest
+    assert choose(fixed + 2 * count * largest - 1) == largest // 2
+    assert choose(fixed + 2 * count * largest, 3.0) == largest // 2
+    smallest = choose(fixed + count * copy_memory.SMALLEST_BUFFER * 2)
+    assert largest % smallest == 0
+    assert smallest <= copy_memory.SMALLEST_BUFFER
     with pytest.raises(UsageError, match="split needs"):
-        choose(fixed + MIB - 1)
+        choose(fixed + 2 * count * smallest - 1)
 
 
 def test_what_is_kept_of_every_tensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
