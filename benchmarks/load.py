@@ -5,7 +5,7 @@
 Ranks are processes of their own, as torchrun starts them. Each first imports all that a load needs
 and joins the others; then it loads its shard, reading or mapping it, or reads its file into a new
 tensor of as many bytes, all ranks at once. All run in every round, on files in the page cache and
-on files that have been dropped from it. Before each, as much memory as they take is used and freed,
+on files that have been dropped from it. Just before, as much memory as they take is used and freed,
 as for `benchmarks.split`. The slowest rank counts. Memory is the peak (VmHWM) over what was
 resident before, and bytes are what the process read meanwhile (/proc/PID/io), both over the file's
 size.
@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ def run_rank(way: str, folder: Path) -> dict[str, float]:
     size = path.stat().st_size
     torch.empty(1 << 20).zero_()
     resident, received = read_number("status", "VmRSS"), read_number("io", "rchar")
+    print("ready", flush=True)
+    sys.stdin.readline()
     group.all_agree({})
     start = time.perf_counter()
     if way in (LOAD, MAP):
@@ -75,8 +79,13 @@ def read_number(file: str, name: str) -> int:
     return int(line.split()[1])
 
 
-def run_ranks(way: str, folder: Path, tp_size: int) -> dict[str, float]:
-    """The largest of each number that any rank used. Raises CalledProcessError."""
+def run_ranks(
+    way: str, folder: Path, tp_size: int, prepare: Callable[[], None]
+) -> dict[str, float]:
+    """The largest of each number that any rank used, `prepare` called once all are ready to load.
+
+    Raises CalledProcessError.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -84,12 +93,20 @@ def run_ranks(way: str, folder: Path, tp_size: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.load", "--rank", way, "--folder", str(folder)]
     ranks = [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **common, "OMP_NUM_THREADS": "1", "RANK": str(rank),
                  "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(tp_size)
     ]  # fmt: skip
+    for rank in ranks:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+    prepare()
+    for rank in ranks:
+        assert rank.stdin is not None
+        rank.stdin.write("\n")
+        rank.stdin.flush()
     outputs = [rank.communicate()[0] for rank in ranks]
     for rank in ranks:
         if rank.returncode:
@@ -113,14 +130,13 @@ def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, An
     subprocess.run([*split, "--tp", str(tp_size)], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, list[dict[str, float]]] = {}
     paths = list(shards.glob("*.safetensors"))
-    size = 3 * sum(path.stat().st_size for path in paths)  # of weights, of cold files, of imports
+    size = 2 * sum(path.stat().st_size for path in paths)  # of weights, and of cold files
     for _ in range(rounds):
         for state, prepare in (("warm", warm), ("cold", drop)):
             for way in WAYS:
                 for path in paths:
                     prepare(path)
-                free_pages(folder, size)
-                used = run_ranks(way, shards, tp_size)
+                used = run_ranks(way, shards, tp_size, partial(free_pages, folder, size))
                 results.setdefault(f"{way}, {state}", []).append(used)
     report: dict[str, Any] = {"tp_size": tp_size, "rounds": rounds}
     for name, runs in results.items():

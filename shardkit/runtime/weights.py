@@ -22,7 +22,7 @@ from shardkit.tensor import TensorSpec
 
 _first_touch = FirstTouch()  # of this process: what was faster is so for the next tensor, too
 MAX_THREADS = 4  # that read at once, if the rank has cores for them: new memory takes longest
-READ_TOGETHER = 32 << 20  # bytes of small tensors: a disk answers one large read faster
+READ_TOGETHER = 64 << 20  # bytes of small tensors: a disk answers one large read faster
 
 
 def find_torch_dtype(name: str) -> torch.dtype | None:
@@ -120,9 +120,9 @@ def read_new_tensors(reader: RankReader, specs: Sequence[TensorSpec]) -> list[to
     """
     allocated = [allocate_tensor(spec) for spec in specs]
     nbytes = sum(spec.nbytes for spec in specs)
-    is_touched_first = reader.threads == 1 and reader.is_cached(specs[0], nbytes)
-    for tensor, _ in allocated:
-        _first_touch.touch_memory(tensor, is_touched_first)
+    if reader.is_cached(specs[0], nbytes):  # else it is touched while a disk is waited for
+        for tensor, _ in allocated:
+            _first_touch.touch_memory(tensor, touches_usual=reader.threads == 1)
     reader.read(specs[0], [view for _, view in allocated])
     return [tensor for tensor, _ in allocated]
 
