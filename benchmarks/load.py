@@ -1,14 +1,14 @@
 """Time and memory of a load, beside reading the same files into new memory.
 
-    python -m benchmarks.load [--gib 2.1] [--tp 2] [--rounds 5] [--folder DIR] [--json]
+    python -m benchmarks.load [--gib 2.1] [--tp 2] [--rounds 4] [--folder DIR] [--json]
 
 Ranks are processes of their own, as torchrun starts them. Each first imports all that a load needs
 and joins the others; then it loads its shard, reading or mapping it, or reads its file into a new
-tensor of as many bytes, all ranks at once. All run in every round, on files in the page cache and
-on files that have been dropped from it. Just before, as much memory as they take is used and freed,
-as for `benchmarks.split`. The slowest rank counts. Memory is the peak (VmHWM) over what was
-resident before, and bytes are what the process read meanwhile (/proc/PID/io), both over the file's
-size.
+tensor of as many bytes, all ranks at once. All run in every round, each first in turn, on files in
+the page cache and on files that have been dropped from it. Just before, as much memory as they take
+is used and freed, as for `benchmarks.split`. The slowest rank counts. Memory is the peak (VmHWM)
+over what was resident before, and bytes are what the process read meanwhile (/proc/PID/io), both
+over the file's size.
 """
 
 import argparse
@@ -131,9 +131,9 @@ def measure(folder: Path, gib: float, tp_size: int, rounds: int) -> dict[str, An
     results: dict[str, list[dict[str, float]]] = {}
     paths = list(shards.glob("*.safetensors"))
     size = 2 * sum(path.stat().st_size for path in paths)  # of weights, and of cold files
-    for _ in range(rounds):
+    for turn in range(rounds):
         for state, prepare in (("warm", warm), ("cold", drop)):
-            for way in WAYS:
+            for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):
                 for path in paths:
                     prepare(path)
                 used = run_ranks(way, shards, tp_size, partial(free_pages, folder, size))
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.1)
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="Work below this folder.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rank", choices=WAYS, help=argparse.SUPPRESS)
