@@ -42,7 +42,8 @@ def continue_alone(reference: Any, ids: list[int], tokens: int, **options: Any) 
 
 def wait_until_idle(engine: runtime.Engine, seconds: float = 60.0) -> None:
     """Wait until nothing runs or waits; nothing may at the end."""
-    end = time.monotonic() + seconds
-    while engine.status().running and time.monotonic() < end:
+    end, status = time.monotonic() + seconds, engine.status()
+    while (status.running or status.waiting) and time.monotonic() < end:
         time.sleep(0.01)
-    assert engine.status().running == engine.status().waiting == 0
+        status = engine.status()
+    assert status.running == status.waiting == 0
