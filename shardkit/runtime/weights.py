@@ -54,7 +54,9 @@ def read_tensors(
         return
     threads = min(MAX_THREADS, count_rank_cores())
     with RankReader(folder, manifest, rank, check_sha256=False, threads=threads) as reader:
-        for batch in batch_specs(reader.specs, names):
+        # What is computed of quantized weights takes memory, too: none is read ahead of them.
+        together = 1 if manifest.plan.grouping.weights else READ_TOGETHER
+        for batch in batch_specs(reader.specs, names, together):
             tensors = deque(read_new_tensors(reader, batch))
             for spec in batch:  # which is let go of once it is taken
                 yield spec.name, tensors.popleft()
@@ -73,10 +75,12 @@ def _read_hashed(
         reader.finish()
 
 
-def batch_specs(specs: Iterable[TensorSpec], names: Collection[str]) -> Iterator[list[TensorSpec]]:
+def batch_specs(
+    specs: Iterable[TensorSpec], names: Collection[str], together: int
+) -> Iterator[list[TensorSpec]]:
     """The tensors of these names, in batches that are read together.
 
-    A batch follows in the file without a gap, and ends once it has READ_TOGETHER bytes.
+    A batch follows in the file without a gap, and ends once it has `together` bytes.
     """
     batch: list[TensorSpec] = []
     nbytes = 0
@@ -84,7 +88,7 @@ def batch_specs(specs: Iterable[TensorSpec], names: Collection[str]) -> Iterator
         if is_named := spec.name in names:
             batch.append(spec)
             nbytes += spec.nbytes
-        if batch and (not is_named or nbytes >= READ_TOGETHER):
+        if batch and (not is_named or nbytes >= together):
             yield batch
             batch, nbytes = [], 0
     if batch:

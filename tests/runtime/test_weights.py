@@ -144,10 +144,9 @@ def test_small_tensors_are_read_together(split: Split, monkeypatch: pytest.Monke
     assert read.keys() == set(every) - {skipped}
 
 
-def test_batches_end_where_they_are_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "READ_TOGETHER", 8)
+def test_batches_end_where_they_are_large_enough() -> None:
     specs = [TensorSpec(str(n), "U8", (n,)) for n in (3, 4, 5, 0, 9, 1, 2)]
-    batches = weights.batch_specs(specs, {"3", "4", "5", "0", "9", "2"})
+    batches = weights.batch_specs(specs, {"3", "4", "5", "0", "9", "2"}, 8)
     assert [[spec.name for spec in batch] for batch in batches] == [
         ["3", "4", "5"], ["0", "9"], ["2"],
     ]  # fmt: skip
