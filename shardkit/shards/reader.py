@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardkit.checkpoint.header import read_open_header
 from shardkit.errors import ManifestError
-from shardkit.files import open_regular_file
+from shardkit.files import MAX_VIEWS, open_regular_file
 from shardkit.layout import Tile, num_indices
 from shardkit.planning import Rank
 from shardkit.shards.manifest import Manifest, RankFile
@@ -15,7 +15,6 @@ from shardkit.shards.manifest_json import read_manifest
 from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec, byte_view
 
-IOV_MAX = 1024
 JOINED_BYTES = 128 << 10  # at once, to stay in a core's cache
 
 
@@ -213,7 +212,7 @@ def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:
     while at < len(reads):
         start, first = reads[at]
         views, stop = [first], start + len(first)
-        for place, view in reads[at + 1 : at + IOV_MAX]:
+        for place, view in reads[at + 1 : at + MAX_VIEWS]:
             if place != stop:
                 break
             views.append(view)
