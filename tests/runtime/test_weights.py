@@ -144,6 +144,16 @@ def test_small_tensors_are_read_together(split: Split, monkeypatch: pytest.Monke
     assert read.keys() == set(every) - {skipped}
 
 
+def test_nothing_is_read_ahead_of_quantized_weights(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(split.manifest.plan.grouping), "weights", {"any": None})
+    rank, every = split.manifest.mesh.rank(0), names(split)
+    reads = record_reads(monkeypatch)
+    list(read_tensors(split.folder, split.manifest, rank, every, False))
+    assert len(reads) == len([s for s in split.manifest.stored_specs(rank) if s.nbytes])
+
+
 def test_batches_end_where_they_are_large_enough() -> None:
     specs = [TensorSpec(str(n), "U8", (n,)) for n in (3, 4, 5, 0, 9, 1, 2)]
     batches = weights.batch_specs(specs, {"3", "4", "5", "0", "9", "2"}, 8)
