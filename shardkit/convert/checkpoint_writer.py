@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import encode_header, encode_index
-from shardkit.convert.copy_memory import choose_buffer_bytes, measure_copies
+from shardkit.convert.copy_memory import choose_buffer_bytes, measure_replicas
 from shardkit.convert.replaceable import merge_destination
 from shardkit.convert.steps import (
     copy_shards_into,
@@ -75,8 +75,8 @@ def merge(
         summary = summarize_plan(opened.manifest.plan)
         advance = track_progress(sum(summary.stored_bytes) + summary.total_bytes, progress)
         destination = merge_destination(opened.manifest, Path(out), force, resume)
-        pieces, growth = len(opened.manifest.placements), 1 + measure_copies(opened.manifest.plan)
-        buffer_bytes = choose_buffer_bytes("merge", pieces, growth, max_memory)
+        pieces, replicas = len(opened.manifest.placements), measure_replicas(opened.manifest.plan)
+        buffer_bytes = choose_buffer_bytes("merge", pieces, max_memory, replicas)
         merge_shards(opened, destination, advance, buffer_bytes)
         names = tuple(file.name for file in opened.manifest.source.files)
     return MergeResult(Path(out), names, summary.total_bytes)

@@ -22,14 +22,14 @@ PIECE_BYTES = 1100  # of a tensor in a file: its place, digest and line; measure
 SPARE_BYTES = 24 << 20  # threads, modules that are imported late (NumPy: 12 MB), companion files
 
 
-def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None) -> int:
+def choose_buffer_bytes(what: str, pieces: int, limit: int | None, replicas: float = 0.0) -> int:
     """The largest buffers with which a copy takes no more memory than is allowed.
 
     Args:
         what: The command, for an error.
         pieces: How many tensors all files have, counted in each file.
-        growth: The bytes that are packed of a block, as a multiple of it, at most.
         limit: The bytes that the process may take; None for what is free, less a margin.
+        replicas: Of the shards that are read: `measure_replicas` of their plan.
 
     Raises:
         UsageError: Even with the smallest buffers it would take more.
@@ -40,7 +40,7 @@ def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None
     allowed = limit if limit is not None else resident + choose_max_memory(None)
 
     def estimate(buffer_bytes: int) -> int:
-        return base + max(phases, math.ceil(NUM_BUFFERS * (1 + growth) * buffer_bytes))
+        return base + max(phases, math.ceil(NUM_BUFFERS * (1 + replicas) * buffer_bytes))
 
     buffer_bytes = BUFFER_BYTES
     while buffer_bytes > SMALLEST_BUFFER and estimate(buffer_bytes) > allowed:
@@ -49,22 +49,15 @@ def choose_buffer_bytes(what: str, pieces: int, growth: float, limit: int | None
     return buffer_bytes
 
 
-def find_growth(plan: Plan) -> float:
-    """The bytes that are packed of a block for all ranks, as a multiple of it."""
-    growth = measure_copies(plan)
-    # A packed buffer that is short is replaced, and the old one kept until it is written.
-    return growth if growth == 1 else 2 * growth
-
-
-def measure_copies(plan: Plan) -> float:
-    """The bytes that all ranks have of a block, as a multiple of it: over 1 if some have copies.
+def measure_replicas(plan: Plan) -> float:
+    """What all ranks store of a block, as a multiple of it, if that is more than a buffer; else 0.
 
     Only of blocks of rows: of a tensor that is divided along another dimension than its first.
     """
-    growths = [1.0]
+    stored = [0.0]
     for group in plan.groups:
         placement, dim = group.first, group.layout.dim
-        if dim and placement.spec.shape[dim]:
-            spans = (placement.spans(rank) for rank in plan.mesh.ranks())
-            growths.append(sum(map(num_indices, spans)) / placement.spec.shape[dim])
-    return max(growths)
+        if dim and (axis := placement.spec.shape[dim]):
+            ranks = plan.mesh.ranks()
+            stored.append(sum(num_indices(placement.spans(rank)) for rank in ranks) / axis)
+    return largest if (largest := max(stored)) > 1 else 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardkit import __version__
 from shardkit.checkpoint import Checkpoint, encode_header, open_source, read_config
-from shardkit.convert.copy_memory import choose_buffer_bytes, find_growth, measure_copies
+from shardkit.convert.copy_memory import choose_buffer_bytes, measure_replicas
 from shardkit.convert.replaceable import shard_destination
 from shardkit.convert.steps import (
     copy_into,
@@ -155,7 +155,7 @@ def reshard(
         destination = shard_destination(Path(out), force, resume)
         advance = track_progress(total, progress)
         buffer_bytes = _choose_buffer_bytes(
-            "reshard", new_plan, max_memory, measure_copies(old_plan)
+            "reshard", new_plan, max_memory, measure_replicas(old_plan)
         )
         manifest = reshard_shards(opened, tp_size, destination, advance, buffer_bytes)
     return SplitResult(Path(out), manifest.plan, manifest, (), makes_text)
@@ -211,9 +211,11 @@ def _check_room(
     return track_progress(source.download_bytes + nbytes, progress), buffer_bytes
 
 
-def _choose_buffer_bytes(what: str, plan: Plan, max_memory: int | None, growth: float = 0.0) -> int:
+def _choose_buffer_bytes(
+    what: str, plan: Plan, max_memory: int | None, replicas: float = 0.0
+) -> int:
     pieces = len(plan.placements) * plan.mesh.world_size
-    return choose_buffer_bytes(what, pieces, find_growth(plan) + growth, max_memory)
+    return choose_buffer_bytes(what, pieces, max_memory, replicas)
 
 
 def _describe_result(

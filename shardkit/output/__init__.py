@@ -12,6 +12,7 @@ from shardkit.output.resume import (
     open_writers,
     remaining_copies,
 )
+from shardkit.output.rows import RowPart
 from shardkit.output.stream import BlockReader, PlainReader, TensorCopy, TensorWriter, copy_tensors
 from shardkit.output.writer import FileWriter, Inspection
 
@@ -23,6 +24,7 @@ __all__ = [
     "Inspection",
     "OutputFile",
     "PlainReader",
+    "RowPart",
     "RunIdentity",
     "StagingFolder",
     "TensorCopy",

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Protocol
 
 from shardkit.checkpoint.source import Source
 from shardkit.files import Progress
 from shardkit.layout import Span, num_indices
+from shardkit.output.rows import RowPart, cut_rows, pack_rows
 from shardkit.output.serial_pool import SerialPool, Task
 from shardkit.tensor import ByteView, TensorSpec, byte_view
 
@@ -24,7 +25,6 @@ NUM_CORES = min(8, max(2, os.cpu_count() or 2))  # that a copy can keep busy
 NUM_BUFFERS = min(8, NUM_CORES + 3)  # read ahead while others are hashed and written
 # Per buffer: on two cores, half as much costs a tenth of the time, and twice as much saves nothing.
 BUFFER_BYTES = (20 << 20) // NUM_BUFFERS // 4096 * 4096
-PACKED_BYTES = 128 << 10  # joined at once, to stay in a core's cache
 
 
 class BlockReader(Protocol):
@@ -36,6 +36,15 @@ class BlockReader(Protocol):
         Returns:
             By a number, what is to be done with the block in a thread before `view` is filled anew;
             one after another, in the order of the blocks, if the number is the same.
+        """
+
+    def read_rows(
+        self, name: str, offset: int, view: memoryview, width: int
+    ) -> tuple[Sequence[RowPart], Iterable[tuple[int, Task]]]:
+        """As `read_block`, of whole rows, of `width` bytes each.
+
+        Returns:
+            Where the rows lie now, part by part, in `view` or in buffers that are kept as long.
         """
 
 
@@ -50,6 +59,13 @@ class PlainReader:
         self.source.read_into(name, offset, view)
         return ()
 
+    def read_rows(
+        self, name: str, offset: int, view: memoryview, width: int
+    ) -> tuple[Sequence[RowPart], Iterable[tuple[int, Task]]]:
+        """As `BlockReader` says."""
+        self.source.read_into(name, offset, view)
+        return (RowPart(view, width, 0, width),), ()
+
 
 class TensorWriter(Protocol):
     """What receives one output file's bytes, in order."""
@@ -57,8 +73,8 @@ class TensorWriter(Protocol):
     def begin(self, spec: TensorSpec) -> None:
         """The next bytes are those of a tensor, or of a part of it."""
 
-    def write(self, parts: Sequence[memoryview]) -> None:
-        """Take the next bytes."""
+    def write(self, parts: Iterable[memoryview]) -> None:
+        """Take the next bytes, from buffers that can be written to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +88,9 @@ class TensorCopy:
 
 @dataclass(slots=True)
 class _Buffer:
-    """Reused buffers, and the work that must end before they are reused.
-
-    `data` holds a block as it was read; `packed` the parts of one that are many and small,
-    of which `used` bytes are taken.
-    """
+    """A reused buffer, and the work that must end before it is reused."""
 
     data: bytearray
-    packed: bytearray = field(default_factory=bytearray)
-    used: int = 0
     busy: list[Future[None]] = field(default_factory=list)
 
     def wait(self) -> None:
@@ -88,14 +98,6 @@ class _Buffer:
         for future in self.busy:
             future.result()
         self.busy.clear()
-        self.used = 0
-
-    def room(self, size: int) -> memoryview:
-        """A part of `packed` to pack `size` bytes into, allocated anew only if it is short."""
-        if self.used + size > len(self.packed):
-            self.packed, self.used = bytearray(max(size, len(self.data))), 0
-        self.used += size
-        return memoryview(self.packed)[self.used - size : self.used]
 
 
 def copy_tensors(
@@ -142,11 +144,7 @@ class _Copier:
         view = byte_view(copy.spec, copy.dim)
         for writer, _ in copy.destinations:
             self._submit("write", writer, partial(self._writers[writer].begin, copy.spec))
-        if (
-            view.outer > 1
-            and view.row <= self._buffer_bytes
-            and all(_is_ascending(s) for _, s in copy.destinations)
-        ):
+        if view.outer > 1 and view.row <= self._buffer_bytes:
             self._by_rows(copy, view)
         else:
             self._by_runs(copy, view)
@@ -158,12 +156,14 @@ class _Copier:
         step = self._buffer_bytes - self._buffer_bytes % view.row
         total = view.outer * view.row
         for start in range(0, total, step):
-            buffer, data = self._read(copy, start, min(start + step, total))
+            buffer, data = self._next(min(step, total - start))
+            rows, tasks = self._reader.read_rows(copy.spec.name, start, data, view.row)
+            self._submit_reads(buffer, tasks)
             for writer, spans in copy.destinations:
-                room = buffer.room(len(data) // view.row * num_indices(spans) * view.inner)
-                task = partial(self._feed_rows, writer, view, spans, data, room)
-                buffer.busy.append(self._submit("write", writer, task))
-                self._progress(len(room))
+                ranges = [Span(first * view.inner, last * view.inner) for first, last in spans]
+                parts = cut_rows(rows, ranges)
+                self._feed(writer, buffer, pack_rows(parts, len(data) // view.row))
+                self._progress(len(data) // view.row * num_indices(spans) * view.inner)
 
     def _by_runs(self, copy: TensorCopy, view: ByteView) -> None:
         """Long runs, each writer's in its own order, and the writers in turn, so that all are busy.
@@ -180,31 +180,28 @@ class _Copier:
                     buffer, data = self._read(copy, *chunk)
                     last = chunk
                 self._feed(writer, buffer, [data])
+                self._progress(len(data))
 
     def _read(self, copy: TensorCopy, start: int, stop: int) -> tuple[_Buffer, memoryview]:
-        buffer = self._next()
-        data = memoryview(buffer.data)[: stop - start]
-        for number, task in self._reader.read_block(copy.spec.name, start, data):
-            buffer.busy.append(self._submit("read", number, task))
+        buffer, data = self._next(stop - start)
+        self._submit_reads(buffer, self._reader.read_block(copy.spec.name, start, data))
         return buffer, data
 
-    def _next(self) -> _Buffer:
+    def _next(self, nbytes: int) -> tuple[_Buffer, memoryview]:
+        """The buffer whose turn it is, once it is free, and as much of it as is to be filled."""
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
         buffer.wait()
-        return buffer
+        return buffer, memoryview(buffer.data)[:nbytes]
 
-    def _feed(self, writer: int, buffer: _Buffer, parts: Sequence[memoryview]) -> None:
+    def _submit_reads(self, buffer: _Buffer, tasks: Iterable[tuple[int, Task]]) -> None:
+        for number, task in tasks:
+            buffer.busy.append(self._submit("read", number, task))
+
+    def _feed(self, writer: int, buffer: _Buffer, pieces: Iterable[memoryview]) -> None:
         buffer.busy.append(
-            self._submit("write", writer, partial(self._writers[writer].write, parts))
+            self._submit("write", writer, partial(self._writers[writer].write, pieces))
         )
-        self._progress(sum(map(len, parts)))
-
-    def _feed_rows(
-        self, writer: int, view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview
-    ) -> None:
-        pack_rows(view, spans, data, room)
-        self._writers[writer].write([room])
 
     def _submit(self, kind: str, number: int, task: Task) -> Future[None]:
         """Run a task in a thread, after the one before it of the same kind and number."""
@@ -222,24 +219,3 @@ def iter_chunks(
             last = outer * view.row + span.stop * view.inner
             for start in range(first, last, buffer_bytes):
                 yield start, min(start + buffer_bytes, last)
-
-
-def pack_rows(view: ByteView, spans: Sequence[Span], data: memoryview, room: memoryview) -> None:
-    """Fill `room` with what the spans hold of `data`, which is whole rows, in order.
-
-    Many parts are joined at once: to assign each takes three times as long, and other threads wait.
-    """
-    cuts = [(first * view.inner, last * view.inner) for first, last in spans]
-    width = sum(last - first for first, last in cuts)
-    step = view.row * max(1, PACKED_BYTES // max(1, width))
-    at = 0
-    for start in range(0, len(data), step):
-        rows = range(start, min(start + step, len(data)), view.row)
-        packed = b"".join([data[row + a : row + b] for row in rows for a, b in cuts])
-        room[at : at + len(packed)] = packed
-        at += len(packed)
-
-
-def _is_ascending(spans: Sequence[Span]) -> bool:
-    """Whether no index is held twice: copies, packed, would outgrow a buffer."""
-    return all(a.stop <= b.start for a, b in pairwise(spans))

@@ -4,7 +4,7 @@ import ctypes
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from shardkit.files import Progress, read_exactly
@@ -106,7 +106,7 @@ class FileWriter:
         self._starts.append((spec.name, self.size))
         self._spec = spec
 
-    def write(self, parts: Sequence[memoryview]) -> None:
+    def write(self, parts: Iterable[memoryview]) -> None:
         """Inspect and write the next bytes. Raises OSError."""
         for view in parts:
             self._inspect(view)

@@ -5,13 +5,14 @@ reads, as a replicated tensor's other copies, or reads only later, is read for t
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 
 from shardkit.errors import ManifestError, ShardkitError, VerifyError
 from shardkit.files import Progress, ignore_progress, read_exactly
+from shardkit.output import RowPart
 from shardkit.planning import Rank
 from shardkit.shards.integrity import THREADS, check_ranks
 from shardkit.shards.rank_digest import RankDigest
@@ -46,19 +47,35 @@ class CheckedShards:
         Raises:
             ManifestError: If a file cannot be read.
         """
-        stored = self._shards.find_rows(name)
-        if stored.has_rows(offset, len(view)):
-            packed = self._find_room(view, len(view) // stored.row * sum(stored.rank_rows))
-            runs = list(self._shards.read_rows(name, offset, view, packed))
-        else:
-            runs = list(self._shards.plan_runs(name, offset, view))
-            for run in runs:
-                self._shards.read_run(run)
+        runs = list(self._shards.plan_runs(name, offset, view))
+        for run in runs:
+            self._shards.read_run(run)
+        return self._hash_later(runs)
+
+    def read_rows(
+        self, name: str, offset: int, view: memoryview, width: int
+    ) -> tuple[Sequence[RowPart], Iterable[tuple[int, Callable[[], None]]]]:
+        """As `read_block`, of whole rows, of `width` bytes each, which stay as ranks store them.
+
+        Returns:
+            Where the rows lie now, part by part; and what `read_block` returns.
+
+        Raises:
+            ManifestError: If a file cannot be read.
+        """
+        count = len(view) // width
+        room = self._find_room(view, count * sum(self._shards.find_rows(name).rank_rows))
+        parts, runs = self._shards.read_rows(name, offset, count, room)
+        return parts, self._hash_later(runs)
+
+    def _hash_later(self, runs: Iterable[Run]) -> list[tuple[int, Callable[[], None]]]:
         by_rank = groupby(runs, lambda run: run.index)
         return [(index, partial(self._files[index].hash_runs, list(own))) for index, own in by_rank]
 
     def _find_room(self, view: memoryview, size: int) -> memoryview:
-        """A part of the buffer that is free whenever a view is."""
+        """The view, or, if several ranks have the same, a buffer that is free whenever it is."""
+        if size <= len(view):
+            return view[:size]
         key = id(view.obj)
         if len(self._rooms.get(key, b"")) < size:
             self._rooms[key] = bytearray(size)

@@ -9,13 +9,12 @@ from shardkit.checkpoint.header import read_open_header
 from shardkit.errors import ManifestError
 from shardkit.files import MAX_VIEWS, open_regular_file
 from shardkit.layout import Tile, num_indices
+from shardkit.output import RowPart
 from shardkit.planning import Rank
 from shardkit.shards.manifest import Manifest, RankFile
 from shardkit.shards.manifest_json import read_manifest
 from shardkit.strict_json import quote
 from shardkit.tensor import TensorSpec, byte_view
-
-JOINED_BYTES = 128 << 10  # at once, to stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +58,6 @@ class StoredRows:
     tiles: tuple[Tile, ...]
     rank_rows: tuple[int, ...]
     starts: tuple[int, ...]
-
-    def has_rows(self, offset: int, nbytes: int) -> bool:
-        """Whether bytes of it are whole rows, of more than one."""
-        return self.outer > 1 and self.row > 0 and offset % self.row == nbytes % self.row == 0
 
 
 class ShardedCheckpoint:
@@ -110,33 +105,37 @@ class ShardedCheckpoint:
             yield from _join_reads(index, reads)
 
     def read_rows(
-        self, name: str, offset: int, view: memoryview, packed: memoryview
-    ) -> Iterator[Run]:
-        """As `read_into`, of whole rows: what each rank stores of them is one run of its file.
+        self, name: str, offset: int, count: int, view: memoryview
+    ) -> tuple[list[RowPart], list[Run]]:
+        """Read whole rows: what each rank stores of them is one run of its file.
 
         Args:
             name: The tensor.
             offset: Where the rows start in it.
-            view: What is to be filled.
-            packed: Room for what all ranks store of these rows.
+            count: The number of rows.
+            view: Room for what all ranks store of these rows.
 
         Returns:
-            What was read into `packed`.
+            Where the rows lie in `view`, part by part, and what was read.
 
         Raises:
             ManifestError: If a file cannot be read.
         """
         stored, at = self.find_rows(name), 0
-        first, count = offset // stored.row, len(view) // stored.row
-        parts = []
+        first = offset // stored.row
+        held, runs = [], []
         for index, width in enumerate(stored.rank_rows):
-            parts.append(packed[at : at + count * width])
-            at += len(parts[-1])
-            if parts[-1]:
-                run = Run(index, stored.starts[index] + first * width, (parts[-1],), len(parts[-1]))
-                self.read_run(run)
-                yield run
-        _join_rows(stored, parts, view)
+            held.append(view[at : at + count * width])
+            at += count * width
+            if held[-1]:
+                start = stored.starts[index] + first * width
+                runs.append(Run(index, start, (held[-1],), count * width))
+                self.read_run(runs[-1])
+        parts = [
+            RowPart(held[index], stored.rank_rows[index], local, local + stop - start)
+            for start, stop, index, local in stored.tiles
+        ]
+        return parts, runs
 
     def _plan_reads(self, name: str, offset: int, view: memoryview) -> list[list[_Read]]:
         """For each rank, where in its file the wanted bytes lie, and where they go."""
@@ -185,25 +184,6 @@ class ShardedCheckpoint:
             raise ManifestError(f"{path}: cannot be read: {failure.strerror}") from None
         if count != run.nbytes:
             raise ManifestError(f"{path}: became shorter while it was read")
-
-
-def _join_rows(stored: StoredRows, parts: Sequence[memoryview], view: memoryview) -> None:
-    """Fill `view` with whole rows, of the rows of each rank.
-
-    Many stretches are joined at once: to assign each takes three times as long.
-    """
-    tiles = [
-        (parts[index], stored.rank_rows[index], local, local + stop - start)
-        for start, stop, index, local in stored.tiles
-    ]
-    count = len(view) // stored.row
-    step = max(1, JOINED_BYTES // stored.row)
-    for first in range(0, count, step):
-        rows = range(first, min(first + step, count))
-        stretches = [
-            p[row * width + a : row * width + b] for row in rows for p, width, a, b in tiles
-        ]
-        view[first * stored.row : rows.stop * stored.row] = b"".join(stretches)
 
 
 def _join_reads(index: int, reads: Sequence[_Read]) -> Iterator[Run]:

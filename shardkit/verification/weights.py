@@ -6,7 +6,7 @@ what they compare if the level files is run in the same pass.
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import local
@@ -85,7 +85,7 @@ class RankFileComparer:
         self._name = spec.name
         self._offsets[spec.name] = 0
 
-    def write(self, parts: Sequence[memoryview]) -> None:
+    def write(self, parts: Iterable[memoryview]) -> None:
         """Compare the next bytes with the file's.
 
         Raises:

@@ -89,35 +89,35 @@ def test_buffers_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPat
     largest, count = stream.BUFFER_BYTES, stream.NUM_BUFFERS
     fixed = 50 * MIB + copy_memory.SPARE_BYTES
 
-    def choose(limit: int, growth: float = 1.0) -> int:
-        return copy_memory.choose_buffer_bytes("split", 0, growth, limit)
+    def choose(limit: int, replicas: float = 0.0) -> int:
+        return copy_memory.choose_buffer_bytes("split", 0, limit, replicas)
 
     assert count * largest <= 20 * MIB
-    assert choose(fixed + 2 * count * largest) == largest
-    assert choose(fixed + 2 * count * largest - 1) == largest // 2
-    assert choose(fixed + 2 * count * largest, 3.0) == largest // 2
-    smallest = choose(fixed + count * copy_memory.SMALLEST_BUFFER * 2)
+    assert choose(fixed + count * largest) == largest
+    assert choose(fixed + count * largest - 1) == largest // 2
+    assert choose(fixed + count * largest, 1.5) == largest // 4
+    smallest = choose(fixed + count * copy_memory.SMALLEST_BUFFER)
     assert largest % smallest == 0
     assert smallest <= copy_memory.SMALLEST_BUFFER
     with pytest.raises(UsageError, match="split needs"):
-        choose(fixed + 2 * count * smallest - 1)
+        choose(fixed + count * smallest - 1)
 
 
 def test_what_is_kept_of_every_tensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_memory, "measure_resident_memory", lambda: 0)
     with pytest.raises(UsageError, match=r"split needs 1[12]\d\d MB"):
-        copy_memory.choose_buffer_bytes("split", 10**6, 1.0, 10**6)
+        copy_memory.choose_buffer_bytes("split", 10**6, 10**6)
 
 
-def test_copies_of_rows_that_are_packed_count() -> None:
-    """Kv heads on two ranks each: whole rows are written as they are, parts of rows are packed."""
+def test_rows_that_several_ranks_store_count() -> None:
+    """Kv heads on two ranks each: parts of rows that both store do not fit into one buffer."""
     config = llama_config(heads=8, kv=2)
     plan = make_plan(specs_of(llama(heads=8, kv=2)), find_recipe(config), config, 4)
-    assert copy_memory.find_growth(plan) == 1.0
+    assert copy_memory.measure_replicas(plan) == 0.0
     counts, shapes = {"model_type": "experts", "ffn": 24, "heads": 12, "kv": 2}, {"kv": (5, 28)}
     plan = make_plan(specs_of(shapes, "F32"), expert_recipe(), counts, 4)
     # Of 28 columns 24 are of 12 heads, which are divided, and 4 of 2 kv heads, on 2 ranks each.
-    assert copy_memory.find_growth(plan) == 2 * (24 + 2 * 4) / 28
+    assert copy_memory.measure_replicas(plan) == (24 + 2 * 4) / 28
 
 
 def test_a_dry_run_refuses_too(tmp_path: Path) -> None:

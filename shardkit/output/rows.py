@@ -1,0 +1,85 @@
+"""The rows of a block of a tensor as they lie in buffers, and parts of them packed in order.
+
+Seen around its sharded dimension a tensor is `[outer, axis, inner]`: each outer index is a row of
+bytes, of which each rank has a part.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shardkit.layout import Span
+
+PACKED_BYTES = 128 << 10  # at once, to stay in a core's cache
+
+
+@dataclass(frozen=True, slots=True)
+class RowPart:
+    """A part of every row of a block: row `n`'s is `data[n * width + start : n * width + stop]`.
+
+    Attributes:
+        data: A buffer that can be written to.
+        width: The bytes from one row to the next in it.
+        start: Where the part of the first row starts.
+        stop: Where it stops.
+    """
+
+    data: memoryview
+    width: int
+    start: int
+    stop: int
+
+
+def cut_rows(parts: Sequence[RowPart], spans: Sequence[Span]) -> list[RowPart]:
+    """What spans of the rows, in bytes, hold, in their own order.
+
+    Args:
+        parts: The rows whole, part by part.
+        spans: Ranges of a row's bytes.
+
+    Returns:
+        The parts of the rows, neighbors in a buffer joined.
+
+    Example:
+        >>> rows = [RowPart(memoryview(bytearray(b"abcdefgh")), 4, 0, 4)]
+        >>> [(part.start, part.stop) for part in cut_rows(rows, [Span(3, 4), Span(0, 2)])]
+        [(3, 4), (0, 2)]
+    """
+    cuts: list[RowPart] = []
+    for first, last in spans:
+        at = 0
+        for part in parts:
+            start, stop = part.start + max(0, first - at), part.start + last - at
+            at += part.stop - part.start
+            stop = min(stop, part.stop)
+            if start >= stop:
+                continue
+            if cuts and cuts[-1].data is part.data and cuts[-1].stop == start:
+                start = cuts.pop().start
+            cuts.append(RowPart(part.data, part.width, start, stop))
+    return cuts
+
+
+def pack_rows(parts: Sequence[RowPart], count: int) -> Iterator[memoryview]:
+    """The parts of the first row, then those of the second, and so on, in pieces to be written.
+
+    Small ones are packed, many at once: to write each costs a system call. Pieces, packed or not,
+    can be written to, and packed ones are the caller's own.
+
+    Args:
+        parts: Parts of the rows, in order.
+        count: The number of rows.
+    """
+    width = sum(part.stop - part.start for part in parts)
+    step = PACKED_BYTES // max(1, width)
+    ranges = [(part.data, part.width, part.start, part.stop) for part in parts]
+    if not step:
+        for row in range(count):
+            yield from (data[row * n + start : row * n + stop] for data, n, start, stop in ranges)
+        return
+    for first in range(0, count, step):
+        rows = range(first, min(first + step, count))
+        yield memoryview(
+            bytearray().join(
+                [data[row * n + a : row * n + b] for row in rows for data, n, a, b in ranges]
+            )
+        )
