@@ -2,9 +2,10 @@
 
     python -m benchmarks.convert [--gib 2.1] [--tp 4] [--to 8] [--rounds 7] [--folder DIR] [--json]
 
-Every round runs each command once, in a process of its own, on warm files and into a new folder,
-which is synced to disk within the time and removed before the next.  Before each, as much memory
-as an output takes is used and freed, and bytecode is kept, as for `benchmarks.split`.  Baselines
+Every round runs each command once, in an order of its own, as each leaves memory in its own state:
+in a process of its own, on warm files and into a new folder, which is synced to disk within the
+time and removed before the next.  Before each, as much memory as an output takes is used and freed,
+and bytecode is kept, as for `benchmarks.split`.  Baselines
 are of the same round: a durable copy (`cp -r`, then `sync -f`), and a floor, which a program that
 takes these digests can hardly beat: the sha256 of as many bytes as the command has to hash, by
 `openssl dgst` over the same shards, a process for each core, beside the durable copy if the command
@@ -14,6 +15,7 @@ writes.  A reshard has to hash twice: what it reads and what it writes.
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -61,7 +63,8 @@ def measure(folder: Path, gib: float, tp_size: int, other: int, rounds: int) -> 
     commands = list_commands(folder, tp_size, other)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for turn in range(rounds + 1):
-        for name, (command, _) in commands.items():
+        for name in random.Random(turn).sample(list(commands), len(commands)):
+            command, _ = commands[name]
             arguments = [part.replace(OUT, str(folder / "out")) for part in command]
             result = time_command(arguments, folder / "out", size)
             if turn:  # the first round warms the caches
