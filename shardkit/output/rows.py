@@ -4,12 +4,16 @@ Seen around its sharded dimension a tensor is `[outer, axis, inner]`: each outer
 bytes, of which each rank has a part.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardkit.layout import Span
 
-PACKED_BYTES = 512 << 10  # at once: they stay in a core's cache, and a write costs little
+JOINED_BYTES = 128 << 10  # at once, to stay in a core's cache; more of a row is not packed
+PACKED_BYTES = 1 << 20  # in a piece: of half as much a write costs more
+
+_rooms = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +66,38 @@ def cut_rows(parts: Sequence[RowPart], spans: Sequence[Span]) -> list[RowPart]:
 def pack_rows(parts: Sequence[RowPart], count: int) -> Iterator[memoryview]:
     """The parts of the first row, then those of the second, and so on, in pieces to be written.
 
-    Small ones are packed, many at once: to write each costs a system call. Pieces, packed or not,
-    can be written to, and packed ones are the caller's own.
+    Small ones are packed, many at once: to write each costs a system call. Pieces can be written
+    to, and hold what they hold until the next is asked for.
 
     Args:
         parts: Parts of the rows, in order.
         count: The number of rows.
     """
     width = sum(part.stop - part.start for part in parts)
-    step = PACKED_BYTES // max(1, width)
     ranges = [(part.data, part.width, part.start, part.stop) for part in parts]
-    if not step:
+    if width > JOINED_BYTES:
         for row in range(count):
             yield from (data[row * n + start : row * n + stop] for data, n, start, stop in ranges)
         return
+    room, used = _find_room(), 0
+    step = JOINED_BYTES // max(1, width)
     for first in range(0, count, step):
         rows = range(first, min(first + step, count))
-        yield memoryview(
-            bytearray().join(
-                [data[row * n + a : row * n + b] for row in rows for data, n, a, b in ranges]
-            )
+        if used + len(rows) * width > len(room):
+            yield room[:used]
+            used = 0
+        # To assign each takes three times as long, and other threads wait.
+        joined = b"".join(
+            [data[row * n + a : row * n + b] for row in rows for data, n, a, b in ranges]
         )
+        room[used : used + len(joined)] = joined
+        used += len(joined)
+    yield room[:used]
+
+
+def _find_room() -> memoryview:
+    """The thread's own, as memory that is new each time costs as much as to pack."""
+    if not hasattr(_rooms, "room"):
+        _rooms.room = memoryview(bytearray(PACKED_BYTES))
+    room: memoryview = _rooms.room
+    return room

@@ -1,7 +1,7 @@
 """Rows that lie in parts in several buffers: any ranges of them, in the order of the rows."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -28,12 +28,23 @@ def place_rows(data: bytes, cuts: Sequence[int], ranks: Sequence[int]) -> list[R
     return parts
 
 
-@pytest.mark.parametrize("packed", [1, 30, 1 << 20])
+@pytest.fixture
+def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Sets how many bytes are joined at once, and how many are packed in a piece."""
+
+    def choose(joined: int, packed: int) -> None:
+        monkeypatch.setattr(rows, "JOINED_BYTES", joined)
+        monkeypatch.setattr(rows, "_find_room", lambda: memoryview(bytearray(packed)))
+
+    return choose
+
+
+@pytest.mark.parametrize(("joined", "packed"), [(1, 1), (30, 30), (30, 70), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize("seed", range(20))
 def test_ranges_of_rows_are_packed_in_order(
-    seed: int, packed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, joined: int, packed: int, pieces_of: Callable[[int, int], None]
 ) -> None:
-    monkeypatch.setattr(rows, "PACKED_BYTES", packed)
+    pieces_of(joined, packed)
     choice = random.Random(seed)
     data = choice.randbytes(COUNT * WIDTH)
     cuts = sorted(choice.sample(range(1, WIDTH), 3))
@@ -41,27 +52,33 @@ def test_ranges_of_rows_are_packed_in_order(
     edges = sorted(choice.sample(range(WIDTH + 1), 4))
     spans = [Span(*edges[2:]), Span(*edges[:2]), Span(*edges[1:3]), Span(*edges[1:3])]
     expected = b"".join(data[r * WIDTH + a : r * WIDTH + b] for r in range(COUNT) for a, b in spans)
-    pieces = list(pack_rows(cut_rows(parts, spans), COUNT))
-    assert b"".join(pieces) == expected
-    assert not any(piece.readonly for piece in pieces)
+    packed_rows = b""
+    for piece in pack_rows(cut_rows(parts, spans), COUNT):
+        packed_rows += piece
+        assert not piece.readonly
+    assert packed_rows == expected
 
 
 def test_small_parts_are_packed_together_and_large_ones_are_not_copied(
-    monkeypatch: pytest.MonkeyPatch,
+    pieces_of: Callable[[int, int], None],
 ) -> None:
     buffer = bytearray(range(COUNT * WIDTH))
     parts = [RowPart(memoryview(buffer), WIDTH, 0, WIDTH)]
     half = cut_rows(parts, [Span(0, 6), Span(6, 12)])
     assert len(half) == 1, "neighbors are one part"
-    monkeypatch.setattr(rows, "PACKED_BYTES", 2 * 12)
+    pieces_of(12, 2 * 12)
     assert [len(piece) for piece in pack_rows(half, COUNT)] == [24, 24, 12]
-    monkeypatch.setattr(rows, "PACKED_BYTES", 11)
+    pieces_of(11, 2 * 12)
     pieces = list(pack_rows(half, COUNT))
     assert [len(piece) for piece in pieces] == [12] * COUNT
     assert all(piece.obj is buffer for piece in pieces)
 
 
+def test_a_piece_has_room_for_a_row_that_is_packed() -> None:
+    assert rows.JOINED_BYTES <= rows.PACKED_BYTES
+
+
 def test_rows_of_nothing_are_nothing() -> None:
     parts = [RowPart(memoryview(bytearray(8)), 4, 0, 4)]
-    assert list(pack_rows(cut_rows(parts, []), 0)) == []
+    assert b"".join(pack_rows(cut_rows(parts, []), 0)) == b""
     assert b"".join(pack_rows(cut_rows(parts, []), 2)) == b""
