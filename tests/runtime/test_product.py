@@ -1,6 +1,6 @@
 """Linear layers of float32 on a CPU: by oneDNN if that is faster here, else as torch has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,30 @@ def test_other_dtypes_are_as_torch_has_them(dtype: torch.dtype, prefers: bool) -
     with RecordNames() as seen:
         assert torch.equal(product.multiply_weight(x, layer.weight), F.linear(x, layer.weight))
     assert ONEDNN not in seen.names
+
+
+def test_a_compiled_layer_multiplies_by_what_the_processor_prefers(prefers: bool) -> None:
+    layer, x, calls = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8), list[str]()
+
+    def record_calls(
+        graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]
+    ) -> Callable[..., object]:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compiler.reset()
+    multiply = torch.compile(product.multiply_weight, backend=record_calls, fullgraph=True)
+    torch.testing.assert_close(multiply(x, layer.weight, layer.bias), layer(x))
+    assert ("shardkit.linear.default" in calls) == prefers, calls
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 0, 8)])
+def test_the_operator_of_a_compiled_layer_is_what_torch_asks_of_one(
+    shape: tuple[int, ...],
+) -> None:
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    for given in (bias, None):
+        torch.library.opcheck(torch.ops.shardkit.linear, (torch.randn(shape), weight, given))
 
 
 def test_gradients_pass(prefers: bool) -> None:

@@ -34,19 +34,44 @@ def multiply_weight(
         tensor([[2., 2., 2.]])
     """
     if x.dtype is weight.dtype is torch.float32 and _is_for_onednn(x, weight):
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        # torch.compile takes oneDNN's operator of weights alone that it has made constants.
+        take_product = _onednn_op if torch.compiler.is_compiling() else _multiply_by_onednn
+        return take_product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+def _multiply_by_onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+@torch.library.custom_op("shardkit::linear", mutates_args=())
+def _onednn_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product as an operator that torch.compile leaves as it is."""
+    return _multiply_by_onednn(x, weight, bias)
+
+
+@_onednn_op.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether its product can be taken: it has no gradient, and torch.compile chooses its own."""
-    if not x.is_cpu or not weight.is_cpu or torch.compiler.is_compiling():
+    """Whether its product can be taken, which has no gradient, and is worth it."""
+    if not x.is_cpu or not weight.is_cpu:
         return False
     if x.numel() * weight.shape[0] < MIN_PRODUCTS:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
+    allows: bool = _allows_onednn()
+    return allows
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's has no types
+def _allows_onednn() -> bool:
     return prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
