@@ -13,7 +13,8 @@ from shardkit.output.available_memory import (
     choose_max_memory,
     measure_resident_memory,
 )
-from shardkit.output.stream import BUFFER_BYTES, NUM_BUFFERS
+from shardkit.output.rows import PACKED_BYTES
+from shardkit.output.stream import BUFFER_BYTES, NUM_BUFFERS, NUM_CORES
 from shardkit.planning import Plan
 from shardkit.shards.integrity import READ_BYTES, THREADS
 
@@ -36,7 +37,7 @@ def choose_buffer_bytes(what: str, pieces: int, limit: int | None, replicas: flo
     """
     resident = measure_resident_memory()
     phases = min(THREADS, os.cpu_count() or 1) * READ_BYTES
-    base = resident + pieces * PIECE_BYTES + SPARE_BYTES
+    base = resident + pieces * PIECE_BYTES + NUM_CORES * PACKED_BYTES + SPARE_BYTES
     allowed = limit if limit is not None else resident + choose_max_memory(None)
 
     def estimate(buffer_bytes: int) -> int:

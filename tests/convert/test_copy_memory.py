@@ -10,6 +10,7 @@ import pytest
 from shardkit.convert import copy_memory, split
 from shardkit.errors import UsageError
 from shardkit.output import stream
+from shardkit.output.rows import PACKED_BYTES
 from shardkit.planning import make_plan
 from shardkit.recipe.catalog import find_recipe
 from tests.convert.test_streaming import expert_recipe
@@ -87,7 +88,8 @@ def test_buffers_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(copy_memory, "measure_resident_memory", lambda: 50 * MIB)
     monkeypatch.setattr(copy_memory, "THREADS", 0)
     largest, count = stream.BUFFER_BYTES, stream.NUM_BUFFERS
-    fixed = 50 * MIB + copy_memory.SPARE_BYTES
+    rooms = stream.NUM_CORES * PACKED_BYTES
+    fixed = 50 * MIB + rooms + copy_memory.SPARE_BYTES
 
     def choose(limit: int, replicas: float = 0.0) -> int:
         return copy_memory.choose_buffer_bytes("split", 0, limit, replicas)
