@@ -30,7 +30,6 @@ RESULTS = find_recipe_folder() / "proofs" / "results.json"
         ("longcat_flash", 3),  # experts that pass their input through; a rank without others
     ],
 )
-@pytest.mark.filterwarnings("ignore:Casting complex values")  # a model's own table of rotations
 def test_a_mixture_with_whole_experts_is_what_it_is_unsharded(
     sample: str, tp_size: int, rank_pool: RankPool, tmp_path: Path
 ) -> None:

@@ -117,7 +117,6 @@ def test_a_wrong_layout_misses_the_sum_though_it_tiles_every_tensor(
     assert max(errors.values()) > WRONG, errors
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values")  # of positions, in float64
 @pytest.mark.parametrize("model", PLANNED)
 def test_recipes_agree_with_transformers_own_plans(model: str, source: SampleFolder) -> None:
     whole = source(PLANNED[model])

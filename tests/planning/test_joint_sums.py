@@ -92,7 +92,6 @@ NOTHING_TO_JOIN = {  # of a recipe whose other samples have: no shared experts
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Casting complex values")  # of transformers, once a process
 def test_every_joint_sum_of_a_recipe_saves_a_sum(tmp_path: Path) -> None:
     joint_sums = {}
     for sample in list_samples():

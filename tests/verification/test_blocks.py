@@ -81,7 +81,6 @@ WHOLE_EXPERTS = (
 
 
 @pytest.mark.parametrize(("name", "tp_size"), WHOLE_EXPERTS)
-@pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_ranks_that_have_whole_experts_pass(name: str, tp_size: int, tmp_path: Path) -> None:
     source = make(name, tmp_path / "source", "float16")
     manifest = cut(source, tmp_path / "shards", tp_size, expert_parallel=True)
