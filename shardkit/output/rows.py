@@ -87,11 +87,11 @@ def pack_rows(parts: Sequence[RowPart], count: int) -> Iterator[memoryview]:
             yield room[:used]
             used = 0
         # To assign each takes three times as long, and other threads wait.
-        joined = b"".join(
+        packed = b"".join(
             [data[row * n + a : row * n + b] for row in rows for data, n, a, b in ranges]
         )
-        room[used : used + len(joined)] = joined
-        used += len(joined)
+        room[used : used + len(packed)] = packed
+        used += len(packed)
     yield room[:used]
 
 

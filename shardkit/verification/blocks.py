@@ -64,16 +64,28 @@ def visit_blocks(model: nn.Module, blocks: Sequence[str], visit: Visitor) -> Ite
         return output if all(v is None for v in values) else _replace_tensors(output, iter(values))
 
     modules = dict(model.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(partial(after, name))
-        for name in (*blocks, WHOLE)
-        if name in modules
-    ]
+    visited = [name for name in (*blocks, WHOLE) if name in modules]
+    hooks = [modules[name].register_forward_hook(partial(after, name)) for name in visited]
+    for name in visited:
+        _call_captures_last(modules[name])
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _call_captures_last(module: nn.Module) -> None:
+    """Have transformers' own hooks run after all others.
+
+    It captures hidden states by hooks that a model's first call adds: then they see what a visitor
+    has passed on. In later calls they would run before it, so that models of which some have been
+    called, and others not, would go on with different states.
+    """
+    hooks = module._forward_hooks
+    for number, hook in list(hooks.items()):
+        if (getattr(hook, "__module__", None) or "").startswith("transformers."):
+            hooks[number] = hooks.pop(number)
 
 
 @contextmanager

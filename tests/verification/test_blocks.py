@@ -58,7 +58,7 @@ def split_sample(
 
 
 CLEAN = ("llama", "gpt2", "bert", "t5", "mixtral", "bamba", "clip", "mllama", "albert", "lstm",
-         "deepseek_v2")  # fmt: skip
+         "deepseek_v2", "llava")  # fmt: skip
 # In 16 bits the same shards are run in float32, too: that alone is left to the slow tests.
 BOTH_DTYPES = [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 

@@ -34,6 +34,7 @@ def test_trials_of_a_report_are_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # it has a deadline of its own
 def test_every_wrong_layout_in_16_bits_is_caught(tmp_path: Path) -> None:
     assert len({(mutant.fault, mutant.pattern) for _, mutant in list_spread()}) >= 40
     counts = run_campaign(list_wrong(1), tmp_path / "report.jsonl", time.monotonic() + 7200)
@@ -41,6 +42,7 @@ def test_every_wrong_layout_in_16_bits_is_caught(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_no_right_split_is_called_wrong(tmp_path: Path) -> None:
     counts = run_campaign(list_right(500), tmp_path / "report.jsonl", time.monotonic() + 7200)
     assert counts == {"passed": 500}

@@ -64,6 +64,8 @@ def _explain_refusal(size: int) -> str:
     switch, cores = os.environ.get(SWITCH, ""), count_cores()
     if switch == "0":
         return f"{SWITCH} is 0"
+    if size == 1:
+        return "one rank alone"
     if switch != "1" and cores < size:
         return f"{cores} cores for {size} ranks"
     return ""
