@@ -224,6 +224,7 @@ def test_the_switch_and_the_cores_decide(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (explain(2), explain(3)) == ("", "2 cores for 3 ranks")
     monkeypatch.setenv(choose_transport.SWITCH, "1")
     assert explain(3) == ""
+    assert explain(1) == "one rank alone"
     monkeypatch.setenv(choose_transport.SWITCH, "0")
     assert explain(2) == "SHARDKIT_SHARED_MEMORY is 0"
 
